@@ -1,0 +1,96 @@
+"""Array kinds: told apart without importing their libraries, viewed as NumPy arrays, and given back as what they were."""
+
+import sys
+
+import numpy as np
+from array_api_compat import is_jax_array, is_torch_array
+
+# XLA takes a NumPy array over without a copy from this alignment on
+JAX_ALIGNMENT = 64
+
+
+def kind(array):
+    """The kind of an array: "numpy", "torch", "jax", "cuda", "dlpack", or "other" for what `numpy.asarray` may take."""
+    if isinstance(array, np.ndarray):
+        return "numpy"
+    if is_torch_array(array):
+        return "torch"
+    if is_jax_array(array):
+        return "jax"
+    if hasattr(array, "__cuda_array_interface__"):
+        return "cuda"
+    if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+        return "dlpack"
+    return "other"
+
+
+def device(array, array_kind):
+    """The name of the device that the array lies on, "cpu" for CPU memory."""
+    if array_kind == "torch":
+        return "cpu" if array.device.type == "cpu" else str(array.device)
+    if array_kind == "jax":
+        return "cpu" if all(d.platform == "cpu" for d in array.devices()) else str(array.devices())
+    if array_kind == "dlpack":
+        device_type, device_id = array.__dlpack_device__()
+        return "cpu" if device_type == 1 else f"DLPack device {int(device_type)}:{device_id}"
+    return "a CUDA device" if array_kind == "cuda" else "cpu"
+
+
+def is_traced(array):
+    """Whether a JAX array is a tracer, which stands for values that are not there yet."""
+    return isinstance(array, sys.modules["jax"].core.Tracer)
+
+
+def namespace(array):
+    """The module whose `from_dlpack` makes arrays of this library."""
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    return sys.modules[type(array).__module__.partition(".")[0]]
+
+
+def bfloat16():
+    """NumPy has no bfloat16 of its own; ml_dtypes is imported by those alone who use it."""
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def to_numpy(array, array_kind):
+    """The array as a numpy.ndarray that shares its memory; lists and scalars become float64."""
+    if array_kind == "torch":
+        torch = sys.modules["torch"]
+        if array.dtype == torch.bfloat16:
+            return array.view(torch.int16).numpy().view(bfloat16())
+        return array.numpy()
+    if array_kind == "dlpack":
+        return np.from_dlpack(array)
+    result = np.asarray(array)
+    if isinstance(array, list | tuple | int | float) and result.dtype.kind in "biuf":
+        return result.astype(np.float64)
+    return result
+
+
+def empty(shape, dtype, like_kind):
+    """A new NumPy array that `give_back` can hand to the library of this kind without a copy; None where any can be."""
+    if like_kind != "jax":
+        return None
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(size + JAX_ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % JAX_ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def give_back(result, like, like_kind):
+    """A NumPy array as an array of the library that `like` came from."""
+    if result is None:
+        return None
+    if like_kind == "torch":
+        torch = sys.modules["torch"]
+        if result.dtype.name == "bfloat16":
+            return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(result)
+    if like_kind == "jax":
+        return sys.modules["jax"].device_put(result, next(iter(like.devices())))
+    if like_kind == "dlpack":
+        return namespace(like).from_dlpack(result)
+    return result

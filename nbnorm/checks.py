@@ -1,0 +1,249 @@
+"""Every check of user input, and every raise in the package: all of them before a kernel runs.
+
+TypeError is for a wrong kind of object, dtype or device, ValueError for a wrong shape, eps, mask or layout. A message
+begins with the argument's name and says what came and what was expected.
+"""
+
+import numbers
+import operator
+import sys
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from nbnorm import arrays
+from nbnorm.problem import Problem
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+OVERLAP_WORK = 1_000_000
+
+
+def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream):
+    """The problem, and x, weight, bias and out as NumPy arrays, or None where absent."""
+    flag("return_stats", return_stats)
+    _no_stream(stream)
+    x_array, dtype = _operand("x", x)
+    weight_array, weight_dtype = _optional("weight", weight)
+    bias_array, bias_dtype = _optional("bias", bias)
+    problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (dtype,), (weight_dtype, bias_dtype))
+    _shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
+    _shape("bias", bias_array, problem.normalized_shape, "normalized_shape")
+    return problem, x_array, weight_array, bias_array, _out("out", out, problem.shape, dtype)
+
+
+def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream):
+    """The problem, dy, x, weight, mean and rstd as NumPy arrays or None, output_mask as bools, out as three arrays or None."""
+    _no_stream(stream)
+    dy_array, dy_dtype = _operand("dy", dy)
+    x_array, dtype = _operand("x", x)
+    weight_array, weight_dtype = _optional("weight", weight)
+    mean_array, _ = _optional("mean", mean)
+    rstd_array, _ = _optional("rstd", rstd)
+    problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (dtype, dy_dtype), (weight_dtype,))
+    _shape("dy", dy_array, problem.shape, "the shape of x")
+    _shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
+    if (mean is None) != (rstd is None):
+        absent, given = ("mean", "rstd") if mean is None else ("rstd", "mean")
+        raise ValueError(f"{absent}: None, but {given} is given; expected both, or neither to have them recomputed")
+    _shape("mean", mean_array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
+    _shape("rstd", rstd_array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
+    mask = _mask(output_mask)
+    return problem, dy_array, x_array, weight_array, mean_array, rstd_array, mask, _outs(out, problem, mask)
+
+
+def shape(normalized_shape):
+    """normalized_shape as a tuple of ints."""
+    is_sequence = isinstance(normalized_shape, Sequence) or getattr(normalized_shape, "ndim", 0) > 0
+    sizes = normalized_shape if is_sequence else (normalized_shape,)
+    try:
+        result = tuple(operator.index(size) for size in sizes)
+    except TypeError:
+        result = None
+    if result is None or any(isinstance(size, bool) for size in sizes):
+        raise TypeError(f"normalized_shape: {normalized_shape!r}; expected an int or a sequence of ints")
+    if not result or min(result) < 0:
+        raise ValueError(f"normalized_shape: {normalized_shape!r}; expected at least one dimension, none negative")
+    return result
+
+
+def epsilon(eps):
+    if not isinstance(eps, numbers.Real) or isinstance(eps, bool):
+        raise TypeError(f"eps: {eps!r} of type {_type_name(eps)}; expected a real number")
+    if not 0 <= eps <= sys.float_info.max:
+        raise ValueError(f"eps: {eps!r}; expected a finite number that is not negative")
+    return float(eps)
+
+
+def flag(name, value):
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: {value!r} of type {_type_name(value)}; expected a bool")
+    return bool(value)
+
+
+def cpu_device(device):
+    """The device of a layer: "cpu", also for None."""
+    if device is not None and str(device) != "cpu":
+        raise TypeError(f"device: {device!r}; expected 'cpu' or None, this version has kernels for no other device")
+    return "cpu"
+
+
+def float_dtype(dtype):
+    """The dtype of a layer's parameters, from NumPy's, torch's or JAX's name for it; float32 for None."""
+    if dtype is None:
+        return np.dtype(np.float32)
+    name = str(dtype).removeprefix("torch.")
+    try:
+        result = _bfloat16("dtype") if name == "bfloat16" else np.dtype(name if name in FLOATS else dtype)
+    except TypeError as error:
+        raise TypeError(f"dtype: {dtype!r}; expected one of {', '.join(FLOATS)}") from error
+    if result.name not in FLOATS:
+        raise TypeError(f"dtype: {dtype!r}; expected one of {', '.join(FLOATS)}")
+    return result.newbyteorder("=")
+
+
+def state(state_dict, parameters):
+    """The arrays of a state dict, by name, for the parameters {name: array} of a layer."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: {_type_name(state_dict)}; expected a mapping of names to arrays")
+    if set(state_dict) != set(parameters):
+        raise ValueError(f"state_dict: has {sorted(map(str, state_dict))}; expected {sorted(parameters)}")
+    result = {name: _operand(name, state_dict[name])[0] for name in parameters}
+    for name, array in result.items():
+        _shape(name, array, parameters[name].shape, "normalized_shape")
+    return result
+
+
+def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, row_dtypes, param_dtypes):
+    normalized_shape = shape(normalized_shape)
+    batch_ndim = x.ndim - len(normalized_shape)
+    if batch_ndim < 0 or x.shape[batch_ndim:] != normalized_shape:
+        raise ValueError(f"x: shape {x.shape}; expected one that ends in normalized_shape, {normalized_shape}")
+    kernel_dtype = _widest(row_dtypes)
+    return Problem(
+        batch=x.shape[:batch_ndim],
+        normalized_shape=normalized_shape,
+        eps=epsilon(eps),
+        variance="diff_of_squares" if flag("use_diff_of_squares", use_diff_of_squares) else "centred",
+        dtype=dtype,
+        weight_dtype=param_dtypes[0] or dtype,
+        kernel_dtype=kernel_dtype,
+        param_dtype=_widest((kernel_dtype, *param_dtypes)),
+    )
+
+
+def _widest(dtypes):
+    """The dtype of float32 and float64 that holds all of these exactly."""
+    return np.dtype(np.float64 if any(dtype == np.float64 for dtype in dtypes if dtype) else np.float32)
+
+
+def _optional(name, value):
+    return (None, None) if value is None else _operand(name, value)
+
+
+def _operand(name, value):
+    """The value as a NumPy array, and the dtype of results that are like it."""
+    array = _array(name, value)
+    if array.dtype.kind in "biu":
+        return array, np.dtype(np.float64)
+    if array.dtype.name not in FLOATS:
+        raise TypeError(
+            f"{name}: dtype {array.dtype}; supported are {', '.join(FLOATS)}, and integers and booleans as float64"
+        )
+    return array, array.dtype.newbyteorder("=")
+
+
+def _array(name, value):
+    """The value as a NumPy array that shares its memory."""
+    kind = arrays.kind(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: a masked array; expected one without a mask, such as {name}.filled(0)")
+    if kind == "jax" and arrays.is_traced(value):
+        raise TypeError(f"{name}: a traced JAX array; expected a concrete one, outside jit, grad and vmap")
+    device = arrays.device(value, kind)
+    if device != "cpu":
+        raise TypeError(f"{name}: {_type_name(value)} on {device}; expected an array in CPU memory")
+    if kind == "torch" and value.requires_grad:
+        raise TypeError(f"{name}: a torch tensor that requires grad, which nbnorm does not record; pass {name}.detach()")
+    if kind == "dlpack" and not hasattr(arrays.namespace(value), "from_dlpack"):
+        raise TypeError(f"{name}: {_type_name(value)}, whose library has no from_dlpack that could give back the result")
+    try:
+        return arrays.to_numpy(value, kind)
+    except ModuleNotFoundError:
+        _bfloat16(name)
+        raise
+    except (TypeError, RuntimeError, BufferError) as error:
+        raise TypeError(f"{name}: {_type_name(value)} has no view as a NumPy array: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {_type_name(value)} has no view as a NumPy array: {error}") from error
+
+
+def _bfloat16(name):
+    try:
+        return arrays.bfloat16()
+    except ModuleNotFoundError as error:
+        raise TypeError(f"{name}: bfloat16 needs the package ml_dtypes: pip install ml_dtypes") from error
+
+
+def _shape(name, array, expected, meaning):
+    if array is not None and array.shape != expected:
+        raise ValueError(f"{name}: shape {array.shape}; expected {expected}, {meaning}")
+
+
+def _out(name, out, expected_shape, dtype):
+    if out is None:
+        return None
+    if arrays.kind(out) == "other":
+        raise TypeError(f"{name}: {_type_name(out)}; expected an array")
+    array = _array(name, out)
+    _shape(name, array, expected_shape, "the shape of the result")
+    if array.dtype.newbyteorder("=") != dtype:
+        raise ValueError(f"{name}: dtype {array.dtype}; expected {dtype}, the dtype of the result")
+    if not array.flags.writeable:
+        raise ValueError(f"{name}: a read-only array; expected a writable one")
+    if any(stride == 0 and size > 1 for stride, size in zip(array.strides, array.shape, strict=True)):
+        raise ValueError(f"{name}: strides {array.strides}; expected an array whose elements each have memory of their own")
+    return array
+
+
+def _outs(out, problem, mask):
+    if out is None:
+        return None, None, None
+    if not isinstance(out, tuple | list):
+        raise TypeError(f"out: {_type_name(out)}; expected a tuple of arrays or None for dx, dweight and dbias")
+    if len(out) != 3:
+        raise ValueError(f"out: {len(out)} entries; expected three, arrays or None for dx, dweight and dbias")
+    dtypes = (problem.dtype, problem.weight_dtype, problem.weight_dtype)
+    shapes = (problem.shape, problem.normalized_shape, problem.normalized_shape)
+    for i, wanted in enumerate(mask):
+        if out[i] is not None and not wanted:
+            raise ValueError(f"out[{i}]: {_type_name(out[i])}; expected None, since output_mask[{i}] is False")
+    result = tuple(_out(f"out[{i}]", out[i], shapes[i], dtypes[i]) for i in range(3))
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        if result[i] is not None and result[j] is not None and _shares_memory(result[i], result[j]):
+            raise ValueError(f"out[{j}]: shares memory with out[{i}]; expected arrays that do not overlap")
+    return result
+
+
+def _shares_memory(a, b):
+    try:
+        # the exact answer can take exponential time for contrived strides
+        return np.shares_memory(a, b, max_work=OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _mask(output_mask):
+    if not isinstance(output_mask, Sequence | np.ndarray) or isinstance(output_mask, str):
+        raise TypeError(f"output_mask: {output_mask!r}; expected three bools, for dx, dweight and dbias")
+    if len(output_mask) != 3:
+        raise ValueError(f"output_mask: {output_mask!r}; expected three bools, for dx, dweight and dbias")
+    return tuple(flag(f"output_mask[{i}]", wanted) for i, wanted in enumerate(output_mask))
+
+
+def _no_stream(stream):
+    if stream is not None:
+        raise ValueError(f"stream: {stream!r}; expected None, since CPU arrays have no streams")
+
+
+def _type_name(value):
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

@@ -1,0 +1,202 @@
+"""Layer norm and its gradients as functions of arrays."""
+
+from typing import Any, NamedTuple
+
+from nbnorm import arrays, checks, cpu
+
+
+class LayerNormResult(NamedTuple):
+    """What `layer_norm` returns with ``return_stats=True``."""
+
+    y: Any
+    mean: Any
+    rstd: Any
+
+
+class LayerNormGrads(NamedTuple):
+    """What `layer_norm_backward` returns; an entry that was not asked for is None."""
+
+    dx: Any
+    dweight: Any
+    dbias: Any
+
+
+def layer_norm(
+    x,
+    normalized_shape,
+    weight=None,
+    bias=None,
+    eps=1e-5,
+    use_diff_of_squares=False,
+    *,
+    out=None,
+    return_stats=False,
+    stream=None,
+):
+    """Normalise an array over its trailing dimensions.
+
+    Parameters
+    ----------
+    x : array_like, shape (*batch, *normalized_shape)
+        float16, bfloat16, float32 or float64; integers, booleans, lists and scalars become float64. NumPy arrays of any
+        strides, torch CPU tensors, JAX CPU arrays and other DLPack CPU arrays are read where they lie.
+    normalized_shape : int or sequence of int
+        The trailing dimensions of x that make up a row; an int stands for the last one.
+    weight, bias : array_like, shape normalized_shape, optional
+        Scale and shift of each element of a row, of any of the dtypes of x.
+    eps : float
+        Added to the variance, not negative.
+    use_diff_of_squares : bool
+        Take the variance as ``mean(x**2) - mean(x)**2``, clamped at 0, from one sweep over the row. Faster on long rows,
+        and less accurate where the mean is large against the deviations.
+    out : array, shape of x, dtype of y, optional
+        Where to write y. It may be x itself, or overlap any input.
+    return_stats : bool
+        Return mean and rstd too.
+    stream : None
+        For CUDA arrays only.
+
+    Returns
+    -------
+    y : array, shape of x
+        Of x's dtype and library, in C order; or `out`.
+    LayerNormResult
+        With ``return_stats=True``: y, mean and rstd, the latter two of shape ``(*batch, 1, ..., 1)`` with a 1 for each
+        normalized dimension, float64 for float64 input, else float32.
+
+    Raises
+    ------
+    TypeError
+        For a wrong kind of object, dtype or device.
+    ValueError
+        For a wrong shape, eps or layout, a read-only `out`, or an `out` of another dtype than y.
+
+    Notes
+    -----
+    ``y = (x - mean) * rstd * weight + bias`` with ``rstd = 1 / sqrt(var + eps)`` [1]_, where var is
+    ``mean((x - mean)**2)``. Sums are float64 for every dtype, and the mean is subtracted in two parts, so that rows with a
+    large mean keep their digits. A NaN or Inf stays in its row.
+
+    References
+    ----------
+    .. [1] J. L. Ba, J. R. Kiros and G. E. Hinton, "Layer Normalization", arXiv:1607.06450, 2016.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbnorm
+    >>> x = np.array([[1.0, 2.0, 3.0, 4.0], [10.0, 10.0, 20.0, 20.0]])
+    >>> nbnorm.layer_norm(x, 4).round(4)
+    array([[-1.3416, -0.4472,  0.4472,  1.3416],
+           [-1.    , -1.    ,  1.    ,  1.    ]])
+    >>> y, mean, rstd = nbnorm.layer_norm(x, 4, weight=np.full(4, 2.0), bias=np.ones(4), return_stats=True)
+    >>> mean
+    array([[ 2.5],
+           [15. ]])
+    """
+    problem, x_array, weight, bias, out_array = checks.forward(
+        x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream
+    )
+    kind = arrays.kind(x)
+    if out is None:
+        out_array = arrays.empty(problem.shape, problem.dtype, kind)
+    y, mean, rstd = cpu.forward(problem, x_array, weight, bias, out_array, return_stats)
+    y = arrays.give_back(y, x, kind) if out is None else out
+    if not return_stats:
+        return y
+    mean = arrays.give_back(mean.reshape(problem.statistics_shape), x, kind)
+    rstd = arrays.give_back(rstd.reshape(problem.statistics_shape), x, kind)
+    return LayerNormResult(y, mean, rstd)
+
+
+def layer_norm_backward(
+    dy,
+    x,
+    normalized_shape,
+    weight=None,
+    eps=1e-5,
+    use_diff_of_squares=False,
+    *,
+    mean=None,
+    rstd=None,
+    output_mask=(True, True, True),
+    out=None,
+    stream=None,
+):
+    """Gradients of `layer_norm` with respect to x, weight and bias.
+
+    Parameters
+    ----------
+    dy : array_like, shape of x
+        The gradient with respect to y; its dtype may differ from x's.
+    x : array_like, shape (*batch, *normalized_shape)
+        As in `layer_norm`.
+    normalized_shape : int or sequence of int
+        As in `layer_norm`.
+    weight : array_like, shape normalized_shape, optional
+        As in `layer_norm`.
+    eps : float
+        As in `layer_norm`.
+    use_diff_of_squares : bool
+        As in `layer_norm`; decides how the statistics are recomputed.
+    mean, rstd : array_like, shape (*batch, 1, ..., 1), optional
+        The statistics that `layer_norm` returned. Without them they are recomputed from x, which costs little and, for
+        float32 rows with a large mean, is more accurate, since the stored mean is rounded. Both or neither.
+    output_mask : sequence of three bools
+        Which of dx, dweight and dbias to compute. The others are None and cost nothing.
+    out : tuple of three arrays or None, optional
+        Where to write the gradients. dx may be dy or x itself, or overlap any input.
+    stream : None
+        For CUDA arrays only.
+
+    Returns
+    -------
+    LayerNormGrads
+        dx of x's shape and dtype; dweight and dbias of shape normalized_shape and of weight's dtype (x's where weight is
+        None), also when weight is None. All of x's library.
+
+    Raises
+    ------
+    TypeError
+        For a wrong kind of object, dtype or device.
+    ValueError
+        For a wrong shape, eps, mask or layout, or only one of mean and rstd.
+
+    Notes
+    -----
+    With ``x_hat = (x - mean) * rstd``, ``g = dy * weight`` and means over a row [1]_::
+
+        dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
+        dweight = sum over rows of dy * x_hat
+        dbias = sum over rows of dy
+
+    Both variance modes have these same gradients, since they are the same function; where difference of squares had to be
+    clamped, its rstd is used as it is. Sums are float64 and rounded once; their order depends on the shape alone, so the
+    results have the same bits at any number of threads.
+
+    References
+    ----------
+    .. [1] A. Karpathy, "LayerNorm", llm.c, doc/layernorm/layernorm.md, 2024.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbnorm
+    >>> x = np.array([[1.0, 2.0, 3.0, 4.0], [10.0, 10.0, 20.0, 20.0]])
+    >>> dx, dweight, dbias = nbnorm.layer_norm_backward(np.eye(2, 4), x, 4)
+    >>> dx[0].round(3)
+    array([ 0.268, -0.358, -0.089,  0.179])
+    >>> dbias
+    array([1., 1., 0., 0.])
+    """
+    problem, dy_array, x_array, weight, mean, rstd, output_mask, out_arrays = checks.backward(
+        dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream
+    )
+    kind = arrays.kind(x)
+    outs = (None, None, None) if out is None else out
+    if outs[0] is None and output_mask[0]:
+        out_arrays = (arrays.empty(problem.shape, problem.dtype, kind), *out_arrays[1:])
+    grads = cpu.backward(problem, dy_array, x_array, weight, mean, rstd, output_mask, out_arrays)
+    return LayerNormGrads(
+        *(arrays.give_back(grad, x, kind) if given is None else given for grad, given in zip(grads, outs, strict=True))
+    )

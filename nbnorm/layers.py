@@ -1,0 +1,139 @@
+"""Layer norm as an object that holds its parameters."""
+
+import numpy as np
+
+from nbnorm import checks
+from nbnorm.functional import layer_norm, layer_norm_backward
+
+
+class LayerNorm:
+    """Layer normalisation with a learnable scale and shift, with the arguments of `torch.nn.LayerNorm`.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        The trailing dimensions of the input that make up a row.
+    eps : float
+        Added to the variance.
+    elementwise_affine : bool
+        Whether there are a weight and, unless switched off, a bias.
+    bias : bool
+        Whether there is a bias.
+    device : str, optional
+        Where the parameters live: "cpu", which None stands for.
+    dtype : dtype, optional
+        Of the parameters: float16, bfloat16, float32 (the default) or float64.
+    use_diff_of_squares : bool
+        Take the variance as ``mean(x**2) - mean(x)**2``.
+
+    Attributes
+    ----------
+    normalized_shape : tuple of int
+    eps : float
+    elementwise_affine : bool
+    use_diff_of_squares : bool
+    device : str
+    weight : array, shape normalized_shape, or None
+        Ones at first.
+    bias : array, shape normalized_shape, or None
+        Zeros at first.
+
+    Raises
+    ------
+    TypeError
+        For a wrong kind of argument, dtype or device.
+    ValueError
+        For an empty or negative normalized_shape, or an eps that is negative or not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbnorm
+    >>> ln = nbnorm.LayerNorm(4)
+    >>> ln
+    LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=True)
+    >>> x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    >>> ln(x).dtype
+    dtype('float32')
+    >>> dx, dweight, dbias = ln.backward(np.ones_like(x), x)
+    >>> dbias
+    array([2., 2., 2., 2.], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        normalized_shape,
+        eps=1e-5,
+        elementwise_affine=True,
+        bias=True,
+        device=None,
+        dtype=None,
+        *,
+        use_diff_of_squares=False,
+    ):
+        self.normalized_shape = checks.shape(normalized_shape)
+        self.eps = checks.epsilon(eps)
+        self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
+        self.use_diff_of_squares = checks.flag("use_diff_of_squares", use_diff_of_squares)
+        self.device = checks.cpu_device(device)
+        has_bias = checks.flag("bias", bias) and self.elementwise_affine
+        dtype = checks.float_dtype(dtype)
+        self.weight = np.ones(self.normalized_shape, dtype) if self.elementwise_affine else None
+        self.bias = np.zeros(self.normalized_shape, dtype) if has_bias else None
+
+    def forward(self, x):
+        """Layer norm of x with this layer's parameters; see `layer_norm`."""
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.use_diff_of_squares)
+
+    __call__ = forward
+
+    def backward(self, dy, x):
+        """Gradients for dy at the input x, None for a parameter that is switched off; see `layer_norm_backward`.
+
+        Nothing is kept from the forward pass, so that several threads can use one layer.
+        """
+        return layer_norm_backward(
+            dy,
+            x,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            self.use_diff_of_squares,
+            output_mask=(True, self.weight is not None, self.bias is not None),
+        )
+
+    def state_dict(self):
+        """The parameters that are present, by name: the arrays themselves, not copies."""
+        parameters = {"weight": self.weight, "bias": self.bias}
+        return {name: array for name, array in parameters.items() if array is not None}
+
+    def load_state_dict(self, state_dict):
+        """Copy parameters from a mapping of names to arrays, all or none of them.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array_like
+            Has the names that `state_dict` returns; NumPy arrays, torch CPU tensors or JAX CPU arrays of any dtype, cast to
+            this layer's.
+
+        Raises
+        ------
+        TypeError
+            For what is no mapping, or an entry that is no array.
+        ValueError
+            For a missing or unexpected name, or an array of another shape.
+        """
+        parameters = self.state_dict()
+        for name, array in checks.state(state_dict, parameters).items():
+            parameters[name][...] = array
+
+    def extra_repr(self):
+        """The arguments, as `repr` shows them."""
+        mode = ", use_diff_of_squares=True" if self.use_diff_of_squares else ""
+        return (
+            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, "
+            f"bias={self.bias is not None}{mode}"
+        )
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self.extra_repr()})"

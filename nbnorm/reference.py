@@ -1,0 +1,34 @@
+"""Layer norm in plain NumPy, in the dtype of its input: the definition that the kernels are checked against.
+
+In float64 or longdouble this is the reference of `python -m nbnorm` and of the tests, in float32 it is what one would write
+without this package. It makes no checks.
+"""
+
+import numpy as np
+
+
+def layer_norm(x, ndim, weight=None, bias=None, eps=1e-5, use_diff_of_squares=False):
+    """Returns y, mean and rstd for normalisation over the last `ndim` dimensions."""
+    axes = tuple(range(-ndim, 0))
+    mean = x.mean(axes, keepdims=True)
+    if use_diff_of_squares:
+        var = np.maximum((x * x).mean(axes, keepdims=True) - mean * mean, 0)
+    else:
+        var = ((x - mean) ** 2).mean(axes, keepdims=True)
+    rstd = 1 / np.sqrt(var + eps)
+    y = (x - mean) * rstd
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    return y, mean, rstd
+
+
+def layer_norm_backward(dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=False):
+    """Returns dx, dweight and dbias."""
+    axes = tuple(range(-ndim, 0))
+    batch_axes = tuple(range(x.ndim - ndim))
+    x_hat, _, rstd = layer_norm(x, ndim, eps=eps, use_diff_of_squares=use_diff_of_squares)
+    g = dy if weight is None else dy * weight
+    dx = rstd * (g - g.mean(axes, keepdims=True) - x_hat * (g * x_hat).mean(axes, keepdims=True))
+    return dx, (dy * x_hat).sum(batch_axes), dy.sum(batch_axes)

@@ -1,0 +1,53 @@
+"""What every test run has: a header that says which levels run, and floating-point settings for kernels run as plain Python."""
+
+import importlib.util
+import os
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+JIT_DISABLED = bool(numba.config.DISABLE_JIT)
+
+settings.register_profile("default", max_examples=100, deadline=None)
+# a kernel as plain Python takes milliseconds
+settings.register_profile("no-jit", max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no-jit" if JIT_DISABLED else "default")
+
+
+def pytest_report_header(config):
+    """One line each: what the kernels run as, and which other libraries' arrays are tested."""
+    absent = [name for name in ("torch", "jax") if importlib.util.find_spec(name) is None]
+    interop = f"LEFT OUT for {', '.join(absent)}: pip install '.[interop]'" if absent else "torch and JAX"
+    kernels = "plain Python, NUMBA_DISABLE_JIT=1" if JIT_DISABLED else "compiled"
+    return [
+        f"nbnorm: kernels {kernels}; {numba.get_num_threads()} threads; numba {numba.__version__}, numpy {np.__version__}",
+        f"nbnorm: tests with arrays of other libraries: {interop}",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def floating_point():
+    """Numba's kernels never warn; run as plain Python, their NumPy scalars would."""
+    with np.errstate(all="ignore" if JIT_DISABLED else "warn"):
+        yield
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20260101)
+
+
+@pytest.fixture(params=["serial", "parallel"])
+def build(request, monkeypatch):
+    """Each build of the kernels, whatever the size of the problem."""
+    monkeypatch.setattr("nbnorm.cpu.PARALLEL_ELEMENTS", 0 if request.param == "parallel" else float("inf"))
+    return request.param
+
+
+@pytest.fixture
+def python_environment():
+    """An environment for subprocesses that shows them this package, also where it is not installed."""
+    root = os.fspath(importlib.util.find_spec("nbnorm").submodule_search_locations[0])
+    return os.environ | {"PYTHONPATH": os.path.dirname(root)}

@@ -1,0 +1,136 @@
+"""Are dx, dweight and dbias right, for every combination of dtype, weight, mode, statistics and output_mask?"""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import nbnorm
+from test_forward import DTYPES, SHAPES
+from tolerances import EPS, assert_grads
+
+MASKS = list(itertools.product([True, False], repeat=3))
+
+
+@pytest.mark.parametrize(("shape", "normalized_shape"), SHAPES)
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_full_product(rng, build, dtype, use_diff_of_squares, given, shape, normalized_shape):
+    x = (3 * rng.standard_normal(shape) + 1).astype(dtype)
+    row = shape[-np.size(normalized_shape) :]
+    statistics = {}
+    if given:
+        wide = x.astype(np.float64)
+        _, mean, rstd = nbnorm.layer_norm(wide, normalized_shape, None, None, 1e-3, return_stats=True)
+        statistics = {"mean": mean, "rstd": rstd}
+    for weight_dtype, dy_dtype in itertools.product([None, dtype, np.float32, np.float64], [dtype, np.float32, np.float64]):
+        weight = None if weight_dtype is None else rng.standard_normal(row).astype(weight_dtype)
+        dy = rng.standard_normal(shape).astype(dy_dtype)
+        grads = nbnorm.layer_norm_backward(dy, x, normalized_shape, weight, 1e-3, use_diff_of_squares, **statistics)
+        assert [type(grad) for grad in grads] == [np.ndarray] * 3
+        assert grads.dx.dtype == dtype
+        assert grads.dweight.dtype == grads.dbias.dtype == (weight_dtype or dtype)
+        assert_grads(grads, dy, x, len(row), weight, 1e-3, use_diff_of_squares)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("with_weight", [False, True])
+def test_output_mask_leaves_out_what_is_not_asked_for(rng, build, with_weight, mask):
+    x, dy = rng.standard_normal((2, 40, 11), dtype=np.float32)
+    weight = rng.standard_normal(11, dtype=np.float32) if with_weight else None
+    all_grads = nbnorm.layer_norm_backward(dy, x, 11, weight)
+    grads = nbnorm.layer_norm_backward(dy, x, 11, weight, output_mask=mask)
+    for grad, full, wanted in zip(grads, all_grads, mask, strict=True):
+        if wanted:
+            np.testing.assert_array_equal(grad, full)
+        else:
+            assert grad is None
+
+
+def test_given_statistics_are_used(rng):
+    x, dy = rng.standard_normal((2, 6, 10))
+    mean, rstd = rng.standard_normal((2, 6, 1))
+    x_hat = (x - mean) * rstd
+    dx = rstd * (dy - dy.mean(1, keepdims=True) - x_hat * (dy * x_hat).mean(1, keepdims=True))
+    grads = nbnorm.layer_norm_backward(dy, x, 10, mean=mean, rstd=rstd)
+    np.testing.assert_allclose(grads.dx, dx, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(grads.dweight, (dy * x_hat).sum(0), rtol=1e-12, atol=1e-14)
+
+
+def test_large_arrays_run_in_parallel(rng):
+    x, dy = rng.standard_normal((2, 3000, 96), dtype=np.float32)
+    weight = rng.standard_normal(96, dtype=np.float32)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, 96, weight), dy, x, 1, weight)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("mean", [1e3, 1e4, 1e6])
+def test_rows_with_a_large_mean_keep_their_digits(rng, mean, dtype):
+    x = (rng.standard_normal((24, 768)) + mean).astype(dtype)
+    dy = rng.standard_normal((24, 768)).astype(dtype)
+    weight = rng.standard_normal(768).astype(dtype)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, 768, weight), dy, x, 1, weight)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dy_with_a_large_mean_keeps_its_digits(rng, dtype):
+    x = rng.standard_normal((24, 768)).astype(dtype)
+    dy = (rng.standard_normal((24, 768)) + 1e4).astype(dtype)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, 768, output_mask=(True, False, False)), dy, x, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_sums_over_rows_are_wider_than_16_bit(rng, dtype):
+    # 4096 ones in float16 stop growing at 2048
+    dy = np.ones((4096, 3), dtype)
+    x = rng.standard_normal((4096, 3)).astype(dtype)
+    np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, x, 3).dbias, np.full(3, 4096, dtype))
+
+
+@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize("with_weight", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_numerical_derivative_of_our_own_forward(rng, with_bias, with_weight, use_diff_of_squares):
+    x, dy = rng.standard_normal((2, 3, 7))
+    weight = rng.standard_normal(7) if with_weight else None
+    bias = rng.standard_normal(7) if with_bias else None
+    grads = nbnorm.layer_norm_backward(dy, x, 7, weight, 1e-2, use_diff_of_squares)
+
+    def loss(x, weight, bias):
+        return (dy * nbnorm.layer_norm(x, 7, weight, bias, 1e-2, use_diff_of_squares)).sum()
+
+    def derivative(arguments, which):
+        # central difference: its own error is step² and eps / step, 1e-10 both
+        step = 1e-5
+        result = np.empty(arguments[which].shape)
+        for index in np.ndindex(result.shape):
+            high, low = ([np.copy(a) for a in arguments] for _ in range(2))
+            high[which][index] += step
+            low[which][index] -= step
+            result[index] = (loss(*high) - loss(*low)) / (2 * step)
+        return result
+
+    arguments = [x, np.ones(7) if weight is None else weight, np.zeros(7) if bias is None else bias]
+    for which, grad in enumerate(grads):
+        np.testing.assert_allclose(grad, derivative(arguments, which), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_or_inf_stays_in_its_rows_dx(rng, build, bad):
+    x, dy = rng.standard_normal((2, 5, 37), dtype=np.float32)
+    clean = nbnorm.layer_norm_backward(dy, x, 37).dx
+    x[1, 4] = bad
+    dy[3, 5] = bad
+    dx = nbnorm.layer_norm_backward(dy, x, 37).dx
+    np.testing.assert_array_equal(dx[[0, 2, 4]], clean[[0, 2, 4]])
+    assert np.isnan(dx[[1, 3]]).any(axis=1).all()
+
+
+def test_saved_float32_statistics_are_good_enough(rng):
+    x, dy = rng.standard_normal((2, 50, 64), dtype=np.float32)
+    _, mean, rstd = nbnorm.layer_norm(x, 64, return_stats=True)
+    saved = nbnorm.layer_norm_backward(dy, x, 64, mean=mean, rstd=rstd)
+    recomputed = nbnorm.layer_norm_backward(dy, x, 64)
+    np.testing.assert_allclose(saved.dx, recomputed.dx, atol=16 * EPS["float32"])

@@ -1,0 +1,112 @@
+"""Is y right, for every combination of dtype, parameters and mode, and on rows that are hard to normalise?"""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import nbnorm
+import oracle
+from tolerances import assert_statistics, assert_y
+
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+
+# (shape, normalized_shape): one element; fewer than a vector; a vector and a rest; two normalized dimensions; more rows than
+# a block of the backward; a batch of two dimensions
+SHAPES = [((1, 1), 1), ((3, 5), 5), ((4, 67), 67), ((2, 3, 4, 5), (4, 5)), ((70, 9), 9), ((3, 2, 16), (16,))]
+
+
+@pytest.mark.parametrize(("shape", "normalized_shape"), SHAPES)
+@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_full_product(rng, build, dtype, use_diff_of_squares, shape, normalized_shape):
+    x = (3 * rng.standard_normal(shape) + 1).astype(dtype)
+    row = shape[-np.size(normalized_shape) :]
+    for weight_dtype, bias_dtype in itertools.product([None, dtype, np.float32, np.float64], repeat=2):
+        weight = None if weight_dtype is None else rng.standard_normal(row).astype(weight_dtype)
+        bias = None if bias_dtype is None else rng.standard_normal(row).astype(bias_dtype)
+        y, mean, rstd = nbnorm.layer_norm(x, normalized_shape, weight, bias, 1e-3, use_diff_of_squares, return_stats=True)
+        assert type(y) is np.ndarray
+        assert y.dtype == dtype
+        assert mean.dtype == rstd.dtype == (np.float64 if dtype == np.float64 else np.float32)
+        assert_y(y, x, len(row), weight, bias, 1e-3, use_diff_of_squares)
+        assert_statistics(mean, rstd, x, len(row), 1e-3, use_diff_of_squares)
+
+
+def test_large_arrays_run_in_parallel(rng):
+    x = rng.standard_normal((300, 1000), dtype=np.float32)
+    weight, bias = rng.standard_normal((2, 1000), dtype=np.float32)
+    assert_y(nbnorm.layer_norm(x, 1000, weight, bias), x, 1, weight, bias)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(lambda z: z + 1e3, id="mean 1e3"),
+        pytest.param(lambda z: z + 1e4, id="mean 1e4"),
+        pytest.param(lambda z: z + 1e6, id="mean 1e6"),
+        pytest.param(lambda z: z * 1e-30, id="1e-30"),
+        pytest.param(lambda z: z * 1e30, id="1e30"),
+        pytest.param(lambda z: np.where(np.arange(z.shape[1]) == 3, 1e4, z), id="one outlier"),
+        pytest.param(lambda z: np.full_like(z, 0.1), id="constant"),
+        pytest.param(lambda z: z * 0 + np.arange(z.shape[1]), id="ramp"),
+    ],
+)
+@pytest.mark.parametrize("cols", [5, 768])
+def test_hard_rows_keep_their_digits(rng, rows, cols, dtype):
+    x = rows(rng.standard_normal((24, cols))).astype(dtype)
+    weight, bias = rng.standard_normal((2, cols)).astype(dtype)
+    assert_y(nbnorm.layer_norm(x, cols, weight, bias), x, 1, weight, bias)
+
+
+def test_256_with_one_255_is_finite_in_diff_of_squares():
+    # TensorRT-LLM's difference of squares gives NaN here
+    x = np.full((1, 10240), 256, np.float32)
+    x[0, 77] = 255
+    y = nbnorm.layer_norm(x, 10240, use_diff_of_squares=True)
+    assert_y(y, x, 1, use_diff_of_squares=True)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e10, 255.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_diff_of_squares_of_constant_rows_is_never_nan(value, dtype):
+    y = nbnorm.layer_norm(np.full((3, 1001), value, dtype), 1001, use_diff_of_squares=True)
+    assert np.isfinite(y).all()
+
+
+@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_or_inf_stays_in_its_row(rng, build, bad, use_diff_of_squares):
+    x = rng.standard_normal((5, 37), dtype=np.float32)
+    clean = nbnorm.layer_norm(x, 37, use_diff_of_squares=use_diff_of_squares)
+    x[2, 20] = bad
+    y = nbnorm.layer_norm(x, 37, use_diff_of_squares=use_diff_of_squares)
+    others = [0, 1, 3, 4]
+    np.testing.assert_array_equal(y[others], clean[others])
+    assert np.isnan(y[2]).all()
+    np.testing.assert_array_equal(np.isnan(oracle.forward(x, 1)[0]), np.isnan(y))
+
+
+@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+def test_a_result_beyond_the_dtype_is_inf(use_diff_of_squares):
+    x = np.array([[1, 2, 3, 1000]], np.float16)
+    y = nbnorm.layer_norm(x, 4, np.full(4, 60000, np.float16), use_diff_of_squares=use_diff_of_squares)
+    assert_y(y, x, 1, np.full(4, 60000))
+    assert np.isposinf(y[0, 3])
+
+
+def test_16_bit_rounds_to_nearest_even():
+    # y = weight exactly where x_hat is 1: halfway between two float16, the even one is taken
+    x = np.array([[-1, 1], [1, -1]], np.float16)
+    halfway = np.array([1 + 2.0**-11, 1 + 3 * 2.0**-11], np.float32)
+    y = nbnorm.layer_norm(x, 2, halfway, eps=0)
+    np.testing.assert_array_equal(np.abs(y), np.array([[1, 1 + 2.0**-9]] * 2, np.float16))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_eps_zero_and_a_constant_row(dtype):
+    # 0 / 0, as the formula says and as torch has it
+    y = nbnorm.layer_norm(np.full((1, 8), 2, dtype), 8, eps=0)
+    assert np.isnan(y).all()

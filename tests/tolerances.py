@@ -1,0 +1,74 @@
+"""How far a result may be from the oracle, derived from the dtype it is stored in.
+
+eps is the distance from 1 to the next number of the dtype; a correctly rounded result is within eps / 2.
+"""
+
+import numpy as np
+
+import oracle
+
+EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+
+# y is rounded at the subtraction of the mean, the products with rstd and weight, and the sum with bias: half an eps each
+# of the part that is there, and one more for rstd itself
+Y_EPS = 4
+# dx is a difference of three terms, each rounded as often as y
+GRADIENT_EPS = 8
+# mean(x²) and mean(x)² are each within a few eps of float64, relative to themselves and not to their difference
+SQUARES_EPS = 4
+
+
+def assert_y(y, x, ndim, weight=None, bias=None, eps=1e-5, use_diff_of_squares=False):
+    """|y - exact| <= 4 eps (|normalised part| + |bias| + 1), with NaN and Inf where the oracle has them."""
+    scaled = oracle.forward(x, ndim, weight, None, eps)[0]
+    exact = oracle.forward(x, ndim, weight, bias, eps)[0]
+    shift = 0 if bias is None else np.abs(np.asarray(bias).astype(oracle.WIDE))
+    with np.errstate(invalid="ignore"):
+        allowed = Y_EPS * EPS[np.asarray(y).dtype.name] * (np.abs(scaled) + shift + 1)
+        if use_diff_of_squares:
+            allowed = allowed + _rstd_error(x, ndim, eps) * np.abs(scaled)
+        _assert_close("y", y, exact, allowed)
+
+
+def assert_statistics(mean, rstd, x, ndim, eps=1e-5, use_diff_of_squares=False):
+    """Both within 2 eps: a sum in float64 or wider, rounded once, for any row that is not a difference of larger numbers."""
+    _, exact_mean, exact_rstd = oracle.forward(x, ndim, eps=eps)
+    scale = np.abs(np.asarray(x).astype(oracle.WIDE)).max(tuple(range(-ndim, 0)), keepdims=True, initial=0)
+    _assert_close("mean", mean, exact_mean, 2 * EPS[mean.dtype.name] * scale)
+    relative = 2 * EPS[rstd.dtype.name] + (_rstd_error(x, ndim, eps) if use_diff_of_squares else 0)
+    _assert_close("rstd", rstd, exact_rstd, relative * exact_rstd)
+
+
+def assert_grads(grads, dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=False):
+    """Within 8 eps of |dx| + the row's largest |dx|, and of |dw| + sqrt(rows): sums over rows grow like a random walk."""
+    exact_dx, exact_dweight, exact_dbias = oracle.backward(dy, x, ndim, weight, eps)
+    rows = np.prod(np.shape(x)[: np.ndim(x) - ndim])
+    rstd_error = _rstd_error(x, ndim, eps) if use_diff_of_squares else 0
+    if grads.dx is not None:
+        largest = np.abs(exact_dx).max(tuple(range(-ndim, 0)), keepdims=True, initial=0)
+        relative = GRADIENT_EPS * EPS[grads.dx.dtype.name] + rstd_error
+        _assert_close("dx", grads.dx, exact_dx, relative * (np.abs(exact_dx) + largest))
+    for name, value, exact in (("dweight", grads.dweight, exact_dweight), ("dbias", grads.dbias, exact_dbias)):
+        if value is not None:
+            relative = GRADIENT_EPS * EPS[value.dtype.name] + np.max(rstd_error, initial=0)
+            _assert_close(name, value, exact, relative * (np.abs(exact) + np.sqrt(rows)))
+
+
+def _rstd_error(x, ndim, eps):
+    """The relative error of rstd that difference of squares may add: that of the variance, which is rstd² times it."""
+    _, mean, rstd = oracle.forward(x, ndim, eps=eps)
+    return SQUARES_EPS * EPS["float64"] * (mean**2 * rstd**2 + 1)
+
+
+def _assert_close(name, value, exact, tolerance):
+    value = np.asarray(value)
+    assert value.shape == exact.shape, f"{name}: shape {value.shape}, the oracle's is {exact.shape}"
+    with np.errstate(over="ignore"):
+        rounded = exact.astype(value.dtype)
+    wide = value.astype(oracle.WIDE)
+    assert np.array_equal(np.isnan(value), np.isnan(rounded)), f"{name}: NaN elsewhere than in the oracle"
+    finite = np.isfinite(rounded)
+    assert np.array_equal(value[~finite], rounded[~finite], equal_nan=True), f"{name}: Inf elsewhere than in the oracle"
+    error = np.abs(wide - exact)[finite]
+    allowed = np.broadcast_to(tolerance, exact.shape)[finite]
+    assert (error <= allowed).all(), f"{name}: error is {(error / allowed).max():.3g} times what is allowed"
