@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from nbnorm import arrays
-from nbnorm.problem import Problem
+from nbnorm.problem import Problem, row_dtype
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 OVERLAP_WORK = 1_000_000
@@ -25,7 +25,7 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
     x_array, dtype = _operand("x", x)
     weight_array, weight_dtype = _optional("weight", weight)
     bias_array, bias_dtype = _optional("bias", bias)
-    problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (dtype,), (weight_dtype, bias_dtype))
+    problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (weight_dtype, bias_dtype))
     _shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
     _shape("bias", bias_array, problem.normalized_shape, "normalized_shape")
     return problem, x_array, weight_array, bias_array, _out("out", out, problem.shape, dtype)
@@ -39,7 +39,7 @@ def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rs
     weight_array, weight_dtype = _optional("weight", weight)
     mean_array, _ = _optional("mean", mean)
     rstd_array, _ = _optional("rstd", rstd)
-    problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (dtype, dy_dtype), (weight_dtype,))
+    problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (weight_dtype, dy_dtype))
     _shape("dy", dy_array, problem.shape, "the shape of x")
     _shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
     if (mean is None) != (rstd is None):
@@ -113,27 +113,20 @@ def state(state_dict, parameters):
     return result
 
 
-def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, row_dtypes, param_dtypes):
+def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes):
     normalized_shape = shape(normalized_shape)
     batch_ndim = x.ndim - len(normalized_shape)
     if batch_ndim < 0 or x.shape[batch_ndim:] != normalized_shape:
         raise ValueError(f"x: shape {x.shape}; expected one that ends in normalized_shape, {normalized_shape}")
-    kernel_dtype = _widest(row_dtypes)
     return Problem(
         batch=x.shape[:batch_ndim],
         normalized_shape=normalized_shape,
         eps=epsilon(eps),
         variance="diff_of_squares" if flag("use_diff_of_squares", use_diff_of_squares) else "centred",
         dtype=dtype,
-        weight_dtype=param_dtypes[0] or dtype,
-        kernel_dtype=kernel_dtype,
-        param_dtype=_widest((kernel_dtype, *param_dtypes)),
+        weight_dtype=other_dtypes[0] or dtype,
+        compute_dtype=np.result_type(*map(row_dtype, filter(None, (dtype, *other_dtypes)))),
     )
-
-
-def _widest(dtypes):
-    """The dtype of float32 and float64 that holds all of these exactly."""
-    return np.dtype(np.float64 if any(dtype == np.float64 for dtype in dtypes if dtype) else np.float32)
 
 
 def _optional(name, value):

@@ -10,8 +10,8 @@ import numpy as np
 class Problem:
     """Layer norm over the trailing `normalized_shape` of operands of shape `batch + normalized_shape`.
 
-    `dtype` is that of y and dx, `weight_dtype` that of dweight and dbias. A kernel reads rows of `kernel_dtype` and
-    parameters of `param_dtype`, float32 or float64 both.
+    `dtype` is that of y and dx, `weight_dtype` that of dweight and dbias. `compute_dtype`, float32 or float64, holds every
+    operand exactly.
     """
 
     batch: tuple[int, ...]
@@ -20,8 +20,7 @@ class Problem:
     variance: str
     dtype: np.dtype
     weight_dtype: np.dtype
-    kernel_dtype: np.dtype
-    param_dtype: np.dtype
+    compute_dtype: np.dtype
 
     @property
     def shape(self):
@@ -38,3 +37,8 @@ class Problem:
     @property
     def cols(self):
         return math.prod(self.normalized_shape)
+
+
+def row_dtype(dtype):
+    """The dtype in which a kernel takes rows of `dtype`: float32 for the 16-bit ones, float64 for integers and booleans."""
+    return np.dtype(np.float32 if dtype.itemsize < 8 and dtype.kind not in "biu" else np.float64)

@@ -71,14 +71,13 @@ def test_rows_with_a_large_mean_keep_their_digits(rng, mean, dtype):
     x = (rng.standard_normal((24, 768)) + mean).astype(dtype)
     dy = rng.standard_normal((24, 768)).astype(dtype)
     weight = rng.standard_normal(768).astype(dtype)
-    assert_grads(nbnorm.layer_norm_backward(dy, x, 768, weight), dy, x, 1, weight)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, 768, weight), dy, x, 1, weight, cancels=False)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_dy_with_a_large_mean_keeps_its_digits(rng, dtype):
-    x = rng.standard_normal((24, 768)).astype(dtype)
-    dy = (rng.standard_normal((24, 768)) + 1e4).astype(dtype)
-    assert_grads(nbnorm.layer_norm_backward(dy, x, 768, output_mask=(True, False, False)), dy, x, 1)
+def test_float32_dy_with_a_large_mean_keeps_its_digits(rng):
+    x = rng.standard_normal((24, 768), dtype=np.float32)
+    dy = rng.standard_normal((24, 768), dtype=np.float32) + np.float32(1e4)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, 768, output_mask=(True, False, False)), dy, x, 1, cancels=False)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])

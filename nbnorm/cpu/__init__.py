@@ -4,6 +4,7 @@ import numpy as np
 
 from nbnorm.cpu import kernels
 from nbnorm.cpu.staging import block_limit, buffer_for, convert, is_ready, load, row_blocks, rows_of, store
+from nbnorm.problem import row_dtype
 
 # below this many elements a parallel region costs more than it saves: float32 forward on two cores of an AMD EPYC takes
 # 1.8 us serial and 2.3 us parallel at (8, 768), 5.1 and 3.8 us at (32, 768)
@@ -18,17 +19,18 @@ MAX_BLOCK_SUMS = 1 << 20
 
 def forward(problem, x, weight, bias, out, return_stats):
     """Returns y, mean and rstd; mean and rstd have one entry a row, and none at all unless asked for."""
-    dtype = problem.kernel_dtype
+    x_dtype = row_dtype(x.dtype)
     y = _destination(out, problem.shape, problem.dtype, (x, weight, bias))
     statistics = problem.rows if return_stats else 0
-    mean = np.full(statistics, np.nan, dtype)
-    rstd = np.full(statistics, np.nan, dtype)
+    mean = np.full(statistics, np.nan, x_dtype)
+    rstd = np.full(statistics, np.nan, x_dtype)
 
     if problem.rows > 0 and problem.cols > 0:
+        dtype = problem.compute_dtype
         present = (weight is not None, bias is not None)
-        kernel = kernels.forward(dtype.name, problem.param_dtype.name, *present, problem.variance, _is_parallel(problem))
-        weight_row = _flat(weight, problem.param_dtype)
-        bias_row = _flat(bias, problem.param_dtype)
+        kernel = kernels.forward(x_dtype.name, dtype.name, *present, problem.variance, _is_parallel(problem))
+        weight_row = _flat(weight, dtype)
+        bias_row = _flat(bias, dtype)
         limit = block_limit(problem, x, y)
         x_buffer = buffer_for(x, problem, limit)
         y_buffer = buffer_for(y, problem, limit)
@@ -43,7 +45,6 @@ def forward(problem, x, weight, bias, out, return_stats):
 
 def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     """Returns dx, dweight and dbias, None where not asked for; recomputes the statistics where mean and rstd are None."""
-    dtype = problem.kernel_dtype
     with_dx, with_dweight, with_dbias = output_mask
     dx_out, dweight_out, dbias_out = out
     dx = _destination(dx_out, problem.shape, problem.dtype, (dy, x, weight, mean, rstd)) if with_dx else None
@@ -53,18 +54,19 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     dbias_sums = np.zeros((blocks if with_dbias else 0, problem.cols))
 
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
+        x_dtype = row_dtype(x.dtype)
+        dtype = problem.compute_dtype
+        dtypes = (row_dtype(dy.dtype).name, x_dtype.name, dtype.name)
         statistics = problem.variance if mean is None else "given"
-        kernel = kernels.backward(
-            dtype.name, problem.param_dtype.name, weight is not None, statistics, output_mask, _is_parallel(problem)
-        )
-        weight_row = _flat(weight, problem.param_dtype)
+        kernel = kernels.backward(*dtypes, weight is not None, statistics, output_mask, _is_parallel(problem))
+        weight_row = _flat(weight, dtype)
         mean_row = _flat(mean, dtype)
         rstd_row = _flat(rstd, dtype)
         limit = block_limit(problem, dy, x, dx)
         dy_buffer = buffer_for(dy, problem, limit)
         x_buffer = buffer_for(x, problem, limit)
         dx_buffer = buffer_for(dx, problem, limit) if with_dx else None
-        no_rows = np.empty((0, problem.cols), dtype)
+        no_rows = np.empty((0, problem.cols), x_dtype)
         for index, rows in row_blocks(problem.batch, limit):
             dx_rows = rows_of(dx[index], dx_buffer, problem.cols) if with_dx else no_rows
             kernel(

@@ -1,16 +1,19 @@
 """The CPU kernels, each made by a factory for one set of compile-time choices.
 
-A factory compiles for one pinned signature: C-contiguous rows of one dtype, inputs declared read-only, which both writable
-and read-only arrays match. What a kernel does not need (`has_weight=False`, say) it takes as an empty array.
+A factory compiles for one pinned signature: C-contiguous arrays, inputs declared read-only, which both writable and read-only
+arrays match. `dtype` is what a kernel computes in and its parameters have, the widest of all operands; rows may be narrower. What a kernel does not need (`has_weight=False`, say) it takes as an empty array.
 
 The serial and the parallel build of a kernel give the same bits, since the loops over a row are compiled once, in `rows.py`.
 """
 
 import functools
+import hashlib
+import inspect
 
 import numpy as np
 from numba import from_dtype, njit, prange, types
 
+from nbnorm.cpu import rows
 from nbnorm.cpu.rows import (
     add_parameter_gradients,
     centred,
@@ -20,6 +23,10 @@ from nbnorm.cpu.rows import (
     normalise,
     reciprocal_std,
 )
+
+# Numba's disk cache tells kernels apart by their own source and what they close over, not by the helpers that they call or
+# by their options; a kernel closes over this and `parallel` for that reason alone
+ROWS_SOURCE = hashlib.sha256(inspect.getsource(rows).encode()).hexdigest()
 
 
 def _inputs(dtype, ndim):
@@ -31,31 +38,32 @@ def _outputs(dtype, ndim):
 
 
 @functools.cache
-def forward(dtype, param_dtype, has_weight, has_bias, variance, parallel):
+def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     """One iteration owns row r and writes y[r] and, where these are not empty, mean[r] and rstd[r].
 
     Formula: Ba, Kiros and Hinton 2016, eq. 4; `variance` is "centred" or "diff_of_squares".
     """
     element = np.dtype(dtype).type
+    build = f"{ROWS_SOURCE} parallel={parallel}"
     signature = types.void(
-        _inputs(dtype, 2),  # x
-        _inputs(param_dtype, 1),  # weight
-        _inputs(param_dtype, 1),  # bias
+        _inputs(x_dtype, 2),  # x
+        _inputs(dtype, 1),  # weight
+        _inputs(dtype, 1),  # bias
         types.float64,  # eps
-        _outputs(dtype, 2),  # y
-        _outputs(dtype, 1),  # mean
-        _outputs(dtype, 1),  # rstd
+        _outputs(x_dtype, 2),  # y
+        _outputs(x_dtype, 1),  # mean
+        _outputs(x_dtype, 1),  # rstd
     )
 
     @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
     def kernel(x, weight, bias, eps, y, mean, rstd):
-        build = parallel  # noqa: F841  the disk cache tells builds apart by what they close over, not by their options
+        build  # noqa: B018  closed over for the disk cache
         for r in prange(x.shape[0]):
             # statistics
             if variance == "centred":
-                hi, lo, var = centred(x[r])
+                hi, lo, var = centred(x[r], element)
             else:
-                hi, lo, var = diff_of_squares(x[r])
+                hi, lo, var = diff_of_squares(x[r], element)
             scale = element(reciprocal_std(var, eps))
             if mean.size > 0:
                 mean[r] = hi + lo
@@ -75,7 +83,7 @@ def forward(dtype, param_dtype, has_weight, has_bias, variance, parallel):
 
 
 @functools.cache
-def backward(dtype, param_dtype, has_weight, statistics, output_mask, parallel):
+def backward(dy_dtype, x_dtype, dtype, has_weight, statistics, output_mask, parallel):
     """Gradients of layer norm: one iteration owns a block of rows; it writes dx of each and adds to the block's own sums.
 
     `statistics` is "given" or the variance to recompute them by. Block b owns rows b * block_rows to (b + 1) * block_rows of
@@ -83,24 +91,25 @@ def backward(dtype, param_dtype, has_weight, statistics, output_mask, parallel):
     Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
     """
     element = np.dtype(dtype).type
+    build = f"{ROWS_SOURCE} parallel={parallel}"
     with_dx, with_dweight, with_dbias = output_mask
     signature = types.void(
-        _inputs(dtype, 2),  # dy
-        _inputs(dtype, 2),  # x
-        _inputs(param_dtype, 1),  # weight
+        _inputs(dy_dtype, 2),  # dy
+        _inputs(x_dtype, 2),  # x
+        _inputs(dtype, 1),  # weight
         types.float64,  # eps
         _inputs(dtype, 1),  # mean
         _inputs(dtype, 1),  # rstd
         types.int64,  # first
         types.int64,  # block_rows
-        _outputs(dtype, 2),  # dx
+        _outputs(x_dtype, 2),  # dx
         _outputs(np.float64, 2),  # dweight
         _outputs(np.float64, 2),  # dbias
     )
 
     @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
     def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, dx, dweight, dbias):
-        build = parallel  # noqa: F841  the disk cache tells builds apart by what they close over, not by their options
+        build  # noqa: B018  closed over for the disk cache
         last = first + x.shape[0]
         for b in prange(first // block_rows, (last + block_rows - 1) // block_rows):
             for r in range(max(b * block_rows, first) - first, min((b + 1) * block_rows, last) - first):
@@ -109,9 +118,9 @@ def backward(dtype, param_dtype, has_weight, statistics, output_mask, parallel):
                     hi, lo, scale = mean[r], element(0), rstd[r]
                 else:
                     if statistics == "centred":
-                        hi, lo, var = centred(x[r])
+                        hi, lo, var = centred(x[r], element)
                     else:
-                        hi, lo, var = diff_of_squares(x[r])
+                        hi, lo, var = diff_of_squares(x[r], element)
                     scale = element(reciprocal_std(var, eps))
 
                 # the sums over rows first: dx may overwrite dy or x
@@ -122,12 +131,19 @@ def backward(dtype, param_dtype, has_weight, statistics, output_mask, parallel):
                 elif with_dbias:
                     add_parameter_gradients(dy[r], x[r], hi, lo, scale, None, dbias[b])
 
-                # the means over the row, and dx
+                # the means over the row
                 if with_dx and has_weight:
-                    mean_g, mean_gx = gradient_means(dy[r], x[r], hi, lo, scale, weight)
-                    input_gradient(dy[r], x[r], hi, lo, scale, weight, mean_g, mean_gx, dx[r])
+                    mean_g, mean_gx, mean_x_hat = gradient_means(dy[r], x[r], hi, lo, scale, weight)
                 elif with_dx:
-                    mean_g, mean_gx = gradient_means(dy[r], x[r], hi, lo, scale, None)
-                    input_gradient(dy[r], x[r], hi, lo, scale, None, mean_g, mean_gx, dx[r])
+                    mean_g, mean_gx, mean_x_hat = gradient_means(dy[r], x[r], hi, lo, scale, None)
+                if with_dx and statistics != "given":
+                    # 0 but for rounding, which a large mean of g would make visible
+                    mean_gx -= mean_g * mean_x_hat
+
+                # dx
+                if with_dx and has_weight:
+                    input_gradient(dy[r], x[r], hi, lo, scale, weight, mean_g, mean_gx, element, dx[r])
+                elif with_dx:
+                    input_gradient(dy[r], x[r], hi, lo, scale, None, mean_g, mean_gx, element, dx[r])
 
     return kernel

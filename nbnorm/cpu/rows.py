@@ -1,8 +1,9 @@
 """The arithmetic of one row, as jitted functions that the kernels share.
 
-Each takes contiguous one-dimensional rows of float32 or float64 and sums in float64. A mean is kept in two parts, `hi` of
-the row's own type and the small rest `lo`, so that `(x - hi) - lo` loses no digits where the mean is large against the
-deviations: a float32 mean alone costs 1e-3 at mean/std = 1e4.
+Each takes contiguous one-dimensional rows of float32 or float64, computes in the type `element`, which is the widest of all
+operands, and sums in float64. A mean is kept in two parts, `hi` of that type and the small rest `lo`, so that
+`(x - hi) - lo` loses no digits where the mean is large against the deviations: a float32 mean alone costs 1e-3 at
+mean/std = 1e4.
 
 Every function states its fast-math flags: a jitted helper without any inherits those of the caller that compiles it first.
 """
@@ -29,9 +30,8 @@ def split(value, element):
 
 
 @njit(fastmath=SUMS, error_model="numpy", cache=True)
-def centred(x):
+def centred(x, element):
     """hi, lo and variance of a row: the mean first, then the deviations from it (Chan, Golub and LeVeque 1983, eq. 1.7)."""
-    element = x.dtype.type
     per_element = 1.0 / np.float64(x.size)
 
     total = 0.0
@@ -51,7 +51,7 @@ def centred(x):
 
 
 @njit(fastmath=SUMS, error_model="numpy", cache=True)
-def diff_of_squares(x):
+def diff_of_squares(x, element):
     """hi, lo and variance of a row from one sweep, `mean(x²) - mean(x)²` clamped at 0."""
     per_element = 1.0 / np.float64(x.size)
     total = 0.0
@@ -61,7 +61,7 @@ def diff_of_squares(x):
         total += v
         squares += v * v
     mean = total * per_element
-    hi, lo = split(mean, x.dtype.type)
+    hi, lo = split(mean, element)
     return hi, lo, max(squares * per_element - mean * mean, 0.0)
 
 
@@ -84,27 +84,30 @@ def normalise(x, hi, lo, rstd, weight, bias, y):
 
 @njit(fastmath=SUMS, error_model="numpy", cache=True)
 def gradient_means(dy, x, hi, lo, rstd, weight):
-    """The means over a row of g and g * x_hat, where g = dy * weight and x_hat = (x - mean) * rstd."""
+    """The means over a row of g, g * x_hat and x_hat, where g = dy * weight and x_hat = (x - mean) * rstd."""
     total = 0.0
     projected = 0.0
+    deviations = 0.0
     for j in range(x.size):
         g = np.float64(dy[j])
         if weight is not None:
             g = g * np.float64(weight[j])
+        d = np.float64(centre(x[j], hi, lo))
         total += g
-        projected += g * np.float64(centre(x[j], hi, lo))
+        projected += g * d
+        deviations += d
     per_element = 1.0 / np.float64(x.size)
-    return total * per_element, projected * per_element * np.float64(rstd)
+    scale = per_element * np.float64(rstd)
+    return total * per_element, projected * scale, deviations * scale
 
 
 @njit(fastmath=ELEMENTWISE, error_model="numpy", cache=True)
-def input_gradient(dy, x, hi, lo, rstd, weight, mean_g, mean_gx, dx):
+def input_gradient(dy, x, hi, lo, rstd, weight, mean_g, mean_gx, element, dx):
     """Write dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))."""
-    element = x.dtype.type
     g_hi, g_lo = split(mean_g, element)
     slope = element(mean_gx) * rstd
     for j in range(x.size):
-        g = dy[j]
+        g = element(dy[j])
         if weight is not None:
             g = g * weight[j]
         dx[j] = (centre(g, g_hi, g_lo) - centre(x[j], hi, lo) * slope) * rstd

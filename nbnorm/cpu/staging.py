@@ -8,6 +8,8 @@ import math
 
 import numpy as np
 
+from nbnorm.problem import row_dtype
+
 # elements of a buffer: 1 MiB of float32
 BUFFER_ELEMENTS = 1 << 18
 
@@ -42,16 +44,15 @@ def row_blocks(batch, limit, index=(), start=0):
 
 def block_limit(problem, *arrays):
     """Rows a block: all where no array needs a buffer, else as many as a buffer holds."""
-    if all(array is None or is_ready(array, problem.kernel_dtype) for array in arrays):
+    if all(array is None or is_ready(array, row_dtype(array.dtype)) for array in arrays):
         return problem.rows
     return min(problem.rows, max(1, BUFFER_ELEMENTS // problem.cols))
 
 
 def buffer_for(array, problem, limit):
     """A buffer for blocks of `limit` rows of the array, or None where its blocks are views."""
-    if is_ready(array, problem.kernel_dtype):
-        return None
-    return np.empty((limit, problem.cols), problem.kernel_dtype)
+    dtype = row_dtype(array.dtype)
+    return None if is_ready(array, dtype) else np.empty((limit, problem.cols), dtype)
 
 
 def rows_of(block, buffer, cols):
