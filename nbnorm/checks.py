@@ -92,11 +92,13 @@ def float_dtype(dtype):
     if dtype is None:
         return np.dtype(np.float32)
     name = str(dtype).removeprefix("torch.")
+    if name == "bfloat16":
+        return _bfloat16("dtype")
     try:
-        result = _bfloat16("dtype") if name == "bfloat16" else np.dtype(name if name in FLOATS else dtype)
-    except TypeError as error:
-        raise TypeError(f"dtype: {dtype!r}; expected one of {', '.join(FLOATS)}") from error
-    if result.name not in FLOATS:
+        result = np.dtype(name if name in FLOATS else dtype)
+    except TypeError:
+        result = None
+    if result is None or result.name not in FLOATS:
         raise TypeError(f"dtype: {dtype!r}; expected one of {', '.join(FLOATS)}")
     return result.newbyteorder("=")
 

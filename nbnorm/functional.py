@@ -1,38 +1,43 @@
 """Layer norm and its gradients as functions of arrays."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 from nbnorm import arrays, checks, cpu
+
+# an array of any of the supported libraries, or what numpy.asarray takes
+Array: TypeAlias = Any
+Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
 
 
 class LayerNormResult(NamedTuple):
     """What `layer_norm` returns with ``return_stats=True``."""
 
-    y: Any
-    mean: Any
-    rstd: Any
+    y: Array
+    mean: Array
+    rstd: Array
 
 
 class LayerNormGrads(NamedTuple):
     """What `layer_norm_backward` returns; an entry that was not asked for is None."""
 
-    dx: Any
-    dweight: Any
-    dbias: Any
+    dx: Array
+    dweight: Array
+    dbias: Array
 
 
 def layer_norm(
-    x,
-    normalized_shape,
-    weight=None,
-    bias=None,
-    eps=1e-5,
-    use_diff_of_squares=False,
+    x: Array,
+    normalized_shape: Shape,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    use_diff_of_squares: bool = False,
     *,
-    out=None,
-    return_stats=False,
-    stream=None,
-):
+    out: Array | None = None,
+    return_stats: bool = False,
+    stream: None = None,
+) -> Any:
     """Normalise an array over its trailing dimensions.
 
     Parameters
@@ -110,19 +115,19 @@ def layer_norm(
 
 
 def layer_norm_backward(
-    dy,
-    x,
-    normalized_shape,
-    weight=None,
-    eps=1e-5,
-    use_diff_of_squares=False,
+    dy: Array,
+    x: Array,
+    normalized_shape: Shape,
+    weight: Array | None = None,
+    eps: float = 1e-5,
+    use_diff_of_squares: bool = False,
     *,
-    mean=None,
-    rstd=None,
-    output_mask=(True, True, True),
-    out=None,
-    stream=None,
-):
+    mean: Array | None = None,
+    rstd: Array | None = None,
+    output_mask: Sequence[bool] = (True, True, True),
+    out: Sequence[Array | None] | None = None,
+    stream: None = None,
+) -> LayerNormGrads:
     """Gradients of `layer_norm` with respect to x, weight and bias.
 
     Parameters

@@ -1,9 +1,12 @@
 """Layer norm as an object that holds its parameters."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from nbnorm import checks
-from nbnorm.functional import layer_norm, layer_norm_backward
+from nbnorm.functional import Array, LayerNormGrads, Shape, layer_norm, layer_norm_backward
 
 
 class LayerNorm:
@@ -62,15 +65,15 @@ class LayerNorm:
 
     def __init__(
         self,
-        normalized_shape,
-        eps=1e-5,
-        elementwise_affine=True,
-        bias=True,
-        device=None,
-        dtype=None,
+        normalized_shape: Shape,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
         *,
-        use_diff_of_squares=False,
-    ):
+        use_diff_of_squares: bool = False,
+    ) -> None:
         self.normalized_shape = checks.shape(normalized_shape)
         self.eps = checks.epsilon(eps)
         self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
@@ -78,16 +81,16 @@ class LayerNorm:
         self.device = checks.cpu_device(device)
         has_bias = checks.flag("bias", bias) and self.elementwise_affine
         dtype = checks.float_dtype(dtype)
-        self.weight = np.ones(self.normalized_shape, dtype) if self.elementwise_affine else None
-        self.bias = np.zeros(self.normalized_shape, dtype) if has_bias else None
+        self.weight: Any = np.ones(self.normalized_shape, dtype) if self.elementwise_affine else None
+        self.bias: Any = np.zeros(self.normalized_shape, dtype) if has_bias else None
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         """Layer norm of x with this layer's parameters; see `layer_norm`."""
         return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.use_diff_of_squares)
 
     __call__ = forward
 
-    def backward(self, dy, x):
+    def backward(self, dy: Array, x: Array) -> LayerNormGrads:
         """Gradients for dy at the input x, None for a parameter that is switched off; see `layer_norm_backward`.
 
         Nothing is kept from the forward pass, so that several threads can use one layer.
@@ -102,12 +105,12 @@ class LayerNorm:
             output_mask=(True, self.weight is not None, self.bias is not None),
         )
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Array]:
         """The parameters that are present, by name: the arrays themselves, not copies."""
         parameters = {"weight": self.weight, "bias": self.bias}
         return {name: array for name, array in parameters.items() if array is not None}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: Mapping[str, Array]) -> None:
         """Copy parameters from a mapping of names to arrays, all or none of them.
 
         Parameters
@@ -127,7 +130,7 @@ class LayerNorm:
         for name, array in checks.state(state_dict, parameters).items():
             parameters[name][...] = array
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""
         mode = ", use_diff_of_squares=True" if self.use_diff_of_squares else ""
         return (
@@ -135,5 +138,5 @@ class LayerNorm:
             f"bias={self.bias is not None}{mode}"
         )
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

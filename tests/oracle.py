@@ -7,7 +7,6 @@ from nbnorm import reference
 WIDE = np.longdouble
 
 
-
 def forward(x, ndim, weight=None, bias=None, eps=1e-5, use_diff_of_squares=False):
     x, weight, bias = map(_wide, (x, weight, bias))
     with np.errstate(all="ignore"):

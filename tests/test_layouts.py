@@ -143,7 +143,7 @@ def test_out_may_be_the_weight():
 @pytest.mark.parametrize("shift", [-1, 1, COLS - 1, COLS, 3 * COLS])
 def test_out_that_partly_overlaps_an_input(rng, build, dtype, buffer, shift):
     rows = 10
-    memory = rng.standard_normal((rows * COLS + 4 * COLS)).astype(dtype)
+    memory = rng.standard_normal(rows * COLS + 4 * COLS).astype(dtype)
     start = 2 * COLS
 
     def views(memory):

@@ -40,10 +40,10 @@ def assert_statistics(mean, rstd, x, ndim, eps=1e-5, use_diff_of_squares=False):
 
 
 def assert_grads(grads, dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=False, cancels=True):
-    """Within 8 eps: dx of |dx| + the row's largest |dx|, dweight and dbias of themselves + sqrt(rows), as a sum of rows grows.
+    """Within 8 eps: dx of |dx| + the row's largest |dx|, dweight and dbias of themselves + sqrt(rows), as random sums grow.
 
-    With `cancels`, dx may be small against the terms that it is a difference of, and is measured against the largest of them:
-    no arithmetic in the dtype can do better for, say, rows of two elements, whose dx is nearly zero.
+    With `cancels`, dx may be small against the terms that it is a difference of, and is measured against the largest of
+    them: no arithmetic in the dtype can do better for, say, rows of two elements, whose dx is nearly zero.
     """
     exact_dx, exact_dweight, exact_dbias = oracle.backward(dy, x, ndim, weight, eps)
     rows = np.prod(np.shape(x)[: np.ndim(x) - ndim])

@@ -1,0 +1,223 @@
+"""Does every wrong call raise the right error, with a message that names the argument, before anything is written?"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import nbnorm
+
+X = np.arange(12, dtype=np.float32).reshape(3, 4)
+F32 = np.dtype(np.float32)
+
+
+def read_only(a):
+    a.flags.writeable = False
+    return a
+
+
+FORWARD = [
+    # TypeError: a wrong kind of object, dtype or device
+    ({"x": None}, TypeError, "x: dtype object; supported are float16, bfloat16, float32, float64"),
+    ({"x": "text"}, TypeError, "x: dtype <U4; supported"),
+    ({"x": object()}, TypeError, "x: dtype object; supported"),
+    ({"x": X.astype(complex)}, TypeError, "x: dtype complex128; supported"),
+    ({"x": X.astype(np.longdouble)}, TypeError, f"x: dtype {np.dtype(np.longdouble)}; supported"),
+    ({"x": X.astype(object)}, TypeError, "x: dtype object; supported"),
+    ({"x": X.astype("M8[s]")}, TypeError, "x: dtype datetime64"),
+    ({"x": X.astype(ml_dtypes.float8_e4m3fn)}, TypeError, "x: dtype float8_e4m3fn; supported"),
+    ({"x": np.zeros((3, 4), [("a", "f4")])}, TypeError, "x: dtype .*; supported"),
+    ({"x": np.ma.masked_array(X, X > 3)}, TypeError, "x: a masked array; expected"),
+    ({"x": [[1, 2, 3, 4j]]}, TypeError, "x: dtype complex128; supported"),
+    ({"weight": np.ones(4, complex)}, TypeError, "weight: dtype complex128; supported"),
+    ({"bias": "text"}, TypeError, "bias: dtype <U4; supported"),
+    ({"normalized_shape": 4.0}, TypeError, r"normalized_shape: 4.0; expected an int or a sequence of ints"),
+    ({"normalized_shape": "4"}, TypeError, "normalized_shape: '4'; expected an int"),
+    ({"normalized_shape": None}, TypeError, "normalized_shape: None; expected an int"),
+    ({"normalized_shape": [4.0]}, TypeError, r"normalized_shape: \[4.0\]; expected an int"),
+    ({"normalized_shape": {4}}, TypeError, r"normalized_shape: \{4\}; expected an int"),
+    ({"normalized_shape": True}, TypeError, "normalized_shape: True; expected an int"),
+    ({"eps": "1e-5"}, TypeError, "eps: '1e-5' of type str; expected a real number"),
+    ({"eps": 1j}, TypeError, "eps: 1j of type complex; expected a real number"),
+    ({"eps": None}, TypeError, "eps: None of type NoneType; expected a real number"),
+    ({"eps": True}, TypeError, "eps: True of type bool; expected a real number"),
+    ({"use_diff_of_squares": 1}, TypeError, "use_diff_of_squares: 1 of type int; expected a bool"),
+    ({"return_stats": "yes"}, TypeError, "return_stats: 'yes' of type str; expected a bool"),
+    ({"out": [[0.0] * 4] * 3}, TypeError, "out: list; expected an array"),
+    ({"out": np.ma.zeros((3, 4), "f4")}, TypeError, "out: a masked array; expected"),
+    # ValueError: a wrong shape, eps, or layout
+    ({"x": [[1, 2], [3]]}, ValueError, "x: list has no view as a NumPy array"),
+    ({"x": X[0, 0]}, ValueError, r"x: shape \(\); expected one that ends in normalized_shape, \(4,\)"),
+    ({"x": 3.0}, ValueError, r"x: shape \(\); expected one that ends"),
+    ({"normalized_shape": ()}, ValueError, r"normalized_shape: \(\); expected at least one dimension, none negative"),
+    ({"normalized_shape": -4}, ValueError, "normalized_shape: -4; expected at least one dimension, none negative"),
+    ({"normalized_shape": 5}, ValueError, r"x: shape \(3, 4\); expected one that ends in normalized_shape, \(5,\)"),
+    ({"normalized_shape": (2, 3, 4)}, ValueError, r"x: shape \(3, 4\); expected one that ends"),
+    ({"normalized_shape": 0}, ValueError, r"x: shape \(3, 4\); expected one that ends in normalized_shape, \(0,\)"),
+    ({"weight": np.ones(3)}, ValueError, r"weight: shape \(3,\); expected \(4,\), normalized_shape"),
+    ({"weight": np.ones((1, 4))}, ValueError, r"weight: shape \(1, 4\); expected \(4,\)"),
+    ({"weight": 2.0}, ValueError, r"weight: shape \(\); expected \(4,\)"),
+    ({"bias": np.ones(5)}, ValueError, r"bias: shape \(5,\); expected \(4,\), normalized_shape"),
+    ({"eps": -1e-9}, ValueError, "eps: -1e-09; expected a finite number that is not negative"),
+    ({"eps": float("nan")}, ValueError, "eps: nan; expected a finite number"),
+    ({"eps": float("inf")}, ValueError, "eps: inf; expected a finite number"),
+    ({"eps": 10**400}, ValueError, "eps: 1000.*; expected a finite number"),
+    ({"out": np.zeros((4, 3), "f4")}, ValueError, r"out: shape \(4, 3\); expected \(3, 4\), the shape of the result"),
+    ({"out": np.zeros((3, 4))}, ValueError, "out: dtype float64; expected float32, the dtype of the result"),
+    ({"out": np.zeros((3, 4), "i4")}, ValueError, "out: dtype int32; expected float32"),
+    ({"out": read_only(np.zeros((3, 4), "f4"))}, ValueError, "out: a read-only array; expected a writable one"),
+    (
+        {"out": np.lib.stride_tricks.as_strided(np.zeros(4, "f4"), (3, 4), (0, 4))},
+        ValueError,
+        r"out: strides \(0, 4\); expected an array whose elements each have memory of their own",
+    ),
+    ({"stream": 0}, ValueError, "stream: 0; expected None, since CPU arrays have no streams"),
+]
+
+BACKWARD = [
+    *(case for case in FORWARD if not {"bias", "return_stats", "out"} & set(case[0])),
+    ({"dy": None}, TypeError, "dy: dtype object; supported"),
+    ({"dy": X.astype(complex)}, TypeError, "dy: dtype complex128; supported"),
+    ({"dy": X[:2]}, ValueError, r"dy: shape \(2, 4\); expected \(3, 4\), the shape of x"),
+    ({"mean": np.zeros((3, 1))}, ValueError, "rstd: None, but mean is given; expected both, or neither"),
+    ({"rstd": np.zeros((3, 1))}, ValueError, "mean: None, but rstd is given; expected both, or neither"),
+    ({"mean": np.zeros(3), "rstd": np.zeros((3, 1))}, ValueError, r"mean: shape \(3,\); expected \(3, 1\), x's, with 1"),
+    ({"mean": np.zeros((3, 1)), "rstd": np.zeros((1, 3))}, ValueError, r"rstd: shape \(1, 3\); expected \(3, 1\)"),
+    ({"mean": np.zeros((3, 1), complex), "rstd": np.zeros((3, 1))}, TypeError, "mean: dtype complex128"),
+    ({"output_mask": True}, TypeError, "output_mask: True; expected three bools"),
+    ({"output_mask": "yes"}, TypeError, "output_mask: 'yes'; expected three bools"),
+    ({"output_mask": (1, 0, 1)}, TypeError, r"output_mask\[0\]: 1 of type int; expected a bool"),
+    ({"output_mask": (True, True)}, ValueError, r"output_mask: \(True, True\); expected three bools"),
+    ({"out": np.zeros((3, 4), "f4")}, TypeError, "out: numpy.ndarray; expected a tuple of arrays or None"),
+    ({"out": (None, None)}, ValueError, "out: 2 entries; expected three"),
+    ({"out": (np.zeros((3, 4)), None, None)}, ValueError, r"out\[0\]: dtype float64; expected float32"),
+    ({"out": (None, np.zeros(3, "f4"), None)}, ValueError, r"out\[1\]: shape \(3,\); expected \(4,\)"),
+    ({"out": (None, None, read_only(np.zeros(4, "f4")))}, ValueError, r"out\[2\]: a read-only array"),
+    ({"out": (None, [0.0] * 4, None)}, TypeError, r"out\[1\]: list; expected an array"),
+    (
+        {"out": (None, np.zeros(4, "f4"), None), "output_mask": (True, False, True)},
+        ValueError,
+        r"out\[1\]: numpy.ndarray; expected None, since output_mask\[1\] is False",
+    ),
+]
+
+LAYER = [
+    ({"normalized_shape": ()}, ValueError, "normalized_shape: "),
+    ({"normalized_shape": "4"}, TypeError, "normalized_shape: '4'"),
+    ({"eps": -1}, ValueError, "eps: -1"),
+    ({"elementwise_affine": None}, TypeError, "elementwise_affine: None of type NoneType; expected a bool"),
+    ({"bias": np.zeros(4)}, TypeError, r"bias: array\(.*\) of type numpy.ndarray; expected a bool"),
+    ({"device": "gpu"}, TypeError, "device: 'gpu'; expected 'cpu' or None"),
+    ({"device": 0}, TypeError, "device: 0; expected 'cpu' or None"),
+    ({"dtype": "int32"}, TypeError, "dtype: 'int32'; expected one of float16, bfloat16, float32, float64"),
+    ({"dtype": complex}, TypeError, "dtype: <class 'complex'>; expected one of"),
+    ({"dtype": "float99"}, TypeError, "dtype: 'float99'; expected one of"),
+    ({"dtype": 4}, TypeError, "dtype: 4; expected one of"),
+    ({"use_diff_of_squares": None}, TypeError, "use_diff_of_squares: None"),
+]
+
+
+def ids(case):
+    return str(case)[:60] if isinstance(case, dict) else ""
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), FORWARD, ids=ids)
+def test_forward(arguments, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        nbnorm.layer_norm(**{"x": X, "normalized_shape": 4} | arguments)
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BACKWARD, ids=ids)
+def test_backward(arguments, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        nbnorm.layer_norm_backward(**{"dy": X, "x": X, "normalized_shape": 4} | arguments)
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), LAYER, ids=ids)
+def test_layer(arguments, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        nbnorm.LayerNorm(**{"normalized_shape": 4} | arguments)
+
+
+def test_outs_that_overlap_each_other():
+    shared = np.zeros(6, np.float32)
+    with pytest.raises(ValueError, match=r"^out\[2\]: shares memory with out\[1\]"):
+        nbnorm.layer_norm_backward(X, X, 4, out=(None, shared[:4], shared[2:]))
+    # the same stretch of memory, but no element in common
+    interleaved = np.zeros(8, np.float32)
+    nbnorm.layer_norm_backward(X, X, 4, out=(None, interleaved[::2], interleaved[1::2]))
+    np.testing.assert_array_equal(interleaved[1::2], X.sum(0))
+
+
+def test_overlap_of_outs_that_is_too_hard_to_decide_is_refused():
+    # strides without a common divisor make the exact question exponential
+    memory = np.zeros(1 << 20, np.float32)
+    shape = (3,) * 11
+    strides = [4 * n for n in (90001, 45007, 22511, 11257, 5639, 2833, 1423, 709, 353, 179, 89)]
+    a = np.lib.stride_tricks.as_strided(memory, shape, strides)
+    b = np.lib.stride_tricks.as_strided(memory[1:], shape, strides)
+    x = np.zeros((1, *shape), np.float32)
+    with pytest.raises(ValueError, match=r"^out\[2\]: shares memory"):
+        nbnorm.layer_norm_backward(x, x, shape, out=(None, a, b))
+
+
+def test_nothing_is_written_when_a_check_fails():
+    out = np.full((3, 4), 7, np.float32)
+    with pytest.raises(ValueError, match="eps"):
+        nbnorm.layer_norm(X, 4, eps=-1, out=out)
+    with pytest.raises(ValueError, match=r"out\[1\]"):
+        nbnorm.layer_norm_backward(X, X, 4, out=(out, np.zeros(3), None))
+    np.testing.assert_array_equal(out, np.full((3, 4), 7))
+
+
+def test_an_array_on_another_device():
+    class OnAnotherDevice:
+        __cuda_array_interface__ = {}  # noqa: RUF012  a stand-in for a CUDA array
+
+    for argument in ("x", "weight", "out"):
+        with pytest.raises(
+            TypeError, match=f"^{argument}: .*OnAnotherDevice on a CUDA device; expected an array in CPU memory"
+        ):
+            nbnorm.layer_norm(**{"x": X, "normalized_shape": 4} | {argument: OnAnotherDevice()})
+
+
+def test_dlpack_arrays_of_another_device_or_without_a_way_back():
+    class Dlpack:
+        def __init__(self, device):
+            self.device = device
+
+        def __dlpack__(self, **_):
+            return X.__dlpack__()
+
+        def __dlpack_device__(self):
+            return self.device
+
+    with pytest.raises(TypeError, match="^x: .*Dlpack on DLPack device 8:1; expected an array in CPU memory"):
+        nbnorm.layer_norm(Dlpack((8, 1)), 4)
+    with pytest.raises(TypeError, match="^x: .*Dlpack, whose library has no from_dlpack"):
+        nbnorm.layer_norm(Dlpack((1, 0)), 4)
+
+
+def test_bfloat16_without_ml_dtypes(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ml_dtypes", None)
+    with pytest.raises(TypeError, match="^dtype: bfloat16 needs the package ml_dtypes: pip install ml_dtypes"):
+        nbnorm.LayerNorm(4, dtype="bfloat16")
+
+
+STATES = [
+    (None, TypeError, "state_dict: NoneType; expected a mapping of names to arrays"),
+    ([("weight", X[0])], TypeError, "state_dict: list; expected a mapping"),
+    ({"weight": X[0]}, ValueError, r"state_dict: has \['weight'\]; expected \['bias', 'weight'\]"),
+    ({"weight": X[0], "bias": X[0], "scale": X[0]}, ValueError, r"state_dict: has \['bias', 'scale', 'weight'\]; expected"),
+    ({"weight": X[0], "bias": X[0, :3]}, ValueError, r"bias: shape \(3,\); expected \(4,\), normalized_shape"),
+    ({"weight": X[0], "bias": None}, TypeError, "bias: dtype object"),
+    ({"weight": X[0], "bias": X[0] * 1j}, TypeError, "bias: dtype complex64"),
+]
+
+
+@pytest.mark.parametrize(("state", "error", "message"), STATES)
+def test_load_state_dict_changes_nothing_when_it_fails(state, error, message):
+    ln = nbnorm.LayerNorm(4)
+    with pytest.raises(error, match=f"^{message}"):
+        ln.load_state_dict(state)
+    np.testing.assert_array_equal(ln.weight, np.ones(4))
+    np.testing.assert_array_equal(ln.bias, np.zeros(4))

@@ -1,0 +1,65 @@
+"""Are the bits the same at any thread count, in the serial and the parallel build, run after run, row by row?"""
+
+import numba
+import numpy as np
+import pytest
+
+import nbnorm
+
+# rows for several blocks of the backward, each of a vector and a rest
+SHAPE = (203, 333)
+
+
+@pytest.fixture(params=[np.float32, np.float64])
+def case(request, rng):
+    x, dy = rng.standard_normal((2, *SHAPE)).astype(request.param)
+    weight, bias = rng.standard_normal((2, SHAPE[1])).astype(request.param)
+    return x, dy, weight, bias
+
+
+def results(case, use_diff_of_squares):
+    x, dy, weight, bias = case
+    y, mean, rstd = nbnorm.layer_norm(x, SHAPE[1], weight, bias, 1e-5, use_diff_of_squares, return_stats=True)
+    return y, mean, rstd, *nbnorm.layer_norm_backward(dy, x, SHAPE[1], weight, 1e-5, use_diff_of_squares)
+
+
+@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+def test_any_thread_count_and_build(case, use_diff_of_squares, monkeypatch):
+    expected = results(case, use_diff_of_squares)
+    threads = numba.get_num_threads()
+    for parallel_elements in (0, float("inf")):
+        monkeypatch.setattr("nbnorm.cpu.PARALLEL_ELEMENTS", parallel_elements)
+        for count in range(1, threads + 1):
+            numba.set_num_threads(count)
+            try:
+                actual = results(case, use_diff_of_squares)
+            finally:
+                numba.set_num_threads(threads)
+            for a, b in zip(actual, expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+def test_a_row_does_not_depend_on_the_others(case, use_diff_of_squares):
+    x, dy, weight, bias = case
+    y, mean, rstd, dx, _, _ = results(case, use_diff_of_squares)
+    for i in (0, 1, 100, 202):
+        alone = results((x[i : i + 1], dy[i : i + 1], weight, bias), use_diff_of_squares)
+        for a, b in zip(alone[:4], (y[i], mean[i], rstd[i], dx[i]), strict=True):
+            np.testing.assert_array_equal(a[0], b)
+    order = np.random.default_rng(1).permutation(SHAPE[0])
+    permuted = results((x[order], dy[order], weight, bias), use_diff_of_squares)
+    for a, b in zip(permuted[:4], (y, mean, rstd, dx), strict=True):
+        np.testing.assert_array_equal(a, b[order])
+
+
+@pytest.mark.parametrize("offset", [4, 8, 20, 36])
+def test_any_alignment(case, offset):
+    x, dy, weight, bias = case
+    if offset % x.itemsize:
+        pytest.skip("not an offset at which elements of this size can begin: test_layouts has unaligned arrays")
+    memory = np.empty(x.nbytes + 64, np.uint8)
+    moved = memory[offset : offset + x.nbytes].view(x.dtype).reshape(SHAPE)
+    moved[...] = x
+    for a, b in zip(results((moved, dy, weight, bias), False), results(case, False), strict=True):
+        np.testing.assert_array_equal(a, b)
