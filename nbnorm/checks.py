@@ -6,8 +6,12 @@ begins with the argument's name and says what came and what was expected.
 
 import numbers
 import operator
+import os
 import sys
+import tokenize
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +19,7 @@ from nbnorm import arrays
 from nbnorm.problem import Problem, row_dtype
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-OVERLAP_WORK = 1_000_000
+OVERLAP_WORK: Any = 1_000_000
 
 
 def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream):
@@ -32,7 +36,7 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
 
 
 def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream):
-    """The problem, dy, x, weight, mean and rstd as NumPy arrays or None, output_mask as bools, out as three arrays or None."""
+    """The problem, the operands as NumPy arrays or None, output_mask as bools, and out as three arrays or None."""
     _no_stream(stream)
     dy_array, dy_dtype = _operand("dy", dy)
     x_array, dtype = _operand("x", x)
@@ -67,7 +71,8 @@ def shape(normalized_shape):
 
 
 def epsilon(eps):
-    if not isinstance(eps, numbers.Real) or isinstance(eps, bool):
+    is_number = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
+    if not is_number:
         raise TypeError(f"eps: {eps!r} of type {_type_name(eps)}; expected a real number")
     if not 0 <= eps <= sys.float_info.max:
         raise ValueError(f"eps: {eps!r}; expected a finite number that is not negative")
@@ -242,3 +247,24 @@ def _no_stream(stream):
 
 def _type_name(value):
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def files(source, destination, others):
+    """The paths of `nbnorm apply`: the destination as the file to replace, which must be none of those that are read."""
+    destination = Path(os.path.realpath(destination))
+    if not destination.parent.is_dir():
+        raise ValueError(f"{destination}: no such directory as {destination.parent}")
+    if destination.exists() and not destination.is_file():
+        raise ValueError(f"{destination}: not a regular file; expected a name for a new file, or a file to replace")
+    for path in (source, *others):
+        if destination.exists() and Path(path).samefile(destination):
+            raise ValueError(f"{destination}: is also an input; expected another file to write to")
+    return destination
+
+
+def npy(path):
+    """The array in a .npy file, memory-mapped and read-only."""
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, TypeError, EOFError, SyntaxError, OverflowError, tokenize.TokenError) as error:
+        raise ValueError(f"{path}: not an array in NumPy's .npy format: {error}") from error

@@ -32,3 +32,13 @@ def layer_norm_backward(dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=
     g = dy if weight is None else dy * weight
     dx = rstd * (g - g.mean(axes, keepdims=True) - x_hat * (g * x_hat).mean(axes, keepdims=True))
     return dx, (dy * x_hat).sum(batch_axes), dy.sum(batch_axes)
+
+
+def error_of_y(y, x, ndim, weight=None, bias=None, eps=1e-5):
+    """The largest error of y against this reference, computed in the dtype of x.
+
+    In eps of y's dtype, of (|normalised part| + |bias| + 1).
+    """
+    scaled = layer_norm(x, ndim, weight, None, eps)[0]
+    shift = 0 if bias is None else bias
+    return np.max(np.abs(y - (scaled + shift)) / (np.abs(scaled) + np.abs(shift) + 1)) / np.finfo(y.dtype).eps

@@ -1,12 +1,15 @@
-"""What every test run has: a header that says which levels run, and floating-point settings for kernels run as plain Python."""
+"""What every test run has: a header that says which levels run, and settings for kernels that run as plain Python."""
 
 import importlib.util
 import os
+from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+import nbnorm
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
@@ -49,5 +52,4 @@ def build(request, monkeypatch):
 @pytest.fixture
 def python_environment():
     """An environment for subprocesses that shows them this package, also where it is not installed."""
-    root = os.fspath(importlib.util.find_spec("nbnorm").submodule_search_locations[0])
-    return os.environ | {"PYTHONPATH": os.path.dirname(root)}
+    return os.environ | {"PYTHONPATH": str(Path(nbnorm.__file__).parent.parent)}

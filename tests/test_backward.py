@@ -59,6 +59,7 @@ def test_given_statistics_are_used(rng):
     np.testing.assert_allclose(grads.dweight, (dy * x_hat).sum(0), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.compiled
 def test_large_arrays_run_in_parallel(rng):
     x, dy = rng.standard_normal((2, 3000, 96), dtype=np.float32)
     weight = rng.standard_normal(96, dtype=np.float32)

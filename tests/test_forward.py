@@ -34,12 +34,14 @@ def test_full_product(rng, build, dtype, use_diff_of_squares, shape, normalized_
         assert_statistics(mean, rstd, x, len(row), 1e-3, use_diff_of_squares)
 
 
+@pytest.mark.compiled
 def test_large_arrays_run_in_parallel(rng):
     x = rng.standard_normal((300, 1000), dtype=np.float32)
     weight, bias = rng.standard_normal((2, 1000), dtype=np.float32)
     assert_y(nbnorm.layer_norm(x, 1000, weight, bias), x, 1, weight, bias)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     "rows",

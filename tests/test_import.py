@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 
 def run(code, environment, *options):
     return subprocess.run(
@@ -35,6 +37,7 @@ ln(x), ln.backward(x, x), ln(x[:, ::-1]), ln(x.astype(np.float16)), ln(np.full((
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+@pytest.mark.compiled
 def test_errors_of_the_user_do_not_reach_into_the_kernels(python_environment):
     # numpy.seterr(all="raise") is the user's setting for the user's arithmetic
     code = """

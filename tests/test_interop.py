@@ -140,7 +140,7 @@ def test_torch_layer(torch):
 
 
 def test_numpy_and_torch_mixed(torch, plain):
-    x, dy, weight, bias, expected = plain
+    x, _, weight, bias, expected = plain
     y = nbnorm.layer_norm(x, SHAPE[1], torch.from_numpy(weight), torch.from_numpy(bias))
     assert type(y) is np.ndarray
     np.testing.assert_array_equal(y, expected[0])

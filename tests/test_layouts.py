@@ -1,4 +1,4 @@
-"""Does the memory layout of an operand change nothing? Strides, byte order, alignment, read-only, memmap, lists, empty, out."""
+"""Does the memory layout of an operand change nothing? Strides, byte order, alignment, memmap, lists, empty arrays, out."""
 
 import numpy as np
 import pytest
@@ -264,7 +264,7 @@ def test_a_single_row_needs_no_batch(rng):
 
 @st.composite
 def strided_arrays(draw):
-    """An array of up to four dimensions as a view with arbitrary steps and axes order, and how many dimensions to normalise."""
+    """A view with arbitrary steps and order of axes, the same as a dense array, and how many dimensions to normalise."""
     shape = draw(hnp.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=5))
     dtype = draw(st.sampled_from([np.float32, np.float64]))
     steps = draw(st.tuples(*(st.sampled_from([-3, -2, -1, 1, 2, 3]) for _ in shape)))

@@ -41,6 +41,7 @@ def test_torch_positional_arguments_and_no_affine():
     assert nbnorm.LayerNorm(10, 1e-5, True, False, "cpu", np.float64).weight.dtype == np.float64
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("use_diff_of_squares", [False, True])
 @pytest.mark.parametrize("shape", [(8, 128, 1024), (1024, 1024)])
 def test_tensorrt_llm_examples(rng, shape, use_diff_of_squares):
@@ -59,6 +60,7 @@ def test_labml_example():
     np.testing.assert_array_equal(y, x)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(("shape", "normalized_shape"), [((32, 64, 512), 512), ((8, 1, 28, 28), (28, 28))])
 @pytest.mark.parametrize("bias", [True, False])
 def test_lucid_examples(rng, shape, normalized_shape, bias):

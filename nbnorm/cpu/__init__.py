@@ -1,5 +1,7 @@
 """Layer norm on NumPy arrays that `checks` has passed: allocate, bring the operands into rows, run the kernels."""
 
+from typing import Any
+
 import numpy as np
 
 from nbnorm.cpu import kernels
@@ -47,7 +49,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     """Returns dx, dweight and dbias, None where not asked for; recomputes the statistics where mean and rstd are None."""
     with_dx, with_dweight, with_dbias = output_mask
     dx_out, dweight_out, dbias_out = out
-    dx = _destination(dx_out, problem.shape, problem.dtype, (dy, x, weight, mean, rstd)) if with_dx else None
+    dx: Any = _destination(dx_out, problem.shape, problem.dtype, (dy, x, weight, mean, rstd)) if with_dx else None
     block_rows = _block_rows(problem)
     blocks = -(-problem.rows // block_rows)
     dweight_sums = np.zeros((blocks if with_dweight else 0, problem.cols))

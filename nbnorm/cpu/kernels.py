@@ -1,7 +1,8 @@
 """The CPU kernels, each made by a factory for one set of compile-time choices.
 
-A factory compiles for one pinned signature: C-contiguous arrays, inputs declared read-only, which both writable and read-only
-arrays match. `dtype` is what a kernel computes in and its parameters have, the widest of all operands; rows may be narrower. What a kernel does not need (`has_weight=False`, say) it takes as an empty array.
+A factory compiles for one pinned signature: C-contiguous arrays, inputs declared read-only, which both writable and
+read-only arrays match. `dtype` is what a kernel computes in and what its parameters have, the widest of all operands; rows
+may be narrower. What a kernel does not need (`has_weight=False`, say) it takes as an empty array.
 
 The serial and the parallel build of a kernel give the same bits, since the loops over a row are compiled once, in `rows.py`.
 """

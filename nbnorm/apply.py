@@ -1,0 +1,127 @@
+"""Layer norm of an array on disk, in blocks of rows: memory does not grow with the file."""
+
+import os
+import stat
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nbnorm import checks, reference
+from nbnorm.cpu.staging import row_blocks
+from nbnorm.functional import layer_norm
+
+BLOCK_BYTES = 1 << 24
+# mapped memory that a block of a Fortran-ordered file may touch at once: two pages for each run of neighbours
+MAPPED_BYTES = 1 << 25
+RUN_BYTES = 1 << 13
+# the reference takes about six longdouble rows
+CHECKED_COLS = 1 << 19
+
+
+class Applied(NamedTuple):
+    """What was written, and how far the rows that were checked are from the reference, in eps of the result's dtype."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    checked_rows: int
+    largest_error: float
+
+
+def apply(source, destination, normalized_shape, weight=None, bias=None, eps=1e-5, use_diff_of_squares=False, dtype=None):
+    """Write layer norm of the .npy file `source` to the .npy file `destination`, which appears when it is complete.
+
+    Computes in the wider of the file's dtype and `dtype`, and compares the first row of each block with the reference,
+    where it is finite and not too long for memory.
+    """
+    destination = checks.files(source, destination, [path for path in (weight, bias) if path is not None])
+    weight, bias = (None if path is None else np.array(checks.npy(path)) for path in (weight, bias))
+    mapped = checks.npy(source)
+    problem = checks.forward(mapped, normalized_shape, weight, bias, eps, use_diff_of_squares, None, False, None)[0]
+    ndim = len(problem.normalized_shape)
+    result_dtype = problem.dtype if dtype is None else np.dtype(dtype)
+    compute_dtype = np.result_type(problem.dtype, result_dtype)
+    del mapped
+
+    checked_rows = 0
+    largest_error = 0.0
+    limit = max(1, BLOCK_BYTES // max(1, problem.cols * compute_dtype.itemsize))
+    blocks = row_blocks(problem.batch, limit) if problem.rows * problem.cols else ()
+    with _complete_or_absent(destination) as file, _progress(problem.rows) as advance:
+        header = {"descr": result_dtype.str, "fortran_order": False, "shape": problem.shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for index, rows in blocks:
+            x = _read(source, index).astype(compute_dtype, copy=False)
+            y = layer_norm(x, problem.normalized_shape, weight, bias, problem.eps, use_diff_of_squares)
+            with np.errstate(over="ignore", under="ignore"):
+                y = y.astype(result_dtype, copy=False)
+            file.write(y)
+            first = (0,) * (x.ndim - ndim)
+            if problem.cols <= CHECKED_COLS and np.isfinite(y[first]).all():
+                error = reference.error_of_y(y[first], x[first].astype(np.longdouble), ndim, weight, bias, problem.eps)
+                largest_error = max(largest_error, error)
+                checked_rows += 1
+            advance(rows.stop - rows.start)
+    return Applied(problem.shape, result_dtype, checked_rows, largest_error)
+
+
+def _read(path, index):
+    """A block of the array in the file: mapped anew each time, since pages that were read count as this process's memory."""
+    block = checks.npy(path)[index]
+    if block.flags.c_contiguous:
+        return block
+    runs = block.size // max(block.shape[0], 1)
+    pieces = -(-runs * RUN_BYTES // MAPPED_BYTES)
+    width = max(1, block.shape[-1] // pieces)
+    result = np.empty(block.shape, block.dtype)
+    for start in range(0, block.shape[-1], width):
+        columns = slice(start, start + width)
+        result[..., columns] = checks.npy(path)[index][..., columns]
+    return result
+
+
+@contextmanager
+def _complete_or_absent(path):
+    """A file to write that takes the name `path` at the end, or is removed where anything is raised."""
+    descriptor, temporary = tempfile.mkstemp(prefix=".nbnorm-", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            # a full disk or a lost network drive may show only here
+            os.fsync(file.fileno())
+        Path(temporary).chmod(_mode(path))
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _mode(path):
+    """The permissions of the file that is replaced, or those of a new one."""
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+@contextmanager
+def _progress(rows):
+    """A function that takes the number of rows done: a progress bar on a terminal, else nothing."""
+    bar: Any = None
+    if sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+        except ModuleNotFoundError:
+            print("nbnorm: no progress bar without tqdm: pip install 'nbnorm[cli]'", file=sys.stderr)
+        else:
+            bar = tqdm(total=rows, unit=" rows", unit_scale=True, leave=False)
+    try:
+        yield bar.update if bar else lambda done: None
+    finally:
+        if bar:
+            bar.close()

@@ -1,0 +1,146 @@
+"""What this machine can do: layer norm on real-sized arrays, checked against float64 and timed beside NumPy and a copy."""
+
+import importlib.util
+import os
+import platform
+import statistics
+import time
+
+import numba
+import numpy as np
+from numba import njit, prange
+
+import nbnorm
+from nbnorm import reference
+
+# (shape, normalized_shape): a transformer's activations, a large one's, and a batch of images
+SHAPES = [((8192, 768), (768,)), ((4096, 4096), (4096,)), ((32, 64, 28, 28), (28, 28))]
+REPEATS = 7
+# how far a result may be from the reference, in eps of float32: see error_of_y and error_of_gradients
+ALLOWED = {"forward": 4, "backward": 8}
+ROWS_AT_ONCE = 256
+
+
+@njit(parallel=True, cache=True)
+def copy(source, destination):
+    for i in prange(source.size):
+        destination[i] = source[i]
+
+
+def report():
+    """Print the machine and a line for each check; returns whether all of them passed."""
+    small = np.zeros(1 << 16, np.float32)
+    copy(small, np.empty_like(small))
+    print(f"nbnorm {nbnorm.__version__}, numba {numba.__version__}, NumPy {np.__version__}, ", end="")
+    print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    layer = "none, NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else numba.threading_layer()  # type: ignore[attr-defined]
+    print(f"CPU:  {numba.get_num_threads()} threads, {os.cpu_count()} processors, threading layer {layer}")
+    print(f"CUDA: {cuda()}")
+    print()
+    print(
+        "float32; the largest error against float64, in eps, of what is allowed; medians in ms of nbnorm, NumPy and a copy"
+    )
+    print("of the same bytes")
+    print()
+    print(f"{'shape':<17} {'over':<9} {'pass':<9} {'variance':<16} {'error':<10} {'nbnorm':>8} {'NumPy':>8} {'copy':>8}")
+    passed = [check(*case) for case in cases()]
+    print()
+    print(f"{sum(passed)} of {len(passed)} checks passed")
+    return all(passed)
+
+
+def cuda():
+    """The CUDA devices, or why there are none."""
+    if importlib.util.find_spec("numba_cuda") is None:
+        return "none, numba-cuda is not installed (pip install 'nbnorm[cuda13]' or 'nbnorm[cuda12]')"
+    from numba import cuda
+
+    if not cuda.is_available():
+        return f"none, the driver says: {cuda.cuda_error() or 'no device'}"
+    names = ", ".join(device.name.decode() for device in cuda.gpus)
+    return f"{names}; this version of nbnorm has CPU kernels only"
+
+
+def cases():
+    rng = np.random.default_rng(0)
+    for shape, normalized_shape in SHAPES:
+        x, dy = rng.standard_normal((2, *shape), dtype=np.float32)
+        weight, bias = rng.standard_normal((2, *normalized_shape), dtype=np.float32)
+        for backward in (False, True):
+            for use_diff_of_squares in (False, True):
+                yield dy, x, weight, bias, backward, use_diff_of_squares
+
+
+def check(dy, x, weight, bias, backward, use_diff_of_squares):
+    """Print one line; returns whether the result is as close to the reference as it must be."""
+    row = weight.shape
+    out = np.empty_like(x)
+
+    def ours():
+        if backward:
+            outs = (out, None, None)
+            return nbnorm.layer_norm_backward(dy, x, row, weight, 1e-5, use_diff_of_squares, out=outs)
+        return nbnorm.layer_norm(x, row, weight, bias, 1e-5, use_diff_of_squares, out=out)
+
+    def plain():
+        if backward:
+            return reference.layer_norm_backward(dy, x, len(row), weight, 1e-5, use_diff_of_squares)
+        return reference.layer_norm(x, len(row), weight, bias, 1e-5, use_diff_of_squares)
+
+    # forward reads x and writes y, backward reads x and dy and writes dx
+    source, destination = np.zeros((2, x.size * 3 // 2 if backward else x.size), np.float32)
+    result = ours()
+    error = error_of_gradients(result, dy, x, weight) if backward else error_of_y(result, x, weight, bias)
+    times = medians(ours, plain, lambda: copy(source, destination))
+    name = "backward" if backward else "forward"
+    variance = "diff of squares" if use_diff_of_squares else "centred"
+    passed = error <= ALLOWED[name]
+    print(
+        f"{x.shape!s:<17} {row!s:<9} {name:<9} {variance:<16} {error:4.2f} of {ALLOWED[name]} "
+        + " ".join(f"{1e3 * t:8.2f}" for t in times)
+        + ("" if passed else "   FAILED"),
+        flush=True,
+    )
+    return bool(passed)
+
+
+def error_of_y(y, x, weight, bias):
+    """In eps of (|normalised part| + |bias| + 1), the largest of all rows."""
+    row = weight.shape
+    y, x = y.reshape(-1, *row), x.reshape(-1, *row)
+    return max(
+        reference.error_of_y(y[rows], x[rows].astype(np.float64), len(row), weight, bias) for rows in row_slices(len(x))
+    )
+
+
+def error_of_gradients(grads, dy, x, weight):
+    """In eps, of |dx| + the largest |dx| of the row, and of |dweight| or |dbias| + sqrt(rows): the largest of all."""
+    row = weight.shape
+    dx, dy, x = (a.reshape(-1, *row) for a in (grads.dx, dy, x))
+    errors = []
+    dweight = np.zeros(row)
+    dbias = np.zeros(row)
+    for rows in row_slices(len(x)):
+        exact = reference.layer_norm_backward(dy[rows].astype(np.float64), x[rows].astype(np.float64), len(row), weight)
+        largest = np.abs(exact[0]).max(tuple(range(1, x.ndim)), keepdims=True)
+        errors.append(np.max(np.abs(dx[rows] - exact[0]) / (np.abs(exact[0]) + largest)))
+        dweight += exact[1]
+        dbias += exact[2]
+    for value, total in ((grads.dweight, dweight), (grads.dbias, dbias)):
+        errors.append(np.max(np.abs(value - total) / (np.abs(total) + np.sqrt(len(x)))))
+    return max(errors) / np.finfo(np.float32).eps
+
+
+def row_slices(rows):
+    return (slice(start, start + ROWS_AT_ONCE) for start in range(0, rows, ROWS_AT_ONCE))
+
+
+def medians(*functions):
+    """Seconds of each, called in turn so that all of them see the same state of the machine."""
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(REPEATS):
+        for function, seconds in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
