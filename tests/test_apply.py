@@ -199,9 +199,11 @@ def test_a_full_disk_leaves_the_old_file_whole(x, folder, python_environment):
     # a limit on the size of files fails a write as a full disk does
     code = (
         "import resource, sys\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "from nbnorm.__main__ import main\n"
-        "sys.exit(main(['apply', 'x.npy', '-o', 'y.npy', '--normalized-shape', '48']))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))\n"
+        "code = main(['apply', 'x.npy', '-o', 'y.npy', '--normalized-shape', '48'])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "sys.exit(code)\n"
     )
     environment = python_environment | {"NUMBA_CACHE_DIR": os.fspath(folder / "cache")}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

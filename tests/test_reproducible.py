@@ -53,13 +53,10 @@ def test_a_row_does_not_depend_on_the_others(case, use_diff_of_squares):
         np.testing.assert_array_equal(a, b[order])
 
 
-@pytest.mark.parametrize("offset", [4, 8, 20, 36])
-def test_any_alignment(case, offset):
+@pytest.mark.parametrize("offset", [1, 2, 5, 9])
+def test_any_alignment_of_whole_elements(case, offset):
     x, dy, weight, bias = case
-    if offset % x.itemsize:
-        pytest.skip("not an offset at which elements of this size can begin: test_layouts has unaligned arrays")
-    memory = np.empty(x.nbytes + 64, np.uint8)
-    moved = memory[offset : offset + x.nbytes].view(x.dtype).reshape(SHAPE)
+    moved = np.empty(x.size + offset, x.dtype)[offset:].reshape(SHAPE)
     moved[...] = x
     for a, b in zip(results((moved, dy, weight, bias), False), results(case, False), strict=True):
         np.testing.assert_array_equal(a, b)
