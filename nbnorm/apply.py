@@ -14,9 +14,9 @@ from nbnorm import checks, reference
 from nbnorm.cpu.staging import row_blocks
 from nbnorm.functional import layer_norm
 
-BLOCK_BYTES = 1 << 24
+BLOCK_BYTES = 1 << 23
 # mapped memory that a block of a Fortran-ordered file may touch at once: two pages for each run of neighbours
-MAPPED_BYTES = 1 << 25
+MAPPED_BYTES = 1 << 24
 RUN_BYTES = 1 << 13
 # the reference takes about six longdouble rows
 CHECKED_COLS = 1 << 19
@@ -64,6 +64,8 @@ def apply(source, destination, normalized_shape, weight=None, bias=None, eps=1e-
                 error = reference.error_of_y(y[first], x[first].astype(np.longdouble), ndim, weight, bias, problem.eps)
                 largest_error = max(largest_error, error)
                 checked_rows += 1
+            # before the next block is made, not after
+            del x, y
             advance(rows.stop - rows.start)
     return Applied(problem.shape, result_dtype, checked_rows, largest_error)
 

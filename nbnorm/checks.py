@@ -4,6 +4,7 @@ TypeError is for a wrong kind of object, dtype or device, ValueError for a wrong
 begins with the argument's name and says what came and what was expected.
 """
 
+import math
 import numbers
 import operator
 import os
@@ -19,6 +20,9 @@ from nbnorm import arrays
 from nbnorm.problem import Problem, row_dtype
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+# np.dtype.name takes microseconds
+NUMPY_FLOATS = (np.float16, np.float32, np.float64)
+# the exact answer can take exponential time for contrived strides
 OVERLAP_WORK: Any = 1_000_000
 
 
@@ -125,9 +129,12 @@ def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes)
     batch_ndim = x.ndim - len(normalized_shape)
     if batch_ndim < 0 or x.shape[batch_ndim:] != normalized_shape:
         raise ValueError(f"x: shape {x.shape}; expected one that ends in normalized_shape, {normalized_shape}")
+    batch = x.shape[:batch_ndim]
     return Problem(
-        batch=x.shape[:batch_ndim],
+        batch=batch,
         normalized_shape=normalized_shape,
+        rows=math.prod(batch),
+        cols=math.prod(normalized_shape),
         eps=epsilon(eps),
         variance="diff_of_squares" if flag("use_diff_of_squares", use_diff_of_squares) else "centred",
         dtype=dtype,
@@ -145,11 +152,11 @@ def _operand(name, value):
     array = _array(name, value)
     if array.dtype.kind in "biu":
         return array, np.dtype(np.float64)
-    if array.dtype.name not in FLOATS:
+    if array.dtype.type not in NUMPY_FLOATS and array.dtype.name != "bfloat16":
         raise TypeError(
             f"{name}: dtype {array.dtype}; supported are {', '.join(FLOATS)}, and integers and booleans as float64"
         )
-    return array, array.dtype.newbyteorder("=")
+    return array, array.dtype if array.dtype.isnative else array.dtype.newbyteorder("=")
 
 
 def _array(name, value):
@@ -226,7 +233,6 @@ def _outs(out, problem, mask):
 
 def _shares_memory(a, b):
     try:
-        # the exact answer can take exponential time for contrived strides
         return np.shares_memory(a, b, max_work=OVERLAP_WORK)
     except np.exceptions.TooHardError:
         return True

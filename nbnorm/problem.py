@@ -1,21 +1,21 @@
 """What a call asks for, apart from the data: the result of the checks, and all that a device needs to choose a kernel."""
 
-import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """Layer norm over the trailing `normalized_shape` of operands of shape `batch + normalized_shape`.
 
-    `dtype` is that of y and dx, `weight_dtype` that of dweight and dbias. `compute_dtype`, float32 or float64, holds every
-    operand exactly.
+    That is `rows` rows of `cols` elements. `dtype` is that of y and dx, `weight_dtype` that of dweight and dbias.
+    `compute_dtype`, float32 or float64, holds every operand exactly.
     """
 
     batch: tuple[int, ...]
     normalized_shape: tuple[int, ...]
+    rows: int
+    cols: int
     eps: float
     variance: str
     dtype: np.dtype
@@ -29,14 +29,6 @@ class Problem:
     @property
     def statistics_shape(self):
         return self.batch + (1,) * len(self.normalized_shape)
-
-    @property
-    def rows(self):
-        return math.prod(self.batch)
-
-    @property
-    def cols(self):
-        return math.prod(self.normalized_shape)
 
 
 def row_dtype(dtype):

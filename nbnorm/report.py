@@ -56,7 +56,8 @@ def cuda():
     from numba import cuda
 
     if not cuda.is_available():
-        return f"none, the driver says: {cuda.cuda_error() or 'no device'}"
+        reason = " ".join(str(cuda.cuda_error() or "no device").split())
+        return f"none, the driver says: {reason}"
     names = ", ".join(device.name.decode() for device in cuda.gpus)
     return f"{names}; this version of nbnorm has CPU kernels only"
 

@@ -30,7 +30,7 @@ def forward(problem, x, weight, bias, out, return_stats):
     if problem.rows > 0 and problem.cols > 0:
         dtype = problem.compute_dtype
         present = (weight is not None, bias is not None)
-        kernel = kernels.forward(x_dtype.name, dtype.name, *present, problem.variance, _is_parallel(problem))
+        kernel = kernels.forward(x_dtype, dtype, *present, problem.variance, _is_parallel(problem))
         weight_row = _flat(weight, dtype)
         bias_row = _flat(bias, dtype)
         limit = block_limit(problem, x, y)
@@ -58,7 +58,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
         x_dtype = row_dtype(x.dtype)
         dtype = problem.compute_dtype
-        dtypes = (row_dtype(dy.dtype).name, x_dtype.name, dtype.name)
+        dtypes = (row_dtype(dy.dtype), x_dtype, dtype)
         statistics = problem.variance if mean is None else "given"
         kernel = kernels.backward(*dtypes, weight is not None, statistics, output_mask, _is_parallel(problem))
         weight_row = _flat(weight, dtype)

@@ -31,11 +31,11 @@ ROWS_SOURCE = hashlib.sha256(inspect.getsource(rows).encode()).hexdigest()
 
 
 def _inputs(dtype, ndim):
-    return types.Array(from_dtype(np.dtype(dtype)), ndim, "C", readonly=True)
+    return types.Array(from_dtype(dtype), ndim, "C", readonly=True)
 
 
 def _outputs(dtype, ndim):
-    return types.Array(from_dtype(np.dtype(dtype)), ndim, "C")
+    return types.Array(from_dtype(dtype), ndim, "C")
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
 
     Formula: Ba, Kiros and Hinton 2016, eq. 4; `variance` is "centred" or "diff_of_squares".
     """
-    element = np.dtype(dtype).type
+    element = dtype.type
     build = f"{ROWS_SOURCE} parallel={parallel}"
     signature = types.void(
         _inputs(x_dtype, 2),  # x
@@ -91,7 +91,7 @@ def backward(dy_dtype, x_dtype, dtype, has_weight, statistics, output_mask, para
     the whole problem, of which x holds those from `first` on, and adds dy * x_hat to dweight[b] and dy to dbias[b].
     Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
     """
-    element = np.dtype(dtype).type
+    element = dtype.type
     build = f"{ROWS_SOURCE} parallel={parallel}"
     with_dx, with_dweight, with_dbias = output_mask
     signature = types.void(
@@ -104,8 +104,8 @@ def backward(dy_dtype, x_dtype, dtype, has_weight, statistics, output_mask, para
         types.int64,  # first
         types.int64,  # block_rows
         _outputs(x_dtype, 2),  # dx
-        _outputs(np.float64, 2),  # dweight
-        _outputs(np.float64, 2),  # dbias
+        _outputs(np.dtype(np.float64), 2),  # dweight
+        _outputs(np.dtype(np.float64), 2),  # dbias
     )
 
     @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
