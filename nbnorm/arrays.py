@@ -13,6 +13,8 @@ def kind(array):
     """The kind of an array: "numpy", "torch", "jax", "cuda", "dlpack", or "other" for what `numpy.asarray` may take."""
     if isinstance(array, np.ndarray):
         return "numpy"
+    if isinstance(array, type):
+        return "other"
     if is_torch_array(array):
         return "torch"
     if is_jax_array(array):
@@ -29,7 +31,8 @@ def device(array, array_kind):
     if array_kind == "torch":
         return "cpu" if array.device.type == "cpu" else str(array.device)
     if array_kind == "jax":
-        return "cpu" if all(d.platform == "cpu" for d in array.devices()) else str(array.devices())
+        devices = array.devices()
+        return "cpu" if len(devices) == 1 and all(d.platform == "cpu" for d in devices) else f"the devices {devices}"
     if array_kind == "dlpack":
         device_type, device_id = array.__dlpack_device__()
         return "cpu" if device_type == 1 else f"DLPack device {int(device_type)}:{device_id}"
@@ -39,6 +42,18 @@ def device(array, array_kind):
 def is_traced(array):
     """Whether a JAX array is a tracer, which stands for values that are not there yet."""
     return isinstance(array, sys.modules["jax"].core.Tracer)
+
+
+def records_gradients(tensor):
+    """Whether a torch tensor is part of a graph of gradients, backward or forward."""
+    forward_ad = sys.modules["torch"].autograd.forward_ad
+    return tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def mark_written(array):
+    """Tell the library of an array that its memory was written: torch's autograd refuses to use overwritten tensors."""
+    if is_torch_array(array):
+        sys.modules["torch"].autograd.graph.increment_version(array)
 
 
 def namespace(array):
@@ -56,7 +71,7 @@ def bfloat16():
 
 
 def to_numpy(array, array_kind):
-    """The array as a numpy.ndarray that shares its memory; lists and scalars become float64."""
+    """The array as a numpy.ndarray, or a subclass, that shares its memory; lists and scalars become float64."""
     if array_kind == "torch":
         torch = sys.modules["torch"]
         if array.dtype == torch.bfloat16:
@@ -64,8 +79,9 @@ def to_numpy(array, array_kind):
         return array.numpy()
     if array_kind == "dlpack":
         return np.from_dlpack(array)
-    result = np.asarray(array)
-    if isinstance(array, list | tuple | int | float) and result.dtype.kind in "biuf":
+    result = np.asanyarray(array)
+    # a longdouble stays one, to be refused
+    if isinstance(array, list | tuple | int | float) and result.dtype.kind in "biuf" and result.dtype.itemsize <= 8:
         return result.astype(np.float64)
     return result
 
@@ -80,6 +96,12 @@ def empty(shape, dtype, like_kind):
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
+def convert(source, destination):
+    """Copy with a cast: a value beyond the range of a narrower dtype becomes Inf, without a warning."""
+    with np.errstate(all="ignore"):
+        np.copyto(destination, source, casting="unsafe")
+
+
 def give_back(result, like, like_kind):
     """A NumPy array as an array of the library that `like` came from."""
     if result is None:
@@ -90,7 +112,8 @@ def give_back(result, like, like_kind):
             return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(result)
     if like_kind == "jax":
-        return sys.modules["jax"].device_put(result, next(iter(like.devices())))
+        # a committed result could not be combined with arrays on other devices, as one of an uncommitted x can be
+        return sys.modules["jax"].device_put(result, like.sharding if like.committed else None)
     if like_kind == "dlpack":
         return namespace(like).from_dlpack(result)
     return result

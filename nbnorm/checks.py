@@ -20,6 +20,7 @@ from nbnorm import arrays
 from nbnorm.problem import Problem, row_dtype
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+MAX_NDIM = 64
 # np.dtype.name takes microseconds
 NUMPY_FLOATS = (np.float16, np.float32, np.float64)
 # the exact answer can take exponential time for contrived strides
@@ -62,7 +63,7 @@ def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rs
 def shape(normalized_shape):
     """normalized_shape as a tuple of ints."""
     is_sequence = isinstance(normalized_shape, Sequence) or getattr(normalized_shape, "ndim", 0) > 0
-    sizes = normalized_shape if is_sequence else (normalized_shape,)
+    sizes = normalized_shape if is_sequence and not isinstance(normalized_shape, str | bytes) else (normalized_shape,)
     try:
         result = tuple(operator.index(size) for size in sizes)
     except TypeError:
@@ -71,6 +72,8 @@ def shape(normalized_shape):
         raise TypeError(f"normalized_shape: {normalized_shape!r}; expected an int or a sequence of ints")
     if not result or min(result) < 0:
         raise ValueError(f"normalized_shape: {normalized_shape!r}; expected at least one dimension, none negative")
+    if math.prod(max(1, size) for size in result) > sys.maxsize or len(result) > MAX_NDIM:
+        raise ValueError(f"normalized_shape: {normalized_shape!r}; expected one that an array can have")
     return result
 
 
@@ -78,9 +81,13 @@ def epsilon(eps):
     is_number = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
     if not is_number:
         raise TypeError(f"eps: {eps!r} of type {_type_name(eps)}; expected a real number")
-    if not 0 <= eps <= sys.float_info.max:
+    try:
+        result = float(eps)
+    except OverflowError:
+        result = math.inf
+    if not (eps >= 0 and result < math.inf):
         raise ValueError(f"eps: {eps!r}; expected a finite number that is not negative")
-    return float(eps)
+    return result
 
 
 def flag(name, value):
@@ -91,7 +98,7 @@ def flag(name, value):
 
 def cpu_device(device):
     """The device of a layer: "cpu", also for None."""
-    if device is not None and str(device) != "cpu":
+    if device is not None and str(device) not in ("cpu", "cpu:0"):
         raise TypeError(f"device: {device!r}; expected 'cpu' or None, this version has kernels for no other device")
     return "cpu"
 
@@ -105,22 +112,25 @@ def float_dtype(dtype):
         return _bfloat16("dtype")
     try:
         result = np.dtype(name if name in FLOATS else dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         result = None
     if result is None or result.name not in FLOATS:
         raise TypeError(f"dtype: {dtype!r}; expected one of {', '.join(FLOATS)}")
     return result.newbyteorder("=")
 
 
-def state(state_dict, parameters):
-    """The arrays of a state dict, by name, for the parameters {name: array} of a layer."""
+def state(state_dict, parameters, normalized_shape):
+    """Pairs of arrays: a layer's parameter, of {name: array}, and a copy of what the state dict has for it."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: {_type_name(state_dict)}; expected a mapping of names to arrays")
     if set(state_dict) != set(parameters):
         raise ValueError(f"state_dict: has {sorted(map(str, state_dict))}; expected {sorted(parameters)}")
-    result = {name: _operand(name, state_dict[name])[0] for name in parameters}
-    for name, array in result.items():
-        _shape(name, array, parameters[name].shape, "normalized_shape")
+    result = []
+    for name, parameter in parameters.items():
+        source, _ = _operand(name, state_dict[name])
+        _shape(name, source, normalized_shape, "normalized_shape")
+        _, dtype = _operand(f"the layer's {name}", parameter)
+        result.append((_out(f"the layer's {name}", parameter, normalized_shape, dtype), np.array(source)))
     return result
 
 
@@ -152,7 +162,7 @@ def _operand(name, value):
     array = _array(name, value)
     if array.dtype.kind in "biu":
         return array, np.dtype(np.float64)
-    if array.dtype.type not in NUMPY_FLOATS and array.dtype.name != "bfloat16":
+    if (array.dtype.type not in NUMPY_FLOATS or array.dtype.fields) and array.dtype.name != "bfloat16":
         raise TypeError(
             f"{name}: dtype {array.dtype}; supported are {', '.join(FLOATS)}, and integers and booleans as float64"
         )
@@ -162,19 +172,25 @@ def _operand(name, value):
 def _array(name, value):
     """The value as a NumPy array that shares its memory."""
     kind = arrays.kind(value)
-    if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name}: a masked array; expected one without a mask, such as {name}.filled(0)")
     if kind == "jax" and arrays.is_traced(value):
         raise TypeError(f"{name}: a traced JAX array; expected a concrete one, outside jit, grad and vmap")
-    device = arrays.device(value, kind)
+    device = _ask(name, arrays.device, value, kind)
     if device != "cpu":
         raise TypeError(f"{name}: {_type_name(value)} on {device}; expected an array in CPU memory")
-    if kind == "torch" and value.requires_grad:
+    if kind == "torch" and arrays.records_gradients(value):
         raise TypeError(f"{name}: a torch tensor that requires grad, which nbnorm does not record; pass {name}.detach()")
-    if kind == "dlpack" and not hasattr(arrays.namespace(value), "from_dlpack"):
-        raise TypeError(f"{name}: {_type_name(value)}, whose library has no from_dlpack that could give back the result")
+    if kind == "dlpack" and name == "x" and not hasattr(arrays.namespace(value), "from_dlpack"):
+        raise TypeError(f"x: {_type_name(value)}, whose library has no from_dlpack to give back the result with")
+    array = _ask(name, arrays.to_numpy, value, kind)
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name}: a masked array; expected one without a mask, such as {name}.filled(0)")
+    return np.asarray(array)
+
+
+def _ask(name, question, value, kind):
+    """What another library answers about its array; an error of its own becomes one that names the argument."""
     try:
-        return arrays.to_numpy(value, kind)
+        return question(value, kind)
     except ModuleNotFoundError:
         _bfloat16(name)
         raise
@@ -207,9 +223,19 @@ def _out(name, out, expected_shape, dtype):
         raise ValueError(f"{name}: dtype {array.dtype}; expected {dtype}, the dtype of the result")
     if not array.flags.writeable:
         raise ValueError(f"{name}: a read-only array; expected a writable one")
-    if any(stride == 0 and size > 1 for stride, size in zip(array.strides, array.shape, strict=True)):
+    if not _is_apart(array):
         raise ValueError(f"{name}: strides {array.strides}; expected an array whose elements each have memory of their own")
     return array
+
+
+def _is_apart(array):
+    """Whether strides alone show that no two elements share memory: each steps over all that the smaller ones span."""
+    span = array.itemsize
+    for stride, size in sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape, strict=True)):
+        if size > 1 and stride < span and array.size > 0:
+            return False
+        span += stride * (size - 1)
+    return True
 
 
 def _outs(out, problem, mask):
@@ -239,7 +265,7 @@ def _shares_memory(a, b):
 
 
 def _mask(output_mask):
-    if not isinstance(output_mask, Sequence | np.ndarray) or isinstance(output_mask, str):
+    if not isinstance(output_mask, Sequence | np.ndarray) or isinstance(output_mask, str) or np.ndim(output_mask) == 0:
         raise TypeError(f"output_mask: {output_mask!r}; expected three bools, for dx, dweight and dbias")
     if len(output_mask) != 3:
         raise ValueError(f"output_mask: {output_mask!r}; expected three bools, for dx, dweight and dbias")

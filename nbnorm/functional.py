@@ -64,7 +64,8 @@ def layer_norm(
     Returns
     -------
     y : array, shape of x
-        Of x's dtype and library, in C order; or `out`.
+        Of x's dtype and library, in C order; or `out`. JAX has float64 only in its 64-bit mode, and rounds to float32
+        without.
     LayerNormResult
         With ``return_stats=True``: y, mean and rstd, the latter two of shape ``(*batch, 1, ..., 1)`` with a 1 for each
         normalized dimension, float64 for float64 input, else float32.
@@ -106,7 +107,7 @@ def layer_norm(
     if out is None:
         out_array = arrays.empty(problem.shape, problem.dtype, kind)
     y, mean, rstd = cpu.forward(problem, x_array, weight, bias, out_array, return_stats)
-    y = arrays.give_back(y, x, kind) if out is None else out
+    y = arrays.give_back(y, x, kind) if out is None else _written(out)
     if not return_stats:
         return y
     mean = arrays.give_back(mean.reshape(problem.statistics_shape), x, kind)
@@ -203,5 +204,13 @@ def layer_norm_backward(
         out_arrays = (arrays.empty(problem.shape, problem.dtype, kind), *out_arrays[1:])
     grads = cpu.backward(problem, dy_array, x_array, weight, mean, rstd, output_mask, out_arrays)
     return LayerNormGrads(
-        *(arrays.give_back(grad, x, kind) if given is None else given for grad, given in zip(grads, outs, strict=True))
+        *(
+            arrays.give_back(grad, x, kind) if given is None else _written(given)
+            for grad, given in zip(grads, outs, strict=True)
+        )
     )
+
+
+def _written(out):
+    arrays.mark_written(out)
+    return out

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import checks
+from nbnorm.arrays import convert
 from nbnorm.functional import Array, LayerNormGrads, Shape, layer_norm, layer_norm_backward
 
 
@@ -88,7 +89,9 @@ class LayerNorm:
         """Layer norm of x with this layer's parameters; see `layer_norm`."""
         return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.use_diff_of_squares)
 
-    __call__ = forward
+    def __call__(self, x: Array) -> Array:
+        """The same as `forward`."""
+        return self.forward(x)
 
     def backward(self, dy: Array, x: Array) -> LayerNormGrads:
         """Gradients for dy at the input x, None for a parameter that is switched off; see `layer_norm_backward`.
@@ -126,9 +129,8 @@ class LayerNorm:
         ValueError
             For a missing or unexpected name, or an array of another shape.
         """
-        parameters = self.state_dict()
-        for name, array in checks.state(state_dict, parameters).items():
-            parameters[name][...] = array
+        for parameter, array in checks.state(state_dict, self.state_dict(), self.normalized_shape):
+            convert(array, parameter)
 
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from test_forward import DTYPES, SHAPES
+from test_forward import DTYPES, EXTREME, SHAPES
 from tolerances import EPS, assert_grads
 
 MASKS = list(itertools.product([True, False], repeat=3))
@@ -87,6 +87,22 @@ def test_sums_over_rows_are_wider_than_16_bit(rng, dtype):
     dy = np.ones((4096, 3), dtype)
     x = rng.standard_normal((4096, 3)).astype(dtype)
     np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, x, 3).dbias, np.full(3, 4096, dtype))
+
+
+@pytest.mark.parametrize(("dtype", "row", "eps"), EXTREME)
+@pytest.mark.parametrize("mask", MASKS[:-1])
+def test_squares_that_leave_the_range_of_the_dtype(build, dtype, row, eps, mask):
+    x = np.array([row, [1, 2, 3, 5]], dtype)
+    dy = np.array([[1, 2, -1, 0.5], [0, 1, 0, -1]], np.float32)
+    weight = np.array([1, 2, -1, 1], dtype)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, 4, weight, eps, output_mask=mask), dy, x, 1, weight, eps)
+
+
+def test_float64_statistics_of_float32_rows_keep_their_digits(rng):
+    x = rng.standard_normal((24, 768), dtype=np.float32) + np.float32(1e6)
+    dy = rng.standard_normal((24, 768), dtype=np.float32)
+    _, mean, rstd = nbnorm.layer_norm(x.astype(np.float64), 768, return_stats=True)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, 768, mean=mean, rstd=rstd), dy, x, 1, cancels=False)
 
 
 @pytest.mark.parametrize("use_diff_of_squares", [False, True])

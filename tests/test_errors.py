@@ -1,5 +1,7 @@
 """Does every wrong call raise the right error, with a message that names the argument, before anything is written?"""
 
+from fractions import Fraction
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,6 +23,9 @@ FORWARD = [
     ({"x": "text"}, TypeError, "x: dtype <U4; supported"),
     ({"x": object()}, TypeError, "x: dtype object; supported"),
     ({"x": X.astype(complex)}, TypeError, "x: dtype complex128; supported"),
+    ({"x": np.ndarray}, TypeError, "x: dtype object; supported"),
+    ({"x": [[np.longdouble(1)] * 4]}, TypeError, f"x: dtype {np.dtype(np.longdouble)}; supported"),
+    ({"x": X.view(np.dtype((np.float32, {"a": ("i2", 0), "b": ("i2", 2)})))}, TypeError, "x: dtype .*; supported"),
     ({"x": X.astype(np.longdouble)}, TypeError, f"x: dtype {np.dtype(np.longdouble)}; supported"),
     ({"x": X.astype(object)}, TypeError, "x: dtype object; supported"),
     ({"x": X.astype("M8[s]")}, TypeError, "x: dtype datetime64"),
@@ -32,6 +37,7 @@ FORWARD = [
     ({"bias": "text"}, TypeError, "bias: dtype <U4; supported"),
     ({"normalized_shape": 4.0}, TypeError, r"normalized_shape: 4.0; expected an int or a sequence of ints"),
     ({"normalized_shape": "4"}, TypeError, "normalized_shape: '4'; expected an int"),
+    ({"normalized_shape": b"\x04"}, TypeError, r"normalized_shape: b'\\x04'; expected an int"),
     ({"normalized_shape": None}, TypeError, "normalized_shape: None; expected an int"),
     ({"normalized_shape": [4.0]}, TypeError, r"normalized_shape: \[4.0\]; expected an int"),
     ({"normalized_shape": {4}}, TypeError, r"normalized_shape: \{4\}; expected an int"),
@@ -51,6 +57,9 @@ FORWARD = [
     ({"normalized_shape": ()}, ValueError, r"normalized_shape: \(\); expected at least one dimension, none negative"),
     ({"normalized_shape": -4}, ValueError, "normalized_shape: -4; expected at least one dimension, none negative"),
     ({"normalized_shape": 5}, ValueError, r"x: shape \(3, 4\); expected one that ends in normalized_shape, \(5,\)"),
+    ({"normalized_shape": 10**40}, ValueError, "normalized_shape: 1000.*; expected one that an array can have"),
+    ({"normalized_shape": (2**32, 2**32)}, ValueError, r"normalized_shape: \(.*\); expected one that an array can have"),
+    ({"normalized_shape": [1] * 65}, ValueError, r"normalized_shape: \[.*\]; expected one that an array can have"),
     ({"normalized_shape": (2, 3, 4)}, ValueError, r"x: shape \(3, 4\); expected one that ends"),
     ({"normalized_shape": 0}, ValueError, r"x: shape \(3, 4\); expected one that ends in normalized_shape, \(0,\)"),
     ({"weight": np.ones(3)}, ValueError, r"weight: shape \(3,\); expected \(4,\), normalized_shape"),
@@ -60,6 +69,8 @@ FORWARD = [
     ({"eps": -1e-9}, ValueError, "eps: -1e-09; expected a finite number that is not negative"),
     ({"eps": float("nan")}, ValueError, "eps: nan; expected a finite number"),
     ({"eps": float("inf")}, ValueError, "eps: inf; expected a finite number"),
+    ({"eps": np.float32("inf")}, ValueError, "eps: np.float32\\(inf\\); expected a finite number"),
+    ({"eps": Fraction(-1, 10**400)}, ValueError, "eps: Fraction.*; expected a finite number that is not negative"),
     ({"eps": 10**400}, ValueError, "eps: 1000.*; expected a finite number"),
     ({"out": np.zeros((4, 3), "f4")}, ValueError, r"out: shape \(4, 3\); expected \(3, 4\), the shape of the result"),
     ({"out": np.zeros((3, 4))}, ValueError, "out: dtype float64; expected float32, the dtype of the result"),
@@ -69,6 +80,11 @@ FORWARD = [
         {"out": np.lib.stride_tricks.as_strided(np.zeros(4, "f4"), (3, 4), (0, 4))},
         ValueError,
         r"out: strides \(0, 4\); expected an array whose elements each have memory of their own",
+    ),
+    (
+        {"out": np.lib.stride_tricks.as_strided(np.zeros(20, "f4"), (3, 4), (8, 4))},
+        ValueError,
+        r"out: strides \(8, 4\); expected an array whose elements each have memory of their own",
     ),
     ({"stream": 0}, ValueError, "stream: 0; expected None, since CPU arrays have no streams"),
 ]
@@ -84,6 +100,7 @@ BACKWARD = [
     ({"mean": np.zeros((3, 1)), "rstd": np.zeros((1, 3))}, ValueError, r"rstd: shape \(1, 3\); expected \(3, 1\)"),
     ({"mean": np.zeros((3, 1), complex), "rstd": np.zeros((3, 1))}, TypeError, "mean: dtype complex128"),
     ({"output_mask": True}, TypeError, "output_mask: True; expected three bools"),
+    ({"output_mask": np.array(True)}, TypeError, r"output_mask: array\(True\); expected three bools"),
     ({"output_mask": "yes"}, TypeError, "output_mask: 'yes'; expected three bools"),
     ({"output_mask": (1, 0, 1)}, TypeError, r"output_mask\[0\]: 1 of type int; expected a bool"),
     ({"output_mask": (True, True)}, ValueError, r"output_mask: \(True, True\); expected three bools"),
@@ -110,6 +127,7 @@ LAYER = [
     ({"device": 0}, TypeError, "device: 0; expected 'cpu' or None"),
     ({"dtype": "int32"}, TypeError, "dtype: 'int32'; expected one of float16, bfloat16, float32, float64"),
     ({"dtype": complex}, TypeError, "dtype: <class 'complex'>; expected one of"),
+    ({"dtype": "2(f4"}, TypeError, r"dtype: '2\(f4'; expected one of"),
     ({"dtype": "float99"}, TypeError, "dtype: 'float99'; expected one of"),
     ({"dtype": 4}, TypeError, "dtype: 4; expected one of"),
     ({"use_diff_of_squares": None}, TypeError, "use_diff_of_squares: None"),
@@ -149,15 +167,18 @@ def test_outs_that_overlap_each_other():
 
 
 def test_overlap_of_outs_that_is_too_hard_to_decide_is_refused():
-    # strides without a common divisor make the exact question exponential
-    memory = np.zeros(1 << 20, np.float32)
-    shape = (3,) * 11
-    strides = [4 * n for n in (90001, 45007, 22511, 11257, 5639, 2833, 1423, 709, 353, 179, 89)]
-    a = np.lib.stride_tricks.as_strided(memory, shape, strides)
-    b = np.lib.stride_tricks.as_strided(memory[1:], shape, strides)
-    x = np.zeros((1, *shape), np.float32)
-    with pytest.raises(ValueError, match=r"^out\[2\]: shares memory"):
-        nbnorm.layer_norm_backward(x, x, shape, out=(None, a, b))
+    # every stride steps over what the smaller ones span, but by little: the exact question is exponential
+    a, b = (
+        [1488816, 744409, 372204, 186102, 93051, 46525, 23263, 11632, 5816, 2908, 1454, 726, 364, 181, 91, 46, 22, 12, 6, 3],
+        [1426414, 713207, 356604, 178301, 89151, 44576, 22287, 11144, 5572, 2786, 1393, 696, 348, 174, 88, 44, 21, 11, 6, 3],
+    )
+    shape = (2,) * 20
+    memory = np.zeros(3 << 20, np.float32)
+    dweight = np.lib.stride_tricks.as_strided(memory, shape, [4 * stride for stride in a])
+    dbias = np.lib.stride_tricks.as_strided(memory[1:], shape, [4 * stride for stride in b])
+    x = np.zeros((0, *shape), np.float32)
+    with pytest.raises(ValueError, match=r"^out\[2\]: shares memory with out\[1\]"):
+        nbnorm.layer_norm_backward(x, x, shape, out=(None, dweight, dbias))
 
 
 def test_nothing_is_written_when_a_check_fails():
@@ -195,6 +216,26 @@ def test_dlpack_arrays_of_another_device_or_without_a_way_back():
         nbnorm.layer_norm(Dlpack((8, 1)), 4)
     with pytest.raises(TypeError, match="^x: .*Dlpack, whose library has no from_dlpack"):
         nbnorm.layer_norm(Dlpack((1, 0)), 4)
+    # nothing is given back for a gradient that comes in
+    np.testing.assert_array_equal(nbnorm.layer_norm_backward(Dlpack((1, 0)), X, 4).dbias, X.sum(0))
+
+
+def test_errors_of_an_array_like_name_the_argument():
+    class Broken:
+        def __array__(self, dtype=None, copy=None):
+            raise RuntimeError("no data")
+
+    with pytest.raises(TypeError, match="^weight: .*Broken has no view as a NumPy array: no data"):
+        nbnorm.layer_norm(X, 4, Broken())
+
+
+def test_an_array_like_with_a_mask():
+    class Variable:
+        def __array__(self, dtype=None, copy=None):
+            return np.ma.masked_array(X, X > 3)
+
+    with pytest.raises(TypeError, match="^x: a masked array"):
+        nbnorm.layer_norm(Variable(), 4)
 
 
 def test_bfloat16_without_ml_dtypes(monkeypatch):
@@ -221,3 +262,19 @@ def test_load_state_dict_changes_nothing_when_it_fails(state, error, message):
         ln.load_state_dict(state)
     np.testing.assert_array_equal(ln.weight, np.ones(4))
     np.testing.assert_array_equal(ln.bias, np.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("bias", "error", "message"),
+    [
+        ([0.0] * 4, TypeError, "the layer's bias: list; expected an array"),
+        (read_only(np.zeros(4)), ValueError, "the layer's bias: a read-only array; expected a writable one"),
+        (np.zeros(3), ValueError, r"the layer's bias: shape \(3,\); expected \(4,\)"),
+    ],
+)
+def test_load_state_dict_into_parameters_that_cannot_be_written(bias, error, message):
+    ln = nbnorm.LayerNorm(4)
+    ln.bias = bias
+    with pytest.raises(error, match=f"^{message}"):
+        ln.load_state_dict({"weight": X[1], "bias": X[2]})
+    np.testing.assert_array_equal(ln.weight, np.ones(4))

@@ -63,6 +63,31 @@ def test_hard_rows_keep_their_digits(rng, rows, cols, dtype):
     assert_y(nbnorm.layer_norm(x, cols, weight, bias), x, 1, weight, bias)
 
 
+EXTREME = [
+    pytest.param(np.float64, [1e154, 2e154, 3e154, 4e154], 1e-5, id="squares beyond float64"),
+    pytest.param(np.float64, [1e308, 1.2e308, 1.3e308, 1.1e308], 1e-5, id="sum beyond float64"),
+    pytest.param(np.float64, [1.7e308] * 4, 1e-5, id="constant, sum beyond float64"),
+    pytest.param(np.float64, [-1.7e308, 1.7e308, 0, 1], 0, id="difference beyond float64"),
+    pytest.param(np.float64, [1e-170, 2e-170, 3e-170, 4e-170], 0, id="squares vanish in float64"),
+    pytest.param(np.float64, [1e-161, 2e-161, 3e-161, 4e-161], 0, id="squares lose digits in float64"),
+    pytest.param(np.float64, [1e-170, 2e-170, 3e-170, 4e-170], 1e-300, id="eps is all that is left"),
+    pytest.param(np.float64, [5e-324, 1e-323, 0, 2e-323], 0, id="subnormal float64"),
+    pytest.param(np.float32, [3e38, -3e38, -3e38, -3e38], 1e-5, id="difference beyond float32"),
+    pytest.param(np.float32, [1e-40, 2e-40, 3e-40, 4e-40], 0, id="rstd beyond float32"),
+    pytest.param(np.float32, [1e-45, 3e-45, 0, 4e-45], 0, id="subnormal float32"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "row", "eps"), EXTREME)
+@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+def test_squares_that_leave_the_range_of_the_dtype(build, dtype, row, eps, use_diff_of_squares):
+    x = np.array([row, [1, 2, 3, 5]], dtype)
+    weight, bias = np.array([[1, 2, -1, 1], [0, 1, 0, -1]], np.float32)
+    y, mean, _ = nbnorm.layer_norm(x, 4, weight, bias, eps, use_diff_of_squares, return_stats=True)
+    assert_y(y, x, 1, weight, bias, eps, use_diff_of_squares)
+    np.testing.assert_array_equal(mean[0, 0], oracle.forward(x, 1)[1][0, 0].astype(mean.dtype))
+
+
 def test_256_with_one_255_is_finite_in_diff_of_squares():
     # TensorRT-LLM's difference of squares gives NaN here
     x = np.full((1, 10240), 256, np.float32)

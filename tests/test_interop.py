@@ -1,5 +1,8 @@
 """Are other libraries' CPU arrays taken without a copy and given back as what they were? With the real libraries."""
 
+import subprocess
+import sys
+
 import array_api_strict
 import ml_dtypes
 import numpy as np
@@ -100,6 +103,26 @@ def test_torch_that_requires_grad_names_detach(torch):
     assert nbnorm.layer_norm(x.detach(), SHAPE[1]).shape == SHAPE
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_torch_forward_mode_gradients_are_refused(torch):
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(torch.ones(SHAPE), torch.ones(SHAPE))
+        with pytest.raises(TypeError, match="^x: a torch tensor that requires grad"):
+            nbnorm.layer_norm(x, SHAPE[1])
+
+
+def test_torch_autograd_notices_what_was_overwritten(torch):
+    y = torch.ones(SHAPE)
+    weight = torch.ones(SHAPE[1], requires_grad=True)
+    loss = (y * weight).sum()
+    nbnorm.layer_norm(y, SHAPE[1], out=y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        y = torch.ones(SHAPE)
+        assert nbnorm.layer_norm(y, SHAPE[1], out=y) is y
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -174,6 +197,32 @@ def test_jax_is_taken_and_given_back_without_a_copy(jax, monkeypatch):
     monkeypatch.setattr("nbnorm.cpu.forward", spy)
     y = nbnorm.layer_norm(x, 100)
     assert seen == [x.unsafe_buffer_pointer(), y.unsafe_buffer_pointer()]
+
+
+def test_jax_results_are_placed_as_x_is(jax):
+    x = jax.numpy.ones(SHAPE)
+    assert not nbnorm.layer_norm(x, SHAPE[1]).committed
+    x = jax.device_put(x, jax.devices()[0])
+    y = nbnorm.layer_norm(x, SHAPE[1])
+    assert y.committed
+    assert y.sharding == x.sharding
+
+
+def test_jax_arrays_on_several_devices_are_refused(jax, python_environment):
+    code = """
+import jax, nbnorm
+mesh = jax.make_mesh((2,), ("rows",))
+x = jax.device_put(jax.numpy.ones((4, 3)), jax.NamedSharding(mesh, jax.P("rows")))
+try:
+    nbnorm.layer_norm(x, 3)
+except TypeError as error:
+    print(error)
+"""
+    environment = python_environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.stdout.startswith("x: jaxlib"), result.stderr
+    assert "on the devices {" in result.stdout
+    assert result.stdout.endswith("; expected an array in CPU memory\n")
 
 
 def test_jax_traced_or_as_out_is_refused(jax):

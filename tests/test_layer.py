@@ -133,3 +133,26 @@ def test_a_training_step_lowers_the_loss(rng):
         ln.weight -= 0.5 * dweight
         ln.bias -= 0.5 * dbias
     assert loss() < 0.9 * before
+
+
+def test_load_state_dict_from_the_layers_own_arrays(rng):
+    ln = nbnorm.LayerNorm(4)
+    ln.weight[...], ln.bias[...] = old = rng.standard_normal((2, 4), dtype=np.float32)
+    ln.load_state_dict({"weight": ln.bias, "bias": ln.weight})
+    np.testing.assert_array_equal([ln.bias, ln.weight], old)
+
+
+def test_load_state_dict_beyond_the_dtype_is_inf_without_a_warning():
+    ln = nbnorm.LayerNorm(2)
+    ln.load_state_dict({"weight": [1e300, 1], "bias": [0, 0]})
+    np.testing.assert_array_equal(ln.weight, [np.inf, 1])
+
+
+def test_a_subclass_may_override_forward(rng):
+    class Residual(nbnorm.LayerNorm):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    x = rng.standard_normal((2, 4))
+    np.testing.assert_array_equal(Residual(4)(x), x + nbnorm.LayerNorm(4)(x))
+    assert repr(Residual(4)).startswith("Residual((4,), ")

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from nbnorm.arrays import convert
 from nbnorm.cpu import kernels
-from nbnorm.cpu.staging import block_limit, buffer_for, convert, is_ready, load, row_blocks, rows_of, store
+from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, row_blocks, rows_of, store
 from nbnorm.problem import row_dtype
 
 # below this many elements a parallel region costs more than it saves: float32 forward on two cores of an AMD EPYC takes
@@ -58,12 +59,13 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
         x_dtype = row_dtype(x.dtype)
         dtype = problem.compute_dtype
-        dtypes = (row_dtype(dy.dtype), x_dtype, dtype)
+        statistics_dtype = x_dtype if mean is None else np.result_type(row_dtype(mean.dtype), row_dtype(rstd.dtype))
+        dtypes = (row_dtype(dy.dtype), x_dtype, dtype, statistics_dtype)
         statistics = problem.variance if mean is None else "given"
         kernel = kernels.backward(*dtypes, weight is not None, statistics, output_mask, _is_parallel(problem))
         weight_row = _flat(weight, dtype)
-        mean_row = _flat(mean, dtype)
-        rstd_row = _flat(rstd, dtype)
+        mean_row = _flat(mean, statistics_dtype)
+        rstd_row = _flat(rstd, statistics_dtype)
         limit = block_limit(problem, dy, x, dx)
         dy_buffer = buffer_for(dy, problem, limit)
         x_buffer = buffer_for(x, problem, limit)

@@ -20,14 +20,20 @@ from nbnorm.cpu.rows import (
     centred,
     diff_of_squares,
     gradient_means,
+    gradients_extreme,
     input_gradient,
     normalise,
+    normalise_extreme,
     reciprocal_std,
+    split,
 )
 
 # Numba's disk cache tells kernels apart by their own source and what they close over, not by the helpers that they call or
 # by their options; a kernel closes over this and `parallel` for that reason alone
 ROWS_SOURCE = hashlib.sha256(inspect.getsource(rows).encode()).hexdigest()
+
+# where the variance is outside these bounds, a square or a deviation may be 0 or Inf in the type that the kernel computes in
+VARIANCE_BOUNDS = {"float32": (2.0**-220, 2.0**210), "float64": (2.0**-960, 2.0**960)}
 
 
 def _inputs(dtype, ndim):
@@ -46,6 +52,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     """
     element = dtype.type
     build = f"{ROWS_SOURCE} parallel={parallel}"
+    smallest, largest = VARIANCE_BOUNDS[dtype.name]
     signature = types.void(
         _inputs(x_dtype, 2),  # x
         _inputs(dtype, 1),  # weight
@@ -59,32 +66,31 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
     def kernel(x, weight, bias, eps, y, mean, rstd):
         build  # noqa: B018  closed over for the disk cache
+        row_weight = weight if has_weight else None
+        row_bias = bias if has_bias else None
         for r in prange(x.shape[0]):
             # statistics
             if variance == "centred":
                 hi, lo, var = centred(x[r], element)
             else:
                 hi, lo, var = diff_of_squares(x[r], element)
-            scale = element(reciprocal_std(var, eps))
-            if mean.size > 0:
-                mean[r] = hi + lo
-                rstd[r] = scale
 
-            # normalise and store
-            if has_weight and has_bias:
-                normalise(x[r], hi, lo, scale, weight, bias, y[r])
-            elif has_weight:
-                normalise(x[r], hi, lo, scale, weight, None, y[r])
-            elif has_bias:
-                normalise(x[r], hi, lo, scale, None, bias, y[r])
+            # normalise and store; NaN fails the comparison too
+            if smallest <= var + eps <= largest:
+                scale = element(reciprocal_std(var, eps))
+                normalise(x[r], hi, lo, scale, row_weight, row_bias, y[r])
+                row_mean, row_rstd = np.float64(hi) + np.float64(lo), np.float64(scale)
             else:
-                normalise(x[r], hi, lo, scale, None, None, y[r])
+                row_mean, row_rstd = normalise_extreme(x[r], eps, row_weight, row_bias, y[r])
+            if mean.size > 0:
+                mean[r] = row_mean
+                rstd[r] = row_rstd
 
     return kernel
 
 
 @functools.cache
-def backward(dy_dtype, x_dtype, dtype, has_weight, statistics, output_mask, parallel):
+def backward(dy_dtype, x_dtype, dtype, statistics_dtype, has_weight, statistics, output_mask, parallel):
     """Gradients of layer norm: one iteration owns a block of rows; it writes dx of each and adds to the block's own sums.
 
     `statistics` is "given" or the variance to recompute them by. Block b owns rows b * block_rows to (b + 1) * block_rows of
@@ -93,14 +99,15 @@ def backward(dy_dtype, x_dtype, dtype, has_weight, statistics, output_mask, para
     """
     element = dtype.type
     build = f"{ROWS_SOURCE} parallel={parallel}"
+    smallest, largest = VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     signature = types.void(
         _inputs(dy_dtype, 2),  # dy
         _inputs(x_dtype, 2),  # x
         _inputs(dtype, 1),  # weight
         types.float64,  # eps
-        _inputs(dtype, 1),  # mean
-        _inputs(dtype, 1),  # rstd
+        _inputs(statistics_dtype, 1),  # mean
+        _inputs(statistics_dtype, 1),  # rstd
         types.int64,  # first
         types.int64,  # block_rows
         _outputs(x_dtype, 2),  # dx
@@ -111,40 +118,38 @@ def backward(dy_dtype, x_dtype, dtype, has_weight, statistics, output_mask, para
     @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
     def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, dx, dweight, dbias):
         build  # noqa: B018  closed over for the disk cache
+        row_weight = weight if has_weight else None
         last = first + x.shape[0]
         for b in prange(first // block_rows, (last + block_rows - 1) // block_rows):
+            block_dweight = dweight[b] if with_dweight else None
+            block_dbias = dbias[b] if with_dbias else None
             for r in range(max(b * block_rows, first) - first, min((b + 1) * block_rows, last) - first):
+                row_dx = dx[r] if with_dx else None
+
                 # statistics
                 if statistics == "given":
-                    hi, lo, scale = mean[r], element(0), rstd[r]
+                    hi, lo = split(np.float64(mean[r]), element)
+                    scale = element(rstd[r])
                 else:
                     if statistics == "centred":
                         hi, lo, var = centred(x[r], element)
                     else:
                         hi, lo, var = diff_of_squares(x[r], element)
+                    if not smallest <= var + eps <= largest:
+                        gradients_extreme(dy[r], x[r], eps, row_weight, row_dx, block_dweight, block_dbias)
+                        continue
                     scale = element(reciprocal_std(var, eps))
 
                 # the sums over rows first: dx may overwrite dy or x
-                if with_dweight and with_dbias:
-                    add_parameter_gradients(dy[r], x[r], hi, lo, scale, dweight[b], dbias[b])
-                elif with_dweight:
-                    add_parameter_gradients(dy[r], x[r], hi, lo, scale, dweight[b], None)
-                elif with_dbias:
-                    add_parameter_gradients(dy[r], x[r], hi, lo, scale, None, dbias[b])
+                if with_dweight or with_dbias:
+                    add_parameter_gradients(dy[r], x[r], hi, lo, scale, block_dweight, block_dbias)
 
-                # the means over the row
-                if with_dx and has_weight:
-                    mean_g, mean_gx, mean_x_hat = gradient_means(dy[r], x[r], hi, lo, scale, weight)
-                elif with_dx:
-                    mean_g, mean_gx, mean_x_hat = gradient_means(dy[r], x[r], hi, lo, scale, None)
-                if with_dx and statistics != "given":
-                    # 0 but for rounding, which a large mean of g would make visible
-                    mean_gx -= mean_g * mean_x_hat
-
-                # dx
-                if with_dx and has_weight:
-                    input_gradient(dy[r], x[r], hi, lo, scale, weight, mean_g, mean_gx, element, dx[r])
-                elif with_dx:
-                    input_gradient(dy[r], x[r], hi, lo, scale, None, mean_g, mean_gx, element, dx[r])
+                # the means over the row, and dx
+                if with_dx:
+                    mean_g, mean_gx, mean_x_hat = gradient_means(dy[r], x[r], hi, lo, scale, row_weight)
+                    if statistics != "given":
+                        # 0 but for rounding, which a large mean of g would make visible
+                        mean_gx -= mean_g * mean_x_hat
+                    input_gradient(dy[r], x[r], hi, lo, scale, row_weight, mean_g, mean_gx, scale, element, row_dx)
 
     return kernel

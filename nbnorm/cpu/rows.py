@@ -8,6 +8,8 @@ mean/std = 1e4.
 Every function states its fast-math flags: a jitted helper without any inherits those of the caller that compiles it first.
 """
 
+import math
+
 import numpy as np
 from numba import njit
 
@@ -102,15 +104,15 @@ def gradient_means(dy, x, hi, lo, rstd, weight):
 
 
 @njit(fastmath=ELEMENTWISE, error_model="numpy", cache=True)
-def input_gradient(dy, x, hi, lo, rstd, weight, mean_g, mean_gx, element, dx):
-    """Write dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))."""
+def input_gradient(dy, x, hi, lo, rstd, weight, mean_g, mean_gx, factor, element, dx):
+    """Write dx = factor * (g - mean(g) - x_hat * mean(g * x_hat)), where factor is rstd unless the row is rescaled."""
     g_hi, g_lo = split(mean_g, element)
     slope = element(mean_gx) * rstd
     for j in range(x.size):
         g = element(dy[j])
         if weight is not None:
             g = g * weight[j]
-        dx[j] = (centre(g, g_hi, g_lo) - centre(x[j], hi, lo) * slope) * rstd
+        dx[j] = (centre(g, g_hi, g_lo) - centre(x[j], hi, lo) * slope) * factor
 
 
 @njit(fastmath=ELEMENTWISE, error_model="numpy", cache=True)
@@ -122,3 +124,46 @@ def add_parameter_gradients(dy, x, hi, lo, rstd, dweight, dbias):
             dweight[j] += g * np.float64(centre(x[j], hi, lo) * rstd)
         if dbias is not None:
             dbias[j] += g
+
+
+@njit(fastmath=False, error_model="numpy", cache=True)
+def rescaled(x, eps):
+    """A row whose squares leave the range of its type: row, hi, lo and rstd rescaled; mean and rstd as they are.
+
+    It is divided, in float64, by the power of two that brings its largest element, or sqrt(eps), near 1.
+    """
+    largest = root_eps = np.sqrt(eps)
+    is_constant = True
+    for j in range(x.size):
+        largest = max(largest, abs(np.float64(x[j])))
+        is_constant = is_constant and x[j] == x[0]
+    exponent = math.frexp(largest)[1]
+    row = np.empty(x.size, np.float64)
+    for j in range(x.size):
+        row[j] = np.ldexp(np.float64(x[j]), -exponent)
+    hi, lo, var = centred(row, np.float64)
+    if is_constant and eps > 0.0:
+        # eps may vanish beside the row's scale, and 0 / 0 is not what the formula says
+        return row, row[0], 0.0, 0.0, np.float64(x[0]), 1.0 / root_eps
+    rstd = reciprocal_std(var, np.ldexp(root_eps, -exponent) ** 2)
+    return row, hi, lo, rstd, np.ldexp(hi + lo, exponent), np.ldexp(rstd, -exponent)
+
+
+@njit(fastmath=False, error_model="numpy", cache=True)
+def normalise_extreme(x, eps, weight, bias, y):
+    """Write y of such a row; returns its mean and rstd."""
+    row, hi, lo, row_rstd, mean, rstd = rescaled(x, eps)
+    normalise(row, hi, lo, row_rstd, weight, bias, y)
+    return mean, rstd
+
+
+@njit(fastmath=False, error_model="numpy", cache=True)
+def gradients_extreme(dy, x, eps, weight, dx, dweight, dbias):
+    """All gradients of such a row; dx, dweight and dbias may be None."""
+    row, hi, lo, row_rstd, _, rstd = rescaled(x, eps)
+    if dweight is not None or dbias is not None:
+        add_parameter_gradients(dy, row, hi, lo, row_rstd, dweight, dbias)
+    if dx is not None:
+        mean_g, mean_gx, mean_x_hat = gradient_means(dy, row, hi, lo, row_rstd, weight)
+        mean_gx -= mean_g * mean_x_hat
+        input_gradient(dy, row, hi, lo, row_rstd, weight, mean_g, mean_gx, rstd, np.float64, dx)

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from nbnorm.arrays import convert
 from nbnorm.problem import row_dtype
 
 # elements of a buffer: 1 MiB of float32
@@ -72,9 +73,3 @@ def store(rows, block, buffer):
     """Copy what a kernel wrote into `rows_of(block, buffer, cols)` back into the block."""
     if buffer is not None:
         convert(rows.reshape(block.shape), block)
-
-
-def convert(source, destination):
-    """Copy with a cast: a value beyond the range of a narrower dtype becomes Inf, without a warning."""
-    with np.errstate(all="ignore"):
-        np.copyto(destination, source, casting="unsafe")
