@@ -15,9 +15,9 @@ from nbnorm.cpu.staging import row_blocks
 from nbnorm.functional import layer_norm
 
 BLOCK_BYTES = 1 << 23
-# mapped memory that a block of a Fortran-ordered file may touch at once: two pages for each run of neighbours
+# mapped memory that may be touched at once: pages count as this process's memory until they are unmapped
 MAPPED_BYTES = 1 << 24
-RUN_BYTES = 1 << 13
+PAGE_BYTES = 1 << 12
 # the reference takes about six longdouble rows
 CHECKED_COLS = 1 << 19
 
@@ -31,11 +31,21 @@ class Applied(NamedTuple):
     largest_error: float
 
 
-def apply(source, destination, normalized_shape, weight=None, bias=None, eps=1e-5, use_diff_of_squares=False, dtype=None):
+def apply(
+    source,
+    destination,
+    normalized_shape,
+    weight=None,
+    bias=None,
+    eps=1e-5,
+    use_diff_of_squares=False,
+    dtype=None,
+    interrupted=bool,
+):
     """Write layer norm of the .npy file `source` to the .npy file `destination`, which appears when it is complete.
 
     Computes in the wider of the file's dtype and `dtype`, and compares the first row of each block with the reference,
-    where it is finite and not too long for memory.
+    where it is finite and not too long for memory. Where `interrupted` says True after a block, raises KeyboardInterrupt.
     """
     destination = checks.files(source, destination, [path for path in (weight, bias) if path is not None])
     weight, bias = (None if path is None else np.array(checks.npy(path)) for path in (weight, bias))
@@ -44,6 +54,7 @@ def apply(source, destination, normalized_shape, weight=None, bias=None, eps=1e-
     ndim = len(problem.normalized_shape)
     result_dtype = problem.dtype if dtype is None else np.dtype(dtype)
     compute_dtype = np.result_type(problem.dtype, result_dtype)
+    identity = checks.file_identity(source)
     del mapped
 
     checked_rows = 0
@@ -58,6 +69,7 @@ def apply(source, destination, normalized_shape, weight=None, bias=None, eps=1e-
             y = layer_norm(x, problem.normalized_shape, weight, bias, problem.eps, use_diff_of_squares)
             with np.errstate(over="ignore", under="ignore"):
                 y = y.astype(result_dtype, copy=False)
+            checks.is_unchanged(source, identity)
             file.write(y)
             first = (0,) * (x.ndim - ndim)
             if problem.cols <= CHECKED_COLS and np.isfinite(y[first]).all():
@@ -67,22 +79,43 @@ def apply(source, destination, normalized_shape, weight=None, bias=None, eps=1e-
             # before the next block is made, not after
             del x, y
             advance(rows.stop - rows.start)
+            if interrupted():
+                raise KeyboardInterrupt
     return Applied(problem.shape, result_dtype, checked_rows, largest_error)
 
 
 def _read(path, index):
-    """A block of the array in the file: mapped anew each time, since pages that were read count as this process's memory."""
+    """A block of the array in the file, C-contiguous: mapped where it is so there, else copied in pieces."""
     block = checks.npy(path)[index]
     if block.flags.c_contiguous:
         return block
-    runs = block.size // max(block.shape[0], 1)
-    pieces = -(-runs * RUN_BYTES // MAPPED_BYTES)
-    width = max(1, block.shape[-1] // pieces)
     result = np.empty(block.shape, block.dtype)
-    for start in range(0, block.shape[-1], width):
-        columns = slice(start, start + width)
-        result[..., columns] = checks.npy(path)[index][..., columns]
+    bounds = tuple((0, size) for size in block.shape)
+    for piece in _pieces(bounds, block.strides, block.itemsize):
+        # mapped anew, to let go of the pages of the piece before
+        block = checks.npy(path)[index]
+        result[piece] = block[piece]
     return result
+
+
+def _pieces(bounds, strides, itemsize):
+    """Slices that together cover the bounds (start, stop), each of which touches few enough pages."""
+    sizes = [stop - start for start, stop in bounds]
+    regions = 1
+    span = itemsize
+    for stride, size in sorted(zip(strides, sizes, strict=True)):
+        if stride <= span + PAGE_BYTES:
+            span += stride * (size - 1)
+        else:
+            regions *= size
+    if regions * (span + 2 * PAGE_BYTES) <= MAPPED_BYTES or max(sizes) == 1:
+        yield tuple(slice(*bound) for bound in bounds)
+        return
+    axis = max((axis for axis in range(len(sizes)) if sizes[axis] > 1), key=lambda axis: strides[axis])
+    start, stop = bounds[axis]
+    middle = (start + stop) // 2
+    for half in ((start, middle), (middle, stop)):
+        yield from _pieces((*bounds[:axis], half, *bounds[axis + 1 :]), strides, itemsize)
 
 
 @contextmanager
@@ -97,8 +130,10 @@ def _complete_or_absent(path):
             os.fsync(file.fileno())
         Path(temporary).chmod(_mode(path))
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 
@@ -115,10 +150,10 @@ def _mode(path):
 def _progress(rows):
     """A function that takes the number of rows done: a progress bar on a terminal, else nothing."""
     bar: Any = None
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         try:
             from tqdm import tqdm
-        except ModuleNotFoundError:
+        except ImportError:
             print("nbnorm: no progress bar without tqdm: pip install 'nbnorm[cli]'", file=sys.stderr)
         else:
             bar = tqdm(total=rows, unit=" rows", unit_scale=True, leave=False)

@@ -8,8 +8,10 @@ import math
 import numbers
 import operator
 import os
+import stat
 import sys
 import tokenize
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from nbnorm.problem import Problem, row_dtype
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MAX_NDIM = 64
+# what NumPy raises for headers that are none, or hostile
+NOT_NPY = (ValueError, TypeError, EOFError, SyntaxError, OverflowError, RecursionError, MemoryError, tokenize.TokenError)
 # np.dtype.name takes microseconds
 NUMPY_FLOATS = (np.float16, np.float32, np.float64)
 # the exact answer can take exponential time for contrived strides
@@ -288,6 +292,8 @@ def files(source, destination, others):
         raise ValueError(f"{destination}: no such directory as {destination.parent}")
     if destination.exists() and not destination.is_file():
         raise ValueError(f"{destination}: not a regular file; expected a name for a new file, or a file to replace")
+    if not os.access(destination.parent, os.W_OK):
+        raise ValueError(f"{destination}: no permission to write in {destination.parent}")
     for path in (source, *others):
         if destination.exists() and Path(path).samefile(destination):
             raise ValueError(f"{destination}: is also an input; expected another file to write to")
@@ -296,7 +302,23 @@ def files(source, destination, others):
 
 def npy(path):
     """The array in a .npy file, memory-mapped and read-only."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError(f"{path}: not a regular file; expected an array in NumPy's .npy format")
     try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, TypeError, EOFError, SyntaxError, OverflowError, tokenize.TokenError) as error:
+        # NumPy warns of what Python 2 wrote, and of shapes beyond any file
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.lib.format.open_memmap(path, mode="r")
+    except NOT_NPY as error:
         raise ValueError(f"{path}: not an array in NumPy's .npy format: {error}") from error
+
+
+def file_identity(path):
+    """What changes where another file takes the name, or this one is written to."""
+    status = Path(path).stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def is_unchanged(path, identity):
+    if file_identity(path) != identity:
+        raise ValueError(f"{path}: changed while it was read")

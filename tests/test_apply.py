@@ -1,6 +1,7 @@
 """Does `nbnorm apply` normalise files of any size and order, and leave nothing behind when it cannot?"""
 
 import fcntl
+import math
 import os
 import pty
 import resource
@@ -57,7 +58,7 @@ def block(request, monkeypatch):
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("options", [[], ["--use-diff-of-squares", "--eps", "0.01"]])
 def test_same_as_the_function(x, folder, block, order, options, rng, monkeypatch, capsys):
-    monkeypatch.setattr(apply_module, "MAPPED_BYTES", apply_module.RUN_BYTES * 20)
+    monkeypatch.setattr(apply_module, "MAPPED_BYTES", 20 * 2 * apply_module.PAGE_BYTES)
     np.save("x.npy", np.asarray(x, order=order))
     weight, bias = rng.standard_normal((2, COLS))
     np.save("w.npy", weight)
@@ -75,7 +76,7 @@ def test_same_as_the_function(x, folder, block, order, options, rng, monkeypatch
 
 
 def test_several_normalized_dimensions(x, folder):
-    assert main(["apply", "x.npy", "-o", "y.npy", "--normalized-shape", "10", "48"]) == 0
+    assert main(["apply", "x.npy", "-o", "y.npy", "--normalized-shape", "10,48"]) == 0
     np.testing.assert_array_equal(np.load("y.npy"), nbnorm.layer_norm(x, (10, COLS)))
 
 
@@ -136,6 +137,15 @@ def pickled(folder):
     np.save("x.npy", np.array([{}, None], object), allow_pickle=True)
 
 
+def fifo(folder):
+    (folder / "x.npy").unlink()
+    os.mkfifo(folder / "x.npy")
+
+
+def header(folder, text):
+    (folder / "x.npy").write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", len(text)) + text)
+
+
 FAILURES = [
     pytest.param(lambda folder: (folder / "x.npy").unlink(), [], "No such file or directory: 'x.npy'", id="no input"),
     pytest.param(lambda folder: (folder / "x.npy").write_text("1,2,3"), [], "x.npy: not an array in NumPy's", id="text"),
@@ -154,6 +164,14 @@ FAILURES = [
     pytest.param(lambda folder: None, ["--bias", "b.npy"], "No such file or directory: 'b.npy'", id="no bias"),
     pytest.param(lambda folder: None, ["--eps", "-1"], "eps: -1.0; expected a finite number", id="eps"),
     pytest.param(lambda folder: None, ["--normalized-shape", "-1"], "normalized_shape: [-1]; expected", id="negative"),
+    pytest.param(fifo, [], "x.npy: not a regular file; expected an array", id="fifo"),
+    pytest.param(lambda folder: header(folder, b"1" + b"+1" * 4000), [], "x.npy: not an array in NumPy's", id="deep header"),
+    pytest.param(
+        lambda folder: header(folder, b"{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904, 48)}"),
+        [],
+        "x.npy: not an array in NumPy's",
+        id="huge shape",
+    ),
     pytest.param(
         lambda folder: None, ["-o", "x.npy"], "x.npy: is also an input; expected another file", id="output = input"
     ),
@@ -208,7 +226,7 @@ def test_a_full_disk_leaves_the_old_file_whole(x, folder, python_environment):
     environment = python_environment | {"NUMBA_CACHE_DIR": os.fspath(folder / "cache")}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "nbnorm: [Errno 27] File too large\n"
+    assert result.stderr == f"nbnorm: [Errno 27] File too large: '{folder / 'y.npy'}'\n"
     assert (folder / "y.npy").read_bytes() == b"old"
     assert leftovers(folder) in ([], ["cache"])
 
@@ -217,29 +235,37 @@ def sparse(path, shape, fortran_order):
     """A .npy file of zeros that takes no disk."""
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": fortran_order, "shape": shape})
-        file.truncate(file.tell() + 4 * shape[0] * shape[1])
+        file.truncate(file.tell() + 4 * math.prod(shape))
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(
     ("shape", "fortran_order"),
-    [((250_000, 768), False), ((150_000, 768), True), ((2000, 60_000), True), ((12, 8_000_000), False)],
-    ids=["C order", "Fortran order", "Fortran order, long rows", "rows of 32 MB"],
+    [
+        ((250_000, 768), False),
+        ((150_000, 768), True),
+        ((2000, 60_000), True),
+        ((8, 30_000, 32, 12), True),
+        ((40, 2_000_000), False),
+    ],
+    ids=["C order", "Fortran order", "Fortran order, long rows", "Fortran order, neighbours apart", "long rows"],
 )
 def test_peak_memory_is_under_300_mb(folder, python_environment, shape, fortran_order):
     sparse(folder / "x.npy", shape, fortran_order)
-    command = [sys.executable, "-m", "nbnorm", "apply", "x.npy", "-o", "y.npy", "--normalized-shape", str(shape[1])]
+    np.save("w.npy", np.ones(shape[-1]))
+    command = [sys.executable, "-m", "nbnorm", "apply", "x.npy", "-o", "y.npy", "--normalized-shape", str(shape[-1])]
+    command += ["--weight", "w.npy", "--bias", "w.npy", "--dtype", "float64" if shape[-1] == 2_000_000 else "float32"]
     process = subprocess.Popen(command, env=python_environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     (folder / "y.npy").unlink()
     assert process.returncode == 0
     assert usage.ru_maxrss < 300e3
-    assert resource.getpagesize() <= apply_module.RUN_BYTES
+    assert resource.getpagesize() <= apply_module.PAGE_BYTES
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_run_that_is_stopped_leaves_the_old_file_whole(folder, python_environment, number):
     (folder / "y.npy").write_bytes(b"old")
     sparse(folder / "x.npy", (250_000, 768), fortran_order=False)
@@ -254,8 +280,56 @@ def test_a_run_that_is_stopped_leaves_the_old_file_whole(folder, python_environm
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
-        assert (process.returncode, err) == (130, "nbnorm: interrupted, y.npy was not written\n")
+        assert (process.returncode, err) == (130, "nbnorm: interrupted\n")
         assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to", "truncated"])
+def test_an_input_that_changes_while_it_is_read(x, folder, capsys, monkeypatch, how):
+    monkeypatch.setattr(apply_module, "BLOCK_BYTES", 20 * COLS * 4)
+    layer_norm = apply_module.layer_norm
+    np.save("other.npy", x)
+
+    def change_and_normalise(block, *arguments):
+        y = layer_norm(block, *arguments)
+        if how == "replaced":
+            (folder / "other.npy").rename(folder / "x.npy")
+        elif how == "written to":
+            with (folder / "x.npy").open("r+b") as file:
+                file.seek(1000)
+                file.write(b"1234")
+            os.utime("x.npy", ns=(0, 0))
+        else:
+            os.truncate("x.npy", 1000)
+        return y
+
+    monkeypatch.setattr(apply_module, "layer_norm", change_and_normalise)
+    assert apply() == 2
+    assert capsys.readouterr().err == "nbnorm: x.npy: changed while it was read\n"
+    assert not (folder / "y.npy").exists()
+    assert leftovers(folder) == ([] if how == "replaced" else ["other.npy"])
+
+
+@pytest.mark.parametrize("stdout", ["/dev/full", "closed pipe"])
+def test_output_that_cannot_be_written(x, folder, python_environment, stdout):
+    if stdout == "/dev/full":
+        end = os.open(stdout, os.O_WRONLY)
+    else:
+        reader, end = os.pipe()
+        os.close(reader)
+    command = [sys.executable, "-m", "nbnorm", "apply", "x.npy", "-o", "y.npy", "--normalized-shape", str(COLS)]
+    result = subprocess.run(command, env=python_environment, stdout=end, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(end)
+    assert result.returncode == 2
+    assert result.stderr == ("nbnorm: [Errno 28] No space left on device\n" if stdout == "/dev/full" else "")
+
+
+def test_names_and_help_that_the_terminal_cannot_show(x, folder, python_environment):
+    environment = python_environment | {"PYTHONIOENCODING": "ascii"}
+    result = run("x.npy", "-o", "\xe9\xb2.npy", "--normalized-shape", "48", environment=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("\\xe9\\xb2.npy: (7, 10, 48) float32")
+    assert run("--help", environment=environment).returncode == 0
 
 
 def on_terminal(environment):
