@@ -138,6 +138,45 @@ def state(state_dict, parameters, normalized_shape):
     return result
 
 
+def files(source, destination, others):
+    """The paths of `nbnorm apply`: the destination as the file to replace, which must be none of those that are read."""
+    destination = Path(os.path.realpath(destination))
+    if not destination.parent.is_dir():
+        raise ValueError(f"{destination}: no such directory as {destination.parent}")
+    if destination.exists() and not destination.is_file():
+        raise ValueError(f"{destination}: not a regular file; expected a name for a new file, or a file to replace")
+    if not os.access(destination.parent, os.W_OK):
+        raise ValueError(f"{destination}: no permission to write in {destination.parent}")
+    for path in (source, *others):
+        if destination.exists() and Path(path).samefile(destination):
+            raise ValueError(f"{destination}: is also an input; expected another file to write to")
+    return destination
+
+
+def npy(path):
+    """The array in a .npy file, memory-mapped and read-only."""
+    if not stat.S_ISREG(Path(path).stat().st_mode):
+        raise ValueError(f"{path}: not a regular file; expected an array in NumPy's .npy format")
+    try:
+        # NumPy warns of what Python 2 wrote, and of shapes beyond any file
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.lib.format.open_memmap(path, mode="r")
+    except NOT_NPY as error:
+        raise ValueError(f"{path}: not an array in NumPy's .npy format: {error}") from error
+
+
+def file_identity(path):
+    """What changes where another file takes the name, or this one is written to."""
+    status = Path(path).stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def is_unchanged(path, identity):
+    if file_identity(path) != identity:
+        raise ValueError(f"{path}: changed while it was read")
+
+
 def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes):
     normalized_shape = shape(normalized_shape)
     batch_ndim = x.ndim - len(normalized_shape)
@@ -185,6 +224,8 @@ def _array(name, value):
         raise TypeError(f"{name}: a torch tensor that requires grad, which nbnorm does not record; pass {name}.detach()")
     if kind == "dlpack" and name == "x" and not hasattr(arrays.namespace(value), "from_dlpack"):
         raise TypeError(f"x: {_type_name(value)}, whose library has no from_dlpack to give back the result with")
+    if kind == "torch" and str(value.dtype) == "torch.bfloat16":
+        _bfloat16(name)
     array = _ask(name, arrays.to_numpy, value, kind)
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name}: a masked array; expected one without a mask, such as {name}.filled(0)")
@@ -195,9 +236,6 @@ def _ask(name, question, value, kind):
     """What another library answers about its array; an error of its own becomes one that names the argument."""
     try:
         return question(value, kind)
-    except ModuleNotFoundError:
-        _bfloat16(name)
-        raise
     except (TypeError, RuntimeError, BufferError) as error:
         raise TypeError(f"{name}: {_type_name(value)} has no view as a NumPy array: {error}") from error
     except ValueError as error:
@@ -205,6 +243,7 @@ def _ask(name, question, value, kind):
 
 
 def _bfloat16(name):
+    """NumPy's dtype for it, which a package of its own has."""
     try:
         return arrays.bfloat16()
     except ModuleNotFoundError as error:
@@ -283,42 +322,3 @@ def _no_stream(stream):
 
 def _type_name(value):
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
-def files(source, destination, others):
-    """The paths of `nbnorm apply`: the destination as the file to replace, which must be none of those that are read."""
-    destination = Path(os.path.realpath(destination))
-    if not destination.parent.is_dir():
-        raise ValueError(f"{destination}: no such directory as {destination.parent}")
-    if destination.exists() and not destination.is_file():
-        raise ValueError(f"{destination}: not a regular file; expected a name for a new file, or a file to replace")
-    if not os.access(destination.parent, os.W_OK):
-        raise ValueError(f"{destination}: no permission to write in {destination.parent}")
-    for path in (source, *others):
-        if destination.exists() and Path(path).samefile(destination):
-            raise ValueError(f"{destination}: is also an input; expected another file to write to")
-    return destination
-
-
-def npy(path):
-    """The array in a .npy file, memory-mapped and read-only."""
-    if not stat.S_ISREG(Path(path).stat().st_mode):
-        raise ValueError(f"{path}: not a regular file; expected an array in NumPy's .npy format")
-    try:
-        # NumPy warns of what Python 2 wrote, and of shapes beyond any file
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return np.lib.format.open_memmap(path, mode="r")
-    except NOT_NPY as error:
-        raise ValueError(f"{path}: not an array in NumPy's .npy format: {error}") from error
-
-
-def file_identity(path):
-    """What changes where another file takes the name, or this one is written to."""
-    status = Path(path).stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def is_unchanged(path, identity):
-    if file_identity(path) != identity:
-        raise ValueError(f"{path}: changed while it was read")

@@ -52,8 +52,8 @@ def layer_norm(
     eps : float
         Added to the variance, not negative.
     use_diff_of_squares : bool
-        Take the variance as ``mean(x**2) - mean(x)**2``, clamped at 0, from one sweep over the row. Faster on long rows,
-        and less accurate where the mean is large against the deviations.
+        Take the variance as ``mean(x**2) - mean(x)**2``, clamped at 0, from one sweep over the row: less accurate where
+        the mean is large against the deviations.
     out : array, shape of x, dtype of y, optional
         Where to write y. It may be x itself, or overlap any input.
     return_stats : bool
@@ -146,8 +146,8 @@ def layer_norm_backward(
     use_diff_of_squares : bool
         As in `layer_norm`; decides how the statistics are recomputed.
     mean, rstd : array_like, shape (*batch, 1, ..., 1), optional
-        The statistics that `layer_norm` returned. Without them they are recomputed from x, which costs little and, for
-        float32 rows with a large mean, is more accurate, since the stored mean is rounded. Both or neither.
+        The statistics that `layer_norm` returned. Without them they are recomputed while the row is in the cache, which
+        is more accurate for rows with a large mean, since a stored float32 mean is rounded. Both or neither.
     output_mask : sequence of three bools
         Which of dx, dweight and dbias to compute. The others are None and cost nothing.
     out : tuple of three arrays or None, optional

@@ -9,7 +9,7 @@ class Problem(NamedTuple):
     """Layer norm over the trailing `normalized_shape` of operands of shape `batch + normalized_shape`.
 
     That is `rows` rows of `cols` elements. `dtype` is that of y and dx, `weight_dtype` that of dweight and dbias.
-    `compute_dtype`, float32 or float64, holds every operand exactly.
+    `compute_dtype` is float64 where an operand is wider than float32, else float32.
     """
 
     batch: tuple[int, ...]

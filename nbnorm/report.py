@@ -16,7 +16,7 @@ from nbnorm import reference
 # (shape, normalized_shape): a transformer's activations, a large one's, and a batch of images
 SHAPES = [((8192, 768), (768,)), ((4096, 4096), (4096,)), ((32, 64, 28, 28), (28, 28))]
 REPEATS = 7
-# how far a result may be from the reference, in eps of float32: see error_of_y and error_of_gradients
+# how far a result may be from the reference, in eps of float32: see the functions that measure it
 ALLOWED = {"forward": 4, "backward": 8}
 ROWS_AT_ONCE = 256
 
@@ -35,7 +35,7 @@ def report():
     print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     layer = "none, NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else numba.threading_layer()  # type: ignore[attr-defined]
     print(f"CPU:  {numba.get_num_threads()} threads, {os.cpu_count()} processors, threading layer {layer}")
-    print(f"CUDA: {cuda()}")
+    print(f"CUDA: {cuda_devices()}")
     print()
     print(
         "float32; the largest error against float64, in eps, of what is allowed; medians in ms of nbnorm, NumPy and a copy"
@@ -49,10 +49,10 @@ def report():
     return all(passed)
 
 
-def cuda():
+def cuda_devices():
     """The CUDA devices, or why there are none."""
     if importlib.util.find_spec("numba_cuda") is None:
-        return "none, numba-cuda is not installed (pip install 'nbnorm[cuda13]' or 'nbnorm[cuda12]')"
+        return "none, numba-cuda is not installed; this version of nbnorm has CPU kernels only"
     from numba import cuda
 
     if not cuda.is_available():
@@ -91,7 +91,7 @@ def check(dy, x, weight, bias, backward, use_diff_of_squares):
     # forward reads x and writes y, backward reads x and dy and writes dx
     source, destination = np.zeros((2, x.size * 3 // 2 if backward else x.size), np.float32)
     result = ours()
-    error = error_of_gradients(result, dy, x, weight) if backward else error_of_y(result, x, weight, bias)
+    error = largest_error_of_gradients(result, dy, x, weight) if backward else largest_error_of_y(result, x, weight, bias)
     times = medians(ours, plain, lambda: copy(source, destination))
     name = "backward" if backward else "forward"
     variance = "diff of squares" if use_diff_of_squares else "centred"
@@ -105,7 +105,7 @@ def check(dy, x, weight, bias, backward, use_diff_of_squares):
     return bool(passed)
 
 
-def error_of_y(y, x, weight, bias):
+def largest_error_of_y(y, x, weight, bias):
     """In eps of (|normalised part| + |bias| + 1), the largest of all rows."""
     row = weight.shape
     y, x = y.reshape(-1, *row), x.reshape(-1, *row)
@@ -114,7 +114,7 @@ def error_of_y(y, x, weight, bias):
     )
 
 
-def error_of_gradients(grads, dy, x, weight):
+def largest_error_of_gradients(grads, dy, x, weight):
     """In eps, of |dx| + the largest |dx| of the row, and of |dweight| or |dbias| + sqrt(rows): the largest of all."""
     row = weight.shape
     dx, dy, x = (a.reshape(-1, *row) for a in (grads.dx, dy, x))

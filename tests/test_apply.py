@@ -75,6 +75,13 @@ def test_same_as_the_function(x, folder, block, order, options, rng, monkeypatch
     assert leftovers(folder) == []
 
 
+def test_the_error_of_the_rows_that_were_checked(x, folder, monkeypatch):
+    applied = apply_module.apply("x.npy", "y.npy", COLS, eps=10.0)
+    assert 0 < applied.largest_error < 4
+    monkeypatch.setattr(apply_module, "layer_norm", lambda *arguments: nbnorm.layer_norm(*arguments) + np.float32(1e-3))
+    assert apply_module.apply("x.npy", "y.npy", COLS).largest_error > 1000
+
+
 def test_several_normalized_dimensions(x, folder):
     assert main(["apply", "x.npy", "-o", "y.npy", "--normalized-shape", "10,48"]) == 0
     np.testing.assert_array_equal(np.load("y.npy"), nbnorm.layer_norm(x, (10, COLS)))

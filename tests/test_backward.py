@@ -60,10 +60,16 @@ def test_given_statistics_are_used(rng):
 
 
 @pytest.mark.compiled
-def test_large_arrays_run_in_parallel(rng):
+def test_large_arrays(rng):
     x, dy = rng.standard_normal((2, 3000, 96), dtype=np.float32)
     weight = rng.standard_normal(96, dtype=np.float32)
     assert_grads(nbnorm.layer_norm_backward(dy, x, 96, weight), dy, x, 1, weight)
+
+
+def test_difference_of_squares_loses_the_digits_that_its_formula_loses():
+    x, dy = np.array([[[1e6 + 0.1, 1e6 + 1.3, 1e6 + 2.7, 1e6 + 3.1]], [[1, 0, 2, 0]]])
+    dx, centred = (nbnorm.layer_norm_backward(dy, x, 4, None, 1e-5, mode).dx for mode in (True, False))
+    assert 1e-8 < np.abs(dx / centred - 1).max() < 1e-2
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -96,6 +102,13 @@ def test_squares_that_leave_the_range_of_the_dtype(build, dtype, row, eps, mask)
     dy = np.array([[1, 2, -1, 0.5], [0, 1, 0, -1]], np.float32)
     weight = np.array([1, 2, -1, 1], dtype)
     assert_grads(nbnorm.layer_norm_backward(dy, x, 4, weight, eps, output_mask=mask), dy, x, 1, weight, eps)
+
+
+def test_float64_dy_of_float32_rows_keeps_its_digits(rng):
+    x = rng.standard_normal((24, 768), dtype=np.float32)
+    dy = rng.standard_normal((24, 768)) + 1e7
+    grads = nbnorm.layer_norm_backward(dy, x, 768, output_mask=(True, False, False))
+    assert_grads(grads, dy, x, 1, cancels=False)
 
 
 def test_float64_statistics_of_float32_rows_keep_their_digits(rng):

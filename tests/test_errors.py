@@ -160,6 +160,11 @@ def test_outs_that_overlap_each_other():
     shared = np.zeros(6, np.float32)
     with pytest.raises(ValueError, match=r"^out\[2\]: shares memory with out\[1\]"):
         nbnorm.layer_norm_backward(X, X, 4, out=(None, shared[:4], shared[2:]))
+    dx = np.zeros((4, 4), np.float32)
+    for outs in ((dx[:3], dx[1], None), (dx[:3], None, dx[2])):
+        which = 1 if outs[1] is not None else 2
+        with pytest.raises(ValueError, match=rf"^out\[{which}\]: shares memory with out\[0\]"):
+            nbnorm.layer_norm_backward(X, X, 4, out=outs)
     # the same stretch of memory, but no element in common
     interleaved = np.zeros(8, np.float32)
     nbnorm.layer_norm_backward(X, X, 4, out=(None, interleaved[::2], interleaved[1::2]))

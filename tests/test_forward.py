@@ -34,8 +34,32 @@ def test_full_product(rng, build, dtype, use_diff_of_squares, shape, normalized_
         assert_statistics(mean, rstd, x, len(row), 1e-3, use_diff_of_squares)
 
 
+def test_difference_of_squares_loses_the_digits_that_its_formula_loses():
+    # eps of 1e12 is 1e-4: what is left of the variance has four digits
+    x = np.array([[1e6 + 0.1, 1e6 + 1.3, 1e6 + 2.7, 1e6 + 3.1]])
+    _, _, rstd = nbnorm.layer_norm(x, 4, use_diff_of_squares=True, return_stats=True)
+    _, _, centred = nbnorm.layer_norm(x, 4, return_stats=True)
+    assert 1e-8 < abs(rstd / centred - 1) < 1e-2
+
+
+@pytest.mark.parametrize(("shape", "parallel"), [((4, 8), False), ((64, 1024), True)])
+def test_only_large_arrays_run_in_parallel(monkeypatch, shape, parallel):
+    builds = []
+
+    def factory(*choices):
+        builds.append(choices[-1])
+        return lambda *_: None
+
+    monkeypatch.setattr("nbnorm.cpu.kernels.forward", factory)
+    monkeypatch.setattr("nbnorm.cpu.kernels.backward", factory)
+    x = np.ones(shape)
+    nbnorm.layer_norm(x, shape[1])
+    nbnorm.layer_norm_backward(x, x, shape[1])
+    assert builds == [parallel] * 2
+
+
 @pytest.mark.compiled
-def test_large_arrays_run_in_parallel(rng):
+def test_large_arrays(rng):
     x = rng.standard_normal((300, 1000), dtype=np.float32)
     weight, bias = rng.standard_normal((2, 1000), dtype=np.float32)
     assert_y(nbnorm.layer_norm(x, 1000, weight, bias), x, 1, weight, bias)

@@ -64,6 +64,34 @@ def test_torch_agrees_with_torch(torch, rng, name, use_diff_of_squares):
         torch.testing.assert_close(a.to(torch.float64), b.to(torch.float64), rtol=2 * tolerance, atol=4 * tolerance)
 
 
+@pytest.fixture
+def addresses(monkeypatch):
+    """Where the x that the kernels read and the y that they wrote lie, of each call."""
+    seen = []
+    forward = nbnorm.cpu.forward
+
+    def spy(problem, x_array, *rest):
+        result = forward(problem, x_array, *rest)
+        seen.extend([x_array.ctypes.data, result[0].ctypes.data])
+        return result
+
+    monkeypatch.setattr("nbnorm.cpu.forward", spy)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_torch_is_taken_and_given_back_without_a_copy(torch, addresses, name):
+    x = torch.ones((1000, 100), dtype=getattr(torch, name))
+    y = nbnorm.layer_norm(x, 100)
+    assert addresses == [x.data_ptr(), y.data_ptr()]
+
+
+def test_any_dlpack_array_is_taken_and_given_back_without_a_copy(addresses):
+    x = array_api_strict.ones((1000, 100))
+    y = nbnorm.layer_norm(x, 100)
+    assert addresses == [np.from_dlpack(x).ctypes.data, np.from_dlpack(y).ctypes.data]
+
+
 def test_torch_is_read_and_written_where_it_lies(torch, plain):
     x, dy, weight, bias, expected = plain
     wide = torch.zeros(SHAPE[0], 2 * SHAPE[1])
@@ -184,19 +212,10 @@ def test_jax(jax, plain, name):
         np.testing.assert_array_equal(np.asarray(actual), value, strict=True)
 
 
-def test_jax_is_taken_and_given_back_without_a_copy(jax, monkeypatch):
+def test_jax_is_taken_and_given_back_without_a_copy(jax, addresses):
     x = jax.numpy.ones((1000, 100))
-    seen = []
-    forward = nbnorm.cpu.forward
-
-    def spy(problem, x_array, *rest):
-        result = forward(problem, x_array, *rest)
-        seen.extend([x_array.ctypes.data, result[0].ctypes.data])
-        return result
-
-    monkeypatch.setattr("nbnorm.cpu.forward", spy)
     y = nbnorm.layer_norm(x, 100)
-    assert seen == [x.unsafe_buffer_pointer(), y.unsafe_buffer_pointer()]
+    assert addresses == [x.unsafe_buffer_pointer(), y.unsafe_buffer_pointer()]
 
 
 def test_jax_results_are_placed_as_x_is(jax):
@@ -231,6 +250,11 @@ def test_jax_traced_or_as_out_is_refused(jax):
         jax.jit(lambda x: nbnorm.layer_norm(x, SHAPE[1]))(x)
     with pytest.raises(ValueError, match="^out: a read-only array"):
         nbnorm.layer_norm(x, SHAPE[1], out=x)
+
+
+def test_jax_dtypes_name_a_layers_dtype(jax):
+    assert nbnorm.LayerNorm(4, dtype=jax.numpy.bfloat16).weight.dtype == ml_dtypes.bfloat16
+    assert nbnorm.LayerNorm(4, dtype=jax.numpy.float16).weight.dtype == np.float16
 
 
 def test_jax_integers(jax):

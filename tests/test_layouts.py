@@ -161,7 +161,60 @@ def test_out_that_partly_overlaps_an_input(rng, build, dtype, buffer, shift):
     np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, x, COLS, out=(out, None, None)).dx, expected_dx)
 
 
-def test_out_is_the_transpose_of_x(rng):
+def shifted(memory, shape, start):
+    return memory[start : start + np.prod(shape)].reshape(shape)
+
+
+@pytest.mark.parametrize("overlapped", ["weight", "bias"])
+def test_out_that_overlaps_a_parameter(rng, overlapped):
+    x = rng.standard_normal((4, COLS))
+    memory = rng.standard_normal(5 * COLS)
+    parameter = shifted(memory, (COLS,), 1)
+    expected = nbnorm.layer_norm(x, COLS, **{overlapped: parameter.copy()})
+    y = nbnorm.layer_norm(x, COLS, **{overlapped: parameter}, out=shifted(memory, x.shape, 0))
+    np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize("overlapped", ["dy", "x", "weight", "mean", "rstd"])
+def test_dx_that_overlaps_another_input(rng, overlapped):
+    x, dy = rng.standard_normal((2, 4, COLS))
+    operands = {"dy": dy, "x": x, "weight": rng.standard_normal(COLS)}
+    _, operands["mean"], operands["rstd"] = nbnorm.layer_norm(x, COLS, return_stats=True)
+    expected = nbnorm.layer_norm_backward(**operands, normalized_shape=COLS)
+    memory = np.zeros(8 * COLS)
+    # a row later than dx: what dx writes for a row is what the next one would read
+    moved = shifted(memory, operands[overlapped].shape, COLS)
+    moved[...] = operands[overlapped]
+    outs = (shifted(memory, x.shape, 2 * COLS if overlapped in ("dy", "x") else 0), None, None)
+    grads = nbnorm.layer_norm_backward(**operands | {overlapped: moved}, normalized_shape=COLS, out=outs)
+    for grad, value in zip(grads, expected, strict=True):
+        np.testing.assert_array_equal(grad, value)
+
+
+def test_out_is_written_without_a_copy_where_nothing_overlaps(operands, monkeypatch):
+    x, dy, weight, bias, _, _ = operands
+    allocated = []
+    monkeypatch.setattr("nbnorm.cpu._destination", spy(nbnorm.cpu._destination, allocated))
+    in_place = x.copy()
+    for out in (np.empty_like(x), in_place):
+        nbnorm.layer_norm(in_place, COLS, weight, bias, out=out)
+        assert allocated.pop() is out
+    for out in (np.empty_like(x), dy, in_place):
+        nbnorm.layer_norm_backward(dy, in_place, COLS, weight, out=(out, None, None))
+        assert allocated.pop() is out
+
+
+def spy(function, results):
+    def wrapped(*arguments):
+        results.append(function(*arguments))
+        return results[-1]
+
+    return wrapped
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1 << 18])
+def test_out_is_the_transpose_of_x(rng, monkeypatch, rows):
+    monkeypatch.setattr("nbnorm.cpu.staging.BUFFER_ELEMENTS", rows * COLS)
     x = rng.standard_normal((COLS, COLS))
     expected = nbnorm.layer_norm(x, COLS)
     np.testing.assert_array_equal(nbnorm.layer_norm(x, COLS, out=x.T), expected)
@@ -205,15 +258,16 @@ def test_lists_become_float64(x):
 
 
 def test_a_list_of_float32_rows_becomes_float64(rng):
-    rows = list(rng.standard_normal((3, 5), dtype=np.float32))
-    assert nbnorm.layer_norm(rows, 5).dtype == np.float64
+    rows = rng.standard_normal((3, 5), dtype=np.float32)
+    assert nbnorm.layer_norm(list(rows), 5).dtype == np.float64
+    assert nbnorm.layer_norm(tuple(rows), 5).dtype == np.float64
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int16", "uint32", "int64", "uint64"])
 def test_integers_and_booleans_become_float64(rng, dtype):
     x = rng.integers(0, 2 if dtype == "bool" else 100, (5, COLS)).astype(dtype)
-    y = nbnorm.layer_norm(x, COLS)
-    assert y.dtype == np.float64
+    y, mean, rstd = nbnorm.layer_norm(x, COLS, return_stats=True)
+    assert y.dtype == mean.dtype == rstd.dtype == np.float64
     assert_y(y, x.astype(np.float64), 1)
     grads = nbnorm.layer_norm_backward(x[::-1], x, COLS, x[0])
     assert {grad.dtype for grad in grads} == {np.dtype(np.float64)}

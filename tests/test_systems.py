@@ -8,12 +8,6 @@ import oracle
 from tolerances import assert_y
 
 
-def assert_normalised(y, ndim):
-    axes = tuple(range(-ndim, 0))
-    np.testing.assert_allclose(y.mean(axes), 0, atol=1e-6)
-    np.testing.assert_allclose(y.std(axes), 1, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("shape", "normalized_shape"),
     [((4, 10), 10), ((2, 10, 64), 64), ((2, 8, 8, 128), 128), ((20, 5, 10, 10), (5, 10, 10))],
@@ -23,7 +17,6 @@ def test_torch_examples(rng, shape, normalized_shape):
     ln = nbnorm.LayerNorm(normalized_shape)
     y = ln(x)
     assert y.dtype == np.float32
-    assert_normalised(y, len(ln.normalized_shape))
     assert_y(y, x, len(ln.normalized_shape), ln.weight, ln.bias)
 
 
@@ -67,5 +60,5 @@ def test_lucid_examples(rng, shape, normalized_shape, bias):
     x = rng.standard_normal(shape, dtype=np.float32)
     ln = nbnorm.LayerNorm(normalized_shape, bias=bias)
     assert (ln.bias is not None) == bias
-    assert_normalised(ln(x), len(ln.normalized_shape))
+    assert_y(ln(x), x, len(ln.normalized_shape), ln.weight, ln.bias)
     assert ln.extra_repr() == f"{ln.normalized_shape}, eps=1e-05, elementwise_affine=True, bias={bias}"

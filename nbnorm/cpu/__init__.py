@@ -25,6 +25,7 @@ def forward(problem, x, weight, bias, out, return_stats):
     x_dtype = row_dtype(x.dtype)
     y = _destination(out, problem.shape, problem.dtype, (x, weight, bias))
     statistics = problem.rows if return_stats else 0
+    # a row of no columns has no mean
     mean = np.full(statistics, np.nan, x_dtype)
     rstd = np.full(statistics, np.nan, x_dtype)
 
@@ -70,9 +71,9 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         dy_buffer = buffer_for(dy, problem, limit)
         x_buffer = buffer_for(x, problem, limit)
         dx_buffer = buffer_for(dx, problem, limit) if with_dx else None
-        no_rows = np.empty((0, problem.cols), x_dtype)
+        absent_dx = np.empty((0, problem.cols), x_dtype)
         for index, rows in row_blocks(problem.batch, limit):
-            dx_rows = rows_of(dx[index], dx_buffer, problem.cols) if with_dx else no_rows
+            dx_rows = rows_of(dx[index], dx_buffer, problem.cols) if with_dx else absent_dx
             kernel(
                 load(dy[index], dy_buffer, problem.cols),
                 load(x[index], x_buffer, problem.cols),

@@ -30,7 +30,7 @@ from nbnorm.cpu.rows import (
 
 # Numba's disk cache tells kernels apart by their own source and what they close over, not by the helpers that they call or
 # by their options; a kernel closes over this and `parallel` for that reason alone
-ROWS_SOURCE = hashlib.sha256(inspect.getsource(rows).encode()).hexdigest()
+ROWS_DIGEST = hashlib.sha256(inspect.getsource(rows).encode()).hexdigest()
 
 # where the variance is outside these bounds, a square or a deviation may be 0 or Inf in the type that the kernel computes in
 VARIANCE_BOUNDS = {"float32": (2.0**-220, 2.0**210), "float64": (2.0**-960, 2.0**960)}
@@ -51,7 +51,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     Formula: Ba, Kiros and Hinton 2016, eq. 4; `variance` is "centred" or "diff_of_squares".
     """
     element = dtype.type
-    build = f"{ROWS_SOURCE} parallel={parallel}"
+    cache_key = f"{ROWS_DIGEST} parallel={parallel}"
     smallest, largest = VARIANCE_BOUNDS[dtype.name]
     signature = types.void(
         _inputs(x_dtype, 2),  # x
@@ -65,7 +65,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
 
     @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
     def kernel(x, weight, bias, eps, y, mean, rstd):
-        build  # noqa: B018  closed over for the disk cache
+        cache_key  # noqa: B018  closed over, for the disk cache
         row_weight = weight if has_weight else None
         row_bias = bias if has_bias else None
         for r in prange(x.shape[0]):
@@ -98,7 +98,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, has_weight, statistics,
     Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
     """
     element = dtype.type
-    build = f"{ROWS_SOURCE} parallel={parallel}"
+    cache_key = f"{ROWS_DIGEST} parallel={parallel}"
     smallest, largest = VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     signature = types.void(
@@ -117,7 +117,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, has_weight, statistics,
 
     @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
     def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, dx, dweight, dbias):
-        build  # noqa: B018  closed over for the disk cache
+        cache_key  # noqa: B018  closed over, for the disk cache
         row_weight = weight if has_weight else None
         last = first + x.shape[0]
         for b in prange(first // block_rows, (last + block_rows - 1) // block_rows):

@@ -20,7 +20,7 @@ def is_ready(array, dtype):
     return array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned
 
 
-def row_blocks(batch, limit, index=(), start=0):
+def row_blocks(batch, limit):
     """Split the rows of a batch shape into blocks of at most `limit` rows, in order.
 
     Yields (index, rows): `array[index]` is a view, for any strides, of the rows `rows` of the flattened batch.
@@ -31,16 +31,17 @@ def row_blocks(batch, limit, index=(), start=0):
     """
     count = math.prod(batch)
     if count <= limit:
-        yield index, slice(start, start + count)
+        yield (), slice(0, count)
         return
     inner = math.prod(batch[1:])
     step = max(1, limit // inner)
     for i in range(0, batch[0], step):
-        stop = min(i + step, batch[0])
         if inner <= limit:
-            yield (*index, slice(i, stop)), slice(start + i * inner, start + stop * inner)
+            stop = min(i + step, batch[0])
+            yield (slice(i, stop),), slice(i * inner, stop * inner)
         else:
-            yield from row_blocks(batch[1:], limit, (*index, i), start + i * inner)
+            for index, rows in row_blocks(batch[1:], limit):
+                yield (i, *index), slice(i * inner + rows.start, i * inner + rows.stop)
 
 
 def block_limit(problem, *arrays):
