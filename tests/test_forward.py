@@ -140,6 +140,9 @@ def test_nan_or_inf_stays_in_its_row(rng, build, bad, use_diff_of_squares):
     others = [0, 1, 3, 4]
     np.testing.assert_array_equal(y[others], clean[others])
     assert np.isnan(y[2]).all()
+    x[2] = bad
+    _, mean, rstd = nbnorm.layer_norm(x, 37, use_diff_of_squares=use_diff_of_squares, return_stats=True)
+    np.testing.assert_array_equal([mean[2], rstd[2]], [[bad], [np.nan]])
     np.testing.assert_array_equal(np.isnan(oracle.forward(x, 1)[0]), np.isnan(y))
 
 

@@ -142,7 +142,10 @@ def rescaled(x, eps):
     for j in range(x.size):
         row[j] = np.ldexp(np.float64(x[j]), -exponent)
     hi, lo, var = centred(row, np.float64)
-    if is_constant and eps > 0.0:
+    if not abs(hi) < np.inf:
+        # the mean of a row with Inf is Inf, although the deviations from it are NaN
+        lo = 0.0
+    elif is_constant and eps > 0.0:
         # eps may vanish beside the row's scale, and 0 / 0 is not what the formula says
         return row, row[0], 0.0, 0.0, np.float64(x[0]), 1.0 / root_eps
     rstd = reciprocal_std(var, np.ldexp(root_eps, -exponent) ** 2)
