@@ -18,8 +18,9 @@ BLOCK_BYTES = 1 << 23
 # mapped memory that may be touched at once: pages count as this process's memory until they are unmapped
 MAPPED_BYTES = 1 << 24
 PAGE_BYTES = 1 << 12
-# the reference takes about six longdouble rows
-CHECKED_COLS = 1 << 19
+# of each block; the reference takes about six times as many longdouble numbers
+CHECKED_ROWS = 16
+CHECKED_ELEMENTS = 1 << 19
 
 
 class Applied(NamedTuple):
@@ -44,14 +45,13 @@ def apply(
 ):
     """Write layer norm of the .npy file `source` to the .npy file `destination`, which appears when it is complete.
 
-    Computes in the wider of the file's dtype and `dtype`, and compares the first row of each block with the reference,
-    where it is finite and not too long for memory. Where `interrupted` says True after a block, raises KeyboardInterrupt.
+    Computes in the wider of the file's dtype and `dtype`, and compares the first rows of each block with the reference,
+    where they are finite and not too long for memory. Where `interrupted` says True after a block, raises KeyboardInterrupt.
     """
     destination = checks.files(source, destination, [path for path in (weight, bias) if path is not None])
     weight, bias = (None if path is None else np.array(checks.npy(path)) for path in (weight, bias))
     mapped = checks.npy(source)
     problem = checks.forward(mapped, normalized_shape, weight, bias, eps, use_diff_of_squares, None, False, None)[0]
-    ndim = len(problem.normalized_shape)
     result_dtype = problem.dtype if dtype is None else np.dtype(dtype)
     compute_dtype = np.result_type(problem.dtype, result_dtype)
     identity = checks.file_identity(source)
@@ -71,11 +71,14 @@ def apply(
                 y = y.astype(result_dtype, copy=False)
             checks.is_unchanged(source, identity)
             file.write(y)
-            first = (0,) * (x.ndim - ndim)
-            if problem.cols <= CHECKED_COLS and np.isfinite(y[first]).all():
-                error = reference.error_of_y(y[first], x[first].astype(np.longdouble), ndim, weight, bias, problem.eps)
+            first = slice(min(CHECKED_ROWS, CHECKED_ELEMENTS // problem.cols))
+            x, y = (a.reshape(-1, *problem.normalized_shape)[first] for a in (x, y))
+            finite = np.isfinite(y).all(axis=tuple(range(1, y.ndim)))
+            if finite.any():
+                exact_x = x[finite].astype(np.longdouble)
+                error = reference.error_of_y(y[finite], exact_x, y.ndim - 1, weight, bias, problem.eps)
                 largest_error = max(largest_error, error)
-                checked_rows += 1
+                checked_rows += int(finite.sum())
             # before the next block is made, not after
             del x, y
             advance(rows.stop - rows.start)
