@@ -101,6 +101,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, has_weight, statistics,
     cache_key = f"{ROWS_DIGEST} parallel={parallel}"
     smallest, largest = VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
+    needs_statistics = with_dx or with_dweight
     signature = types.void(
         _inputs(dy_dtype, 2),  # dy
         _inputs(x_dtype, 2),  # x
@@ -127,7 +128,9 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, has_weight, statistics,
                 row_dx = dx[r] if with_dx else None
 
                 # statistics
-                if statistics == "given":
+                if not needs_statistics:
+                    hi, lo, scale = element(0), element(0), element(0)
+                elif statistics == "given":
                     hi, lo = split(np.float64(mean[r]), element)
                     scale = element(rstd[r])
                 else:
