@@ -69,7 +69,7 @@ def apply(
             y = layer_norm(x, problem.normalized_shape, weight, bias, problem.eps, use_diff_of_squares)
             with np.errstate(over="ignore", under="ignore"):
                 y = y.astype(result_dtype, copy=False)
-            checks.is_unchanged(source, identity)
+            checks.unchanged_file(source, identity)
             file.write(y)
             first = slice(min(CHECKED_ROWS, CHECKED_ELEMENTS // problem.cols))
             x, y = (a.reshape(-1, *problem.normalized_shape)[first] for a in (x, y))

@@ -36,6 +36,7 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
     flag("return_stats", return_stats)
     _no_stream(stream)
     x_array, dtype = _operand("x", x)
+    _can_be_given_back(x)
     weight_array, weight_dtype = _optional("weight", weight)
     bias_array, bias_dtype = _optional("bias", bias)
     problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (weight_dtype, bias_dtype))
@@ -49,6 +50,7 @@ def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rs
     _no_stream(stream)
     dy_array, dy_dtype = _operand("dy", dy)
     x_array, dtype = _operand("x", x)
+    _can_be_given_back(x)
     weight_array, weight_dtype = _optional("weight", weight)
     mean_array, _ = _optional("mean", mean)
     rstd_array, _ = _optional("rstd", rstd)
@@ -172,7 +174,7 @@ def file_identity(path):
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def is_unchanged(path, identity):
+def unchanged_file(path, identity):
     if file_identity(path) != identity:
         raise ValueError(f"{path}: changed while it was read")
 
@@ -222,14 +224,17 @@ def _array(name, value):
         raise TypeError(f"{name}: {_type_name(value)} on {device}; expected an array in CPU memory")
     if kind == "torch" and arrays.records_gradients(value):
         raise TypeError(f"{name}: a torch tensor that requires grad, which nbnorm does not record; pass {name}.detach()")
-    if kind == "dlpack" and name == "x" and not hasattr(arrays.namespace(value), "from_dlpack"):
-        raise TypeError(f"x: {_type_name(value)}, whose library has no from_dlpack to give back the result with")
     if kind == "torch" and str(value.dtype) == "torch.bfloat16":
         _bfloat16(name)
     array = _ask(name, arrays.to_numpy, value, kind)
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name}: a masked array; expected one without a mask, such as {name}.filled(0)")
     return np.asarray(array)
+
+
+def _can_be_given_back(x):
+    if arrays.kind(x) == "dlpack" and not hasattr(arrays.namespace(x), "from_dlpack"):
+        raise TypeError(f"x: {_type_name(x)}, whose library has no from_dlpack to give back the result with")
 
 
 def _ask(name, question, value, kind):

@@ -37,14 +37,17 @@ def x(rng, folder):
     return x
 
 
-def run(*arguments, environment):
-    """The command in a process of its own, and its result."""
-    command = [sys.executable, "-m", "nbnorm", "apply", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+def arguments(*options, cols=COLS):
+    return ["apply", "x.npy", "-o", "y.npy", "--normalized-shape", str(cols), *options]
 
 
 def apply(*options):
-    return main(["apply", "x.npy", "-o", "y.npy", "--normalized-shape", str(COLS), *options])
+    return main(arguments(*options))
+
+
+def command(*options, cols=COLS):
+    """The same, for a process of its own."""
+    return [sys.executable, "-m", "nbnorm", *arguments(*options, cols=cols)]
 
 
 def leftovers(folder):
@@ -228,7 +231,7 @@ def test_a_full_disk_leaves_the_old_file_whole(x, folder, python_environment):
         "import resource, sys\n"
         "from nbnorm.__main__ import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))\n"
-        "code = main(['apply', 'x.npy', '-o', 'y.npy', '--normalized-shape', '48'])\n"
+        f"code = main({arguments()})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
         "sys.exit(code)\n"
     )
@@ -262,9 +265,8 @@ def sparse(path, shape, fortran_order):
 def test_peak_memory_is_under_300_mb(folder, python_environment, shape, fortran_order):
     sparse(folder / "x.npy", shape, fortran_order)
     np.save("w.npy", np.ones(shape[-1]))
-    command = [sys.executable, "-m", "nbnorm", "apply", "x.npy", "-o", "y.npy", "--normalized-shape", str(shape[-1])]
-    command += ["--weight", "w.npy", "--bias", "w.npy", "--dtype", "float64" if shape[-1] == 2_000_000 else "float32"]
-    process = subprocess.Popen(command, env=python_environment, stdout=subprocess.DEVNULL)
+    options = ["--weight", "w.npy", "--bias", "w.npy", "--dtype", "float64" if shape[-1] == 2_000_000 else "float32"]
+    process = subprocess.Popen(command(*options, cols=shape[-1]), env=python_environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     (folder / "y.npy").unlink()
@@ -278,8 +280,7 @@ def test_peak_memory_is_under_300_mb(folder, python_environment, shape, fortran_
 def test_a_run_that_is_stopped_leaves_the_old_file_whole(folder, python_environment, number):
     (folder / "y.npy").write_bytes(b"old")
     sparse(folder / "x.npy", (250_000, 768), fortran_order=False)
-    command = [sys.executable, "-m", "nbnorm", "apply", "x.npy", "-o", "y.npy", "--normalized-shape", "768"]
-    process = subprocess.Popen(command, env=python_environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(cols=768), env=python_environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any(part.stat().st_size > 1 << 24 for part in folder.glob(".nbnorm-*")) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -326,8 +327,7 @@ def test_output_that_cannot_be_written(x, folder, python_environment, stdout):
     else:
         reader, end = os.pipe()
         os.close(reader)
-    command = [sys.executable, "-m", "nbnorm", "apply", "x.npy", "-o", "y.npy", "--normalized-shape", str(COLS)]
-    result = subprocess.run(command, env=python_environment, stdout=end, stderr=subprocess.PIPE, text=True, check=False)
+    result = subprocess.run(command(), env=python_environment, stdout=end, stderr=subprocess.PIPE, text=True, check=False)
     os.close(end)
     assert result.returncode == 2
     assert result.stderr == ("nbnorm: [Errno 28] No space left on device\n" if stdout == "/dev/full" else "")
@@ -335,18 +335,20 @@ def test_output_that_cannot_be_written(x, folder, python_environment, stdout):
 
 def test_names_and_help_that_the_terminal_cannot_show(x, folder, python_environment):
     environment = python_environment | {"PYTHONIOENCODING": "ascii"}
-    result = run("x.npy", "-o", "\xe9\xb2.npy", "--normalized-shape", "48", environment=environment)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("\\xe9\\xb2.npy: (7, 10, 48) float32")
-    assert run("--help", environment=environment).returncode == 0
+    for options, shown in (
+        (["-o", "\xe9\xb2.npy"], "\\xe9\\xb2.npy: (7, 10, 48) float32"),
+        (["--help"], "usage: nbnorm apply"),
+    ):
+        result = subprocess.run(command(*options), env=environment, capture_output=True, text=True, check=False)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout.startswith(shown)
 
 
 def on_terminal(environment):
     """What the command prints to a terminal on stderr."""
     terminal, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    command = [sys.executable, "-m", "nbnorm", "apply", "x.npy", "-o", "y.npy", "--normalized-shape", str(COLS)]
-    result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=end, check=False)
+    result = subprocess.run(command(), env=environment, stdout=subprocess.PIPE, stderr=end, check=False)
     os.close(end)
     shown = b""
     try:
@@ -362,7 +364,7 @@ def on_terminal(environment):
 
 def test_progress_bar_on_a_terminal_only(x, folder, python_environment):
     assert " rows" in on_terminal(python_environment)
-    result = run("x.npy", "-o", "y.npy", "--normalized-shape", str(COLS), environment=python_environment)
+    result = subprocess.run(command(), env=python_environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 
 

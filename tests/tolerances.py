@@ -34,7 +34,7 @@ def assert_y(y, x, ndim, weight=None, bias=None, eps=1e-5, use_diff_of_squares=F
 
 @np.errstate(all="ignore")
 def assert_statistics(mean, rstd, x, ndim, eps=1e-5, use_diff_of_squares=False):
-    """Both within 2 eps: a sum in float64 or wider, rounded once, for any row that is not a difference of larger numbers."""
+    """Float64 sums, rounded once: mean within 2 eps of the row's largest element, rstd within 2 eps of itself."""
     _, exact_mean, exact_rstd = oracle.forward(x, ndim, eps=eps)
     scale = np.abs(np.asarray(x).astype(oracle.WIDE)).max(tuple(range(-ndim, 0)), keepdims=True, initial=0)
     _assert_close("mean", mean, exact_mean, 2 * EPS[mean.dtype.name] * scale)
