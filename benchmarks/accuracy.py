@@ -3,8 +3,7 @@
 In eps of (|y| + 1), against the reference in longdouble. Libraries that are not installed are left out.
 """
 
-import importlib.util
-
+import contestants
 import numpy as np
 
 import nbnorm
@@ -23,28 +22,43 @@ def cases():
 
 
 def libraries():
-    yield "nbnorm", lambda x: nbnorm.layer_norm(x, COLS)
-    yield "nbnorm, difference of squares", lambda x: nbnorm.layer_norm(x, COLS, use_diff_of_squares=True)
-    yield "NumPy", lambda x: reference.layer_norm(x, 1)[0]
-    if importlib.util.find_spec("torch"):
+    """Name, version and function of each library; nbnorm's version is that of the table."""
+    yield "nbnorm", "", lambda x: nbnorm.layer_norm(x, x.shape[1])
+    yield "nbnorm, difference of squares", "", lambda x: nbnorm.layer_norm(x, x.shape[1], use_diff_of_squares=True)
+    yield "NumPy", "", lambda x: reference.layer_norm(x, 1)[0]
+    peers = contestants.installed()
+    if "torch" in peers:
         import torch
 
         version = torch.__version__.partition("+")[0]
-        yield f"torch {version}", lambda x: torch.nn.functional.layer_norm(torch.from_numpy(x), (COLS,)).numpy()
-    if importlib.util.find_spec("jax"):
+        yield "torch", version, lambda x: torch.nn.functional.layer_norm(torch.from_numpy(x), x.shape[1:]).numpy()
+    if "ONNX Runtime" in peers:
+        import onnxruntime
+
+        session = contestants.onnx_session(np.float32, threads=1)
+        yield "ONNX Runtime", onnxruntime.__version__, lambda x: session.run(None, {"x": x, **unit_parameters(x)})[0]
+    if "JAX" in peers:
         import jax
 
-        yield f"jax.nn.standardize {jax.__version__}", lambda x: jax.nn.standardize(x, epsilon=1e-5)
+        yield "jax.nn.standardize", jax.__version__, lambda x: np.asarray(jax.nn.standardize(x, epsilon=contestants.EPS))
+
+
+def unit_parameters(x):
+    """ONNX's LayerNormalization has no form without a weight."""
+    return {"w": np.ones(x.shape[1], x.dtype), "b": np.zeros(x.shape[1], x.dtype)}
+
+
+def error(function, x):
+    with np.errstate(over="ignore"):
+        return float(reference.error_of_y(function(x), x.astype(np.longdouble), 1))
 
 
 def main():
-    functions = dict(libraries())
-    print("| float32 rows |", " | ".join(functions), "|")
-    print("| --- |", " | ".join("---" for _ in functions), "|")
+    names, versions, functions = zip(*libraries(), strict=True)
+    print("| float32 rows |", " | ".join(" ".join(filter(None, pair)) for pair in zip(names, versions, strict=True)), "|")
+    print("| --- |", " | ".join("---" for _ in names), "|")
     for name, values in cases():
-        x = values.astype(np.float32)
-        with np.errstate(over="ignore"):
-            errors = [float(reference.error_of_y(np.asarray(f(x)), x.astype(np.longdouble), 1)) for f in functions.values()]
+        errors = [error(function, values.astype(np.float32)) for function in functions]
         print(f"| {name} |", " | ".join("NaN" if np.isnan(e) else f"{e:.2g}" for e in errors), "|")
 
 

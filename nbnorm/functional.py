@@ -100,6 +100,10 @@ def layer_norm(
     array([[ 2.5],
            [15. ]])
     """
+    if out is None and return_stats is False and stream is None:
+        y = cpu.quick.forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares)
+        if y is not None:
+            return y
     problem, x_array, weight, bias, out_array = checks.forward(
         x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream
     )
@@ -195,6 +199,10 @@ def layer_norm_backward(
     >>> dbias
     array([1., 1., 0., 0.])
     """
+    if out is None and mean is None and rstd is None and stream is None:
+        grads = cpu.quick.backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, output_mask)
+        if grads is not None:
+            return LayerNormGrads(*grads)
     problem, dy_array, x_array, weight, mean, rstd, output_mask, out_arrays = checks.backward(
         dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream
     )

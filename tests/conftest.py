@@ -45,7 +45,7 @@ def rng():
 @pytest.fixture(params=["serial", "parallel"])
 def build(request, monkeypatch):
     """Each build of the kernels, whatever the size of the problem."""
-    monkeypatch.setattr("nbnorm.cpu.PARALLEL_ELEMENTS", 0 if request.param == "parallel" else float("inf"))
+    monkeypatch.setattr("nbnorm.cpu.sizes.PARALLEL_ELEMENTS", 0 if request.param == "parallel" else float("inf"))
     return request.param
 
 

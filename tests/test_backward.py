@@ -25,7 +25,11 @@ def test_full_product(rng, build, dtype, use_diff_of_squares, given, shape, norm
         wide = x.astype(np.float64)
         _, mean, rstd = nbnorm.layer_norm(wide, normalized_shape, None, None, 1e-3, return_stats=True)
         statistics = {"mean": mean, "rstd": rstd}
-    for weight_dtype, dy_dtype in itertools.product([None, dtype, np.float32, np.float64], [dtype, np.float32, np.float64]):
+    weight_dtypes, dy_dtypes = [None, dtype, np.float32, np.float64], [dtype, np.float32, np.float64]
+    if build == "parallel":
+        # of the same source; that it gives the same bits is tested elsewhere
+        weight_dtypes, dy_dtypes = [None, np.float32], [dtype]
+    for weight_dtype, dy_dtype in itertools.product(weight_dtypes, dy_dtypes):
         weight = None if weight_dtype is None else rng.standard_normal(row).astype(weight_dtype)
         dy = rng.standard_normal(shape).astype(dy_dtype)
         grads = nbnorm.layer_norm_backward(dy, x, normalized_shape, weight, 1e-3, use_diff_of_squares, **statistics)

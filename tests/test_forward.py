@@ -23,7 +23,9 @@ SHAPES = [((1, 1), 1), ((3, 5), 5), ((4, 67), 67), ((2, 3, 4, 5), (4, 5)), ((70,
 def test_full_product(rng, build, dtype, use_diff_of_squares, shape, normalized_shape):
     x = (3 * rng.standard_normal(shape) + 1).astype(dtype)
     row = shape[-np.size(normalized_shape) :]
-    for weight_dtype, bias_dtype in itertools.product([None, dtype, np.float32, np.float64], repeat=2):
+    # the parallel build is of the same source; that it gives the same bits is tested elsewhere
+    dtypes = [None, dtype, np.float32, np.float64] if build == "serial" else [None, np.float32]
+    for weight_dtype, bias_dtype in itertools.product(dtypes, repeat=2):
         weight = None if weight_dtype is None else rng.standard_normal(row).astype(weight_dtype)
         bias = None if bias_dtype is None else rng.standard_normal(row).astype(bias_dtype)
         y, mean, rstd = nbnorm.layer_norm(x, normalized_shape, weight, bias, 1e-3, use_diff_of_squares, return_stats=True)

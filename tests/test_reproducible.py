@@ -28,7 +28,7 @@ def test_any_thread_count_and_build(case, use_diff_of_squares, monkeypatch):
     expected = results(case, use_diff_of_squares)
     threads = numba.get_num_threads()
     for parallel_elements in (0, float("inf")):
-        monkeypatch.setattr("nbnorm.cpu.PARALLEL_ELEMENTS", parallel_elements)
+        monkeypatch.setattr("nbnorm.cpu.sizes.PARALLEL_ELEMENTS", parallel_elements)
         for count in range(1, threads + 1):
             numba.set_num_threads(count)
             try:

@@ -1,39 +1,55 @@
 """The CPU kernels, each made by a factory for one set of compile-time choices.
 
 A factory compiles for one pinned signature: C-contiguous arrays, inputs declared read-only, which both writable and
-read-only arrays match. `dtype` is what a kernel computes in and what its parameters have, the widest of all operands; rows
-may be narrower. What a kernel does not need (`has_weight=False`, say) it takes as an empty array.
+read-only arrays match. `dtype` is what a kernel computes in, the widest of all operands, and what weight and bias have; the
+rows may be narrower. What a kernel does not need (`has_weight=False`, say) it takes as an empty array.
 
-The serial and the parallel build of a kernel give the same bits, since the loops over a row are compiled once, in `rows.py`.
+The parallel build of a kernel gives the bits of the serial one: what is split, and where, depends on the shape alone.
 """
 
 import functools
 import hashlib
-import inspect
+from pathlib import Path
 
 import numpy as np
 from numba import from_dtype, njit, prange, types
 
-from nbnorm.cpu import rows
+from nbnorm.cpu import lowering  # noqa: F401  teaches Numba the operations on lanes
+from nbnorm.cpu.lanes import fence, pointer
+from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
 from nbnorm.cpu.rows import (
-    add_parameter_gradients,
-    centred,
-    diff_of_squares,
-    gradient_means,
-    gradients_extreme,
-    input_gradient,
+    DIFF_OF_SQUARES,
+    DIFF_OF_SQUARES_64,
+    ONE_SWEEP,
+    ONE_SWEEP_64,
+    STATE,
+    TWO_SWEEPS,
+    add_blocks,
+    gradient_sums,
+    gradients,
     normalise,
-    normalise_extreme,
-    reciprocal_std,
+    remember,
     split,
+    statistics,
 )
 
-# Numba's disk cache tells kernels apart by their own source and what they close over, not by the helpers that they call or
-# by their options; a kernel closes over this and `parallel` for that reason alone
-ROWS_DIGEST = hashlib.sha256(inspect.getsource(rows).encode()).hexdigest()
+# Numba's disk cache tells kernels apart by their own source and what they close over, not by what they call or by their
+# options; a kernel closes over this and `parallel` for that reason alone
+SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+DIGEST = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()
 
 # where the variance is outside these bounds, a square or a deviation may be 0 or Inf in the type that the kernel computes in
 VARIANCE_BOUNDS = {"float32": (2.0**-220, 2.0**210), "float64": (2.0**-960, 2.0**960)}
+
+# elements that are shared out to the threads in one piece; more where the piece ends in a fence, which waits for the memory:
+# with 2^12 a streamed copy of 64 MiB takes 1.3 times as long as with 2^16
+TASK_ELEMENTS = 1 << 12
+STREAMED_TASK_ELEMENTS = 1 << 16
+# how many elements ahead of the statistics memory is read: at least so many, at (4096, 4096) 512 takes 1.1 times as long
+AHEAD = 2048
+# rows whose dweight and dbias are summed in registers: as many as fit the first-level cache, at most so many
+GROUP_ROWS = 4
+GROUP_ELEMENTS = 1 << 14
 
 
 def _inputs(dtype, ndim):
@@ -44,65 +60,30 @@ def _outputs(dtype, ndim):
     return types.Array(from_dtype(dtype), ndim, "C")
 
 
-@functools.cache
-def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
-    """One iteration owns row r and writes y[r] and, where these are not empty, mean[r] and rstd[r].
+def mode_of(variance, x_dtype, dtype):
+    if variance == "diff_of_squares":
+        return DIFF_OF_SQUARES if dtype == np.float32 else DIFF_OF_SQUARES_64
+    if x_dtype == np.float64:
+        return TWO_SWEEPS
+    return ONE_SWEEP if dtype == np.float32 else ONE_SWEEP_64
 
-    Formula: Ba, Kiros and Hinton 2016, eq. 4; `variance` is "centred" or "diff_of_squares".
-    """
-    element = dtype.type
-    cache_key = f"{ROWS_DIGEST} parallel={parallel}"
-    smallest, largest = VARIANCE_BOUNDS[dtype.name]
-    signature = types.void(
+
+def forward_signature(x_dtype, dtype):
+    statistics_dtype = np.dtype(np.float64 if x_dtype == np.float64 else np.float32)
+    return types.boolean(
         _inputs(x_dtype, 2),  # x
         _inputs(dtype, 1),  # weight
         _inputs(dtype, 1),  # bias
         types.float64,  # eps
+        types.boolean,  # streaming
         _outputs(x_dtype, 2),  # y
-        _outputs(x_dtype, 1),  # mean
-        _outputs(x_dtype, 1),  # rstd
+        _outputs(statistics_dtype, 1),  # mean
+        _outputs(statistics_dtype, 1),  # rstd
     )
 
-    @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
-    def kernel(x, weight, bias, eps, y, mean, rstd):
-        cache_key  # noqa: B018  closed over, for the disk cache
-        row_weight = weight if has_weight else None
-        row_bias = bias if has_bias else None
-        for r in prange(x.shape[0]):
-            # statistics
-            if variance == "centred":
-                hi, lo, var = centred(x[r], element)
-            else:
-                hi, lo, var = diff_of_squares(x[r], element)
 
-            # normalise and store; NaN fails the comparison too
-            if smallest <= var + eps <= largest:
-                scale = element(reciprocal_std(var, eps))
-                normalise(x[r], hi, lo, scale, row_weight, row_bias, y[r])
-                row_mean, row_rstd = np.float64(hi) + np.float64(lo), np.float64(scale)
-            else:
-                row_mean, row_rstd = normalise_extreme(x[r], eps, row_weight, row_bias, y[r])
-            if mean.size > 0:
-                mean[r] = row_mean
-                rstd[r] = row_rstd
-
-    return kernel
-
-
-@functools.cache
-def backward(dy_dtype, x_dtype, dtype, statistics_dtype, has_weight, statistics, output_mask, parallel):
-    """Gradients of layer norm: one iteration owns a block of rows; it writes dx of each and adds to the block's own sums.
-
-    `statistics` is "given" or the variance to recompute them by. Block b owns rows b * block_rows to (b + 1) * block_rows of
-    the whole problem, of which x holds those from `first` on, and adds dy * x_hat to dweight[b] and dy to dbias[b].
-    Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
-    """
-    element = dtype.type
-    cache_key = f"{ROWS_DIGEST} parallel={parallel}"
-    smallest, largest = VARIANCE_BOUNDS[dtype.name]
-    with_dx, with_dweight, with_dbias = output_mask
-    needs_statistics = with_dx or with_dweight
-    signature = types.void(
+def backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype):
+    return types.boolean(
         _inputs(dy_dtype, 2),  # dy
         _inputs(x_dtype, 2),  # x
         _inputs(dtype, 1),  # weight
@@ -111,48 +92,151 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, has_weight, statistics,
         _inputs(statistics_dtype, 1),  # rstd
         types.int64,  # first
         types.int64,  # block_rows
+        types.boolean,  # last
+        types.boolean,  # streaming
         _outputs(x_dtype, 2),  # dx
-        _outputs(np.dtype(np.float64), 2),  # dweight
-        _outputs(np.dtype(np.float64), 2),  # dbias
+        _outputs(np.dtype(np.float64), 3),  # sums
+        _outputs(sum_dtype, 1),  # dweight
+        _outputs(sum_dtype, 1),  # dbias
     )
 
+
+@functools.cache
+def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
+    """One iteration owns some rows, and of each writes y[r] and, where these are not empty, mean[r] and rstd[r].
+
+    Formula: Ba, Kiros and Hinton 2016, eq. 4; `variance` is "centred" or "diff_of_squares".
+    """
+    element = dtype.type
+    mode = mode_of(variance, x_dtype, dtype)
+    cache_key = f"{DIGEST} parallel={parallel}"
+    smallest, largest = VARIANCE_BOUNDS[dtype.name]
+    signature = forward_signature(x_dtype, dtype)
+
     @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
-    def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, dx, dweight, dbias):
+    def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
         cache_key  # noqa: B018  closed over, for the disk cache
-        row_weight = weight if has_weight else None
-        last = first + x.shape[0]
-        for b in prange(first // block_rows, (last + block_rows - 1) // block_rows):
-            block_dweight = dweight[b] if with_dweight else None
-            block_dbias = dbias[b] if with_dbias else None
-            for r in range(max(b * block_rows, first) - first, min((b + 1) * block_rows, last) - first):
-                row_dx = dx[r] if with_dx else None
+        rows, cols = x.shape
+        if (has_weight and weight.size != cols) or (has_bias and bias.size != cols):
+            return False
+        x_, y_ = pointer(x), pointer(y)
+        weight_ = pointer(weight) if has_weight else None
+        bias_ = pointer(bias) if has_bias else None
+        ahead = cols * -(-AHEAD // cols)
+        task_rows = max(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // cols)
+        for task in prange(-(-rows // task_rows)):
+            for r in range(task * task_rows, min((task + 1) * task_rows, rows)):
+                at = r * cols
 
                 # statistics
-                if not needs_statistics:
-                    hi, lo, scale = element(0), element(0), element(0)
-                elif statistics == "given":
-                    hi, lo = split(np.float64(mean[r]), element)
-                    scale = element(rstd[r])
+                hi, lo, var = statistics(x_, at, cols, element, mode, ahead)
+
+                # normalise and store; NaN fails the comparison too
+                if smallest <= var + eps <= largest:
+                    scale = element(1.0 / np.sqrt(var + eps))
+                    normalise(x_, at, cols, hi, lo, scale, weight_, bias_, 0, element, streaming, y_)
+                    row_mean, row_rstd = np.float64(hi) + np.float64(lo), np.float64(scale)
                 else:
-                    if statistics == "centred":
-                        hi, lo, var = centred(x[r], element)
-                    else:
-                        hi, lo, var = diff_of_squares(x[r], element)
-                    if not smallest <= var + eps <= largest:
-                        gradients_extreme(dy[r], x[r], eps, row_weight, row_dx, block_dweight, block_dbias)
-                        continue
-                    scale = element(reciprocal_std(var, eps))
+                    factor, mean64, scale64, row_mean, row_rstd = rescaled(x_, at, cols, eps)
+                    normalise_rescaled(x_, at, cols, factor, mean64, scale64, weight_, bias_, 0, y_)
+                if mean.size > 0:
+                    mean[r] = row_mean
+                    rstd[r] = row_rstd
+            if streaming:
+                fence()
 
-                # the sums over rows first: dx may overwrite dy or x
-                if with_dweight or with_dbias:
-                    add_parameter_gradients(dy[r], x[r], hi, lo, scale, block_dweight, block_dbias)
+        return True
 
-                # the means over the row, and dx
-                if with_dx:
-                    mean_g, mean_gx, mean_x_hat = gradient_means(dy[r], x[r], hi, lo, scale, row_weight)
-                    if statistics != "given":
-                        # 0 but for rounding, which a large mean of g would make visible
-                        mean_gx -= mean_g * mean_x_hat
-                    input_gradient(dy[r], x[r], hi, lo, scale, row_weight, mean_g, mean_gx, scale, element, row_dx)
+    return kernel
+
+
+@functools.cache
+def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask, parallel):
+    """Gradients of layer norm: one iteration owns a block of rows, writes dx of each and adds to the block's own sums.
+
+    `statistics_from` is "given" or the variance to recompute them by. Block b owns rows b * block_rows to
+    (b + 1) * block_rows of the whole problem, of which x holds those from `first` on. It adds dy * x_hat to sums[0, b] and
+    dy to sums[1, b], of which there is only the one that is asked for where the other is not. With `last`, the blocks' sums
+    are added up in their order and written to dweight and dbias.
+    Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
+    """
+    element = dtype.type
+    is_given = statistics_from == "given"
+    mode = mode_of(statistics_from, x_dtype, dtype)
+    cache_key = f"{DIGEST} parallel={parallel}"
+    smallest, largest = VARIANCE_BOUNDS[dtype.name]
+    with_dx, with_dweight, with_dbias = output_mask
+    needs_statistics = with_dx or with_dweight
+    has_sums = with_dweight or with_dbias
+    signature = backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
+
+    @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
+    def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
+        cache_key  # noqa: B018  closed over, for the disk cache
+        rows, cols = x.shape
+        if has_weight and weight.size != cols:
+            return False
+        blocks = sums.shape[1]
+        dy_, x_ = pointer(dy), pointer(x)
+        weight_ = pointer(weight) if has_weight else None
+        dx_ = pointer(dx) if with_dx else None
+        dweight_sums = pointer(sums[0]) if with_dweight else None
+        dbias_sums = pointer(sums[-1]) if with_dbias else None
+        group_rows = max(1, min(GROUP_ROWS, GROUP_ELEMENTS // cols))
+        ahead = cols * max(group_rows, -(-AHEAD // cols))
+        for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
+            state = np.empty(STATE * group_rows, element)
+            r = max(b * block_rows - first, 0)
+            stop = min((b + 1) * block_rows - first, rows)
+            while r < stop:
+                # statistics and means of the rows of a group, up to one that needs another arithmetic
+                count = 0
+                is_ordinary = True
+                while is_ordinary and count < group_rows and r + count < stop:
+                    at = (r + count) * cols
+                    if needs_statistics:
+                        if is_given:
+                            hi, lo = split(np.float64(mean[r + count]), 0.0, element)
+                            scale = element(rstd[r + count])
+                        else:
+                            hi, lo, var = statistics(x_, at, cols, element, mode, ahead)
+                            is_ordinary = smallest <= var + eps <= largest
+                            scale = element(1.0 / np.sqrt(var + eps))
+                        if is_ordinary:
+                            totals = 0.0, 0.0
+                            if with_dx:
+                                totals = gradient_sums(dy_, x_, at, cols, hi, lo, is_given, weight_, 0, element, ahead)
+                            remember(pointer(state), count, hi, lo, scale, totals, cols, element)
+                    if is_ordinary:
+                        count += 1
+
+                # the gradients of the group, then of that row
+                gradients(
+                    dy_, x_, r * cols, cols, count, cols, pointer(state), weight_, 0, element, streaming,
+                    dx_, dweight_sums, dbias_sums, b * cols,
+                )  # fmt: skip
+                r += count
+                if not is_ordinary:
+                    at = r * cols
+                    factor, mean64, scale64, _, rstd64 = rescaled(x_, at, cols, eps)
+                    mean_g, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, mean64, scale64, weight_)
+                    gradients_rescaled(
+                        dy_, x_, at, cols, factor, mean64, scale64, rstd64, mean_g, mean_gx, weight_, 0,
+                        dx_, dweight_sums, dbias_sums, b * cols,
+                    )  # fmt: skip
+                    r += 1
+            if streaming:
+                fence()
+
+        # the blocks' sums
+        if has_sums and last:
+            for c in prange(-(-cols // 16)):
+                j = 16 * c
+                if with_dweight:
+                    add_blocks(dweight_sums, j, blocks, cols, pointer(dweight), j, cols - j)
+                if with_dbias:
+                    add_blocks(dbias_sums, j, blocks, cols, pointer(dbias), j, cols - j)
+
+        return True
 
     return kernel

@@ -1,172 +1,345 @@
-"""The arithmetic of one row, as jitted functions that the kernels share.
+"""The arithmetic of one row, or of a segment of a long one, as jitted functions that the kernels share.
 
-Each takes contiguous one-dimensional rows of float32 or float64, computes in the type `element`, which is the widest of all
-operands, and sums in float64. A mean is kept in two parts, `hi` of that type and the small rest `lo`, so that
+`at` is where the row starts in the flat array x, `cols` its length. Arithmetic on elements is in the type `element`, the
+widest of all operands, sums are float64. A mean is kept in two parts, `hi` of that type and the small rest `lo`, so that
 `(x - hi) - lo` loses no digits where the mean is large against the deviations: a float32 mean alone costs 1e-3 at
 mean/std = 1e4.
 
-Every function states its fast-math flags: a jitted helper without any inherits those of the caller that compiles it first.
+Numba inlines these functions into every kernel that calls them, and compiles none of their branches on `mode` but the
+kernel's.
 """
-
-import math
 
 import numpy as np
 from numba import njit
 
-# what vectorises a sum; nnan and ninf would delete the meaning of NaN and Inf, arcp turns 1/sqrt(inf) into NaN
-SUMS = {"reassoc", "contract", "nsz"}
-# fused multiply-add only: the order of (x - hi) - lo stays as written
-ELEMENTWISE = {"contract"}
+from nbnorm.cpu.lanes import (
+    fill,
+    keep,
+    load,
+    load_one,
+    load_part,
+    multiply_add,
+    prefetch,
+    store,
+    store_part,
+    stream,
+    stream_part,
+    total,
+    widen,
+)
+
+# what `gradients` knows of each row that it works on: STATE numbers
+HI, LO, RSTD, G_HI, G_LO, SLOPE, STATE = range(7)
+# what `merged` knows of each segment of a row: PARTS numbers, the first two of which are HI and LO
+VARIANCE, SUM_G, PROJECTED, PARTS = range(2, 6)
+
+# how the variance is found: from the deviations from the row's first element, in one sweep; from the deviations from the
+# mean, with compensated sums, for float64 rows; or as mean(x²) - mean(x)². Where results are float64 (_64), so are all sums
+ONE_SWEEP, ONE_SWEEP_64, TWO_SWEEPS, DIFF_OF_SQUARES, DIFF_OF_SQUARES_64 = range(5)
+
+# a float32 sum of squares is enough where it is not mostly the square of the mean, and far from overflow and underflow
+CONDITION = 4.0
+SMALLEST, LARGEST = 2.0**-80, 2.0**80
+# elements whose float32 sums are taken before float64 goes on: eight additions a lane, off by 2 eps at most
+BLOCK = 128
+
+inlined = njit(forceinline=True, error_model="numpy")
 
 
-@njit(fastmath=False, error_model="numpy", cache=True)
-def centre(x, hi, lo):
-    return (x - hi) - lo
+@inlined
+def statistics(x, at, cols, element, mode, ahead):
+    """hi, lo and variance; prefetches the element that is `ahead` of each that it reads."""
+    if mode == TWO_SWEEPS:
+        return compensated(x, at, cols, element, ahead)
+    shift = load_one(x, at) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
+    is_enough = False
+    if cols >= BLOCK and mode in (ONE_SWEEP, DIFF_OF_SQUARES):
+        rest, variance = shifted(x, at, cols, shift, np.float32, ahead)
+        # NaN fails the comparison too
+        is_enough = SMALLEST < variance < LARGEST and rest * rest <= CONDITION * variance
+    if not is_enough:
+        # in float64 it is enough wherever the row begins, since an element is at most sqrt(cols - 1) standard deviations
+        # from the mean (Samuelson 1968); difference of squares has no such limit, and loses digits here
+        rest, variance = shifted(x, at, cols, shift, np.float64, ahead)
+    hi, lo = split(shift + rest, 0.0, element)
+    return hi, lo, variance
 
 
-@njit(fastmath=False, error_model="numpy", cache=True)
-def split(value, element):
-    """`value` as a sum of two numbers of the type `element`."""
+@inlined
+def shifted(x, at, cols, shift, sum_type, ahead):
+    """The mean less shift, and the variance, from one sweep over x - shift (Chan, Golub and LeVeque 1983, eq. 1.4)."""
+    shifts = fill(sum_type(shift))
+    totals = squares = fill(0.0)
+    k = at
+    for _ in range(cols // BLOCK):
+        block_totals = block_squares = fill(sum_type(0))
+        for _ in range(BLOCK // 16):
+            prefetch(x, k + ahead)
+            d = load(x, k, sum_type) - shifts
+            block_totals = block_totals + d
+            block_squares = multiply_add(d, d, block_squares)
+            k += 16
+        totals = totals + widen(block_totals)
+        squares = squares + widen(block_squares)
+    rest = cols % BLOCK
+    block_totals = block_squares = fill(sum_type(0))
+    for _ in range(rest >> 4):
+        prefetch(x, k + ahead)
+        d = load(x, k, sum_type) - shifts
+        block_totals = block_totals + d
+        block_squares = multiply_add(d, d, block_squares)
+        k += 16
+    if rest & 15:
+        d = load_part(x, k, rest & 15, sum_type, sum_type(shift)) - shifts
+        block_totals = block_totals + d
+        block_squares = multiply_add(d, d, block_squares)
+    per_element = 1.0 / np.float64(cols)
+    mean = total(totals + widen(block_totals)) * per_element
+    return mean, max(total(squares + widen(block_squares)) * per_element - mean * mean, 0.0)
+
+
+@inlined
+def compensated(x, at, cols, element, ahead):
+    """The mean first, then the deviations from it and their squares, in sums that keep what rounding loses."""
+    totals = fill(0.0)
+    k = at
+    for _ in range(cols >> 4):
+        prefetch(x, k + ahead)
+        totals = totals + load(x, k, np.float64)
+        k += 16
+    if cols & 15:
+        totals = totals + load_part(x, k, cols & 15, np.float64, 0.0)
+    per_element = 1.0 / np.float64(cols)
+    mean = total(totals) * per_element
+
+    means = fill(mean)
+    totals = squares = lost = lost_squares = fill(0.0)
+    k = at
+    for _ in range(cols >> 4):
+        d = load(x, k, np.float64) - means
+        totals, lost = two_sum(totals, lost, d)
+        squares, lost_squares = two_sum(squares, lost_squares, d * d)
+        k += 16
+    if cols & 15:
+        d = load_part(x, k, cols & 15, np.float64, mean) - means
+        totals, lost = two_sum(totals, lost, d)
+        squares, lost_squares = two_sum(squares, lost_squares, d * d)
+    # what rounding left of the mean in the deviations
+    rest = (total(totals) + total(lost)) * per_element
+    variance = (total(squares) + total(lost_squares)) * per_element - rest * rest
+    hi, lo = split(mean, rest, element)
+    return hi, lo, max(variance, 0.0)
+
+
+@inlined
+def two_sum(sums, lost, values):
+    """The sum of both, and in `lost` what the addition rounded off (Knuth, The Art of Computer Programming 2, 4.2.2)."""
+    result = sums + values
+    added = result - sums
+    return result, lost + ((sums - (result - added)) + (values - added))
+
+
+@inlined
+def split(value, rest, element):
+    """The sum of both as one of two numbers of the type `element`."""
     hi = element(value)
-    return hi, element(value - np.float64(hi))
+    return hi, element((value - np.float64(hi)) + rest)
 
 
-@njit(fastmath=SUMS, error_model="numpy", cache=True)
-def centred(x, element):
-    """hi, lo and variance of a row: the mean first, then the deviations from it (Chan, Golub and LeVeque 1983, eq. 1.7)."""
-    per_element = 1.0 / np.float64(x.size)
+@inlined
+def merged(parts, width, cols):
+    """hi, lo, variance and gradient sums of a row, from those of its segments, which are `width` wide but for the last.
 
-    total = 0.0
-    for j in range(x.size):
-        total += np.float64(x[j])
-    hi = element(total * per_element)
-
-    # what rounding left of the mean in the deviations, and the squares corrected by it
-    total = 0.0
-    squares = 0.0
-    for j in range(x.size):
-        d = np.float64(centre(x[j], hi, element(0)))
-        total += d
-        squares += d * d
-    rest = total * per_element
-    return hi, element(rest), max(squares * per_element - rest * rest, 0.0)
-
-
-@njit(fastmath=SUMS, error_model="numpy", cache=True)
-def diff_of_squares(x, element):
-    """hi, lo and variance of a row from one sweep, `mean(x²) - mean(x)²` clamped at 0."""
-    per_element = 1.0 / np.float64(x.size)
-    total = 0.0
-    squares = 0.0
-    for j in range(x.size):
-        v = np.float64(x[j])
-        total += v
-        squares += v * v
-    mean = total * per_element
-    hi, lo = split(mean, element)
-    return hi, lo, max(squares * per_element - mean * mean, 0.0)
-
-
-@njit(fastmath=False, error_model="numpy", cache=True)
-def reciprocal_std(variance, eps):
-    return 1.0 / np.sqrt(variance + eps)
-
-
-@njit(fastmath=ELEMENTWISE, error_model="numpy", cache=True)
-def normalise(x, hi, lo, rstd, weight, bias, y):
-    """Write y = (x - mean) * rstd * weight + bias; weight and bias may be None."""
-    for j in range(x.size):
-        value = centre(x[j], hi, lo) * rstd
-        if weight is not None:
-            value = value * weight[j]
-        if bias is not None:
-            value = value + bias[j]
-        y[j] = value
-
-
-@njit(fastmath=SUMS, error_model="numpy", cache=True)
-def gradient_means(dy, x, hi, lo, rstd, weight):
-    """The means over a row of g, g * x_hat and x_hat, where g = dy * weight and x_hat = (x - mean) * rstd."""
-    total = 0.0
-    projected = 0.0
-    deviations = 0.0
-    for j in range(x.size):
-        g = np.float64(dy[j])
-        if weight is not None:
-            g = g * np.float64(weight[j])
-        d = np.float64(centre(x[j], hi, lo))
-        total += g
-        projected += g * d
-        deviations += d
-    per_element = 1.0 / np.float64(x.size)
-    scale = per_element * np.float64(rstd)
-    return total * per_element, projected * scale, deviations * scale
-
-
-@njit(fastmath=ELEMENTWISE, error_model="numpy", cache=True)
-def input_gradient(dy, x, hi, lo, rstd, weight, mean_g, mean_gx, factor, element, dx):
-    """Write dx = factor * (g - mean(g) - x_hat * mean(g * x_hat)), where factor is rstd unless the row is rescaled."""
-    g_hi, g_lo = split(mean_g, element)
-    slope = element(mean_gx) * rstd
-    for j in range(x.size):
-        g = element(dy[j])
-        if weight is not None:
-            g = g * weight[j]
-        dx[j] = (centre(g, g_hi, g_lo) - centre(x[j], hi, lo) * slope) * factor
-
-
-@njit(fastmath=ELEMENTWISE, error_model="numpy", cache=True)
-def add_parameter_gradients(dy, x, hi, lo, rstd, dweight, dbias):
-    """Add to the sums: dweight += dy * x_hat and dbias += dy, in float64; either may be None."""
-    for j in range(x.size):
-        g = np.float64(dy[j])
-        if dweight is not None:
-            dweight[j] += g * np.float64(centre(x[j], hi, lo) * rstd)
-        if dbias is not None:
-            dbias[j] += g
-
-
-@njit(fastmath=False, error_model="numpy", cache=True)
-def rescaled(x, eps):
-    """A row whose squares leave the range of its type: row, hi, lo and rstd rescaled; mean and rstd as they are.
-
-    It is divided, in float64, by the power of two that brings its largest element, or sqrt(eps), near 1.
+    Chan, Golub and LeVeque 1983, eq. 2.1, and the same for the sum of g * (x - mean).
     """
-    largest = root_eps = np.sqrt(eps)
-    is_constant = True
-    for j in range(x.size):
-        largest = max(largest, abs(np.float64(x[j])))
-        is_constant = is_constant and x[j] == x[0]
-    exponent = math.frexp(largest)[1]
-    row = np.empty(x.size, np.float64)
-    for j in range(x.size):
-        row[j] = np.ldexp(np.float64(x[j]), -exponent)
-    hi, lo, var = centred(row, np.float64)
-    if not abs(hi) < np.inf:
-        # the mean of a row with Inf is Inf, although the deviations from it are NaN
-        lo = 0.0
-    elif is_constant and eps > 0.0:
-        # eps may vanish beside the row's scale, and 0 / 0 is not what the formula says
-        return row, row[0], 0.0, 0.0, np.float64(x[0]), 1.0 / root_eps
-    rstd = reciprocal_std(var, np.ldexp(root_eps, -exponent) ** 2)
-    return row, hi, lo, rstd, np.ldexp(hi + lo, exponent), np.ldexp(rstd, -exponent)
+    base_hi, base_lo = parts[HI], parts[LO]
+    total_distance = 0.0
+    for s in range(-(-cols // width)):
+        distance = (parts[PARTS * s + HI] - base_hi) + (parts[PARTS * s + LO] - base_lo)
+        total_distance += min(width, cols - s * width) * distance
+    rest = base_lo + total_distance / cols
+    hi = base_hi + rest
+    lo = (base_hi - (hi - (hi - base_hi))) + (rest - (hi - base_hi))
+
+    squares = totals = projected = 0.0
+    for s in range(-(-cols // width)):
+        distance = (parts[PARTS * s + HI] - hi) + (parts[PARTS * s + LO] - lo)
+        squares += min(width, cols - s * width) * (parts[PARTS * s + VARIANCE] + distance * distance)
+        totals += parts[PARTS * s + SUM_G]
+        projected += parts[PARTS * s + PROJECTED] + parts[PARTS * s + SUM_G] * distance
+    return hi, lo, squares / cols, totals, projected
 
 
-@njit(fastmath=False, error_model="numpy", cache=True)
-def normalise_extreme(x, eps, weight, bias, y):
-    """Write y of such a row; returns its mean and rstd."""
-    row, hi, lo, row_rstd, mean, rstd = rescaled(x, eps)
-    normalise(row, hi, lo, row_rstd, weight, bias, y)
-    return mean, rstd
+@inlined
+def normalise(x, at, cols, hi, lo, rstd, weight, bias, first, element, streaming, y):
+    """Write y = (x - mean) * rstd * weight + bias; weight and bias may be None.
+
+    `first` is the column where the segment starts, from which on it takes weight and bias.
+    """
+    his = fill(hi)
+    los = fill(lo)
+    rstds = fill(rstd)
+    k = at
+    j = first
+    for _ in range(cols >> 4):
+        x_hat = (load(x, k, element) - his - los) * rstds
+        values = multiply_add(x_hat, load(weight, j, element), load(bias, j, element))
+        if streaming:
+            stream(y, k, values)
+        else:
+            store(y, k, values)
+        k += 16
+        j += 16
+    count = cols & 15
+    if count:
+        x_hat = (load_part(x, k, count, element, element(0)) - his - los) * rstds
+        values = multiply_add(
+            x_hat, load_part(weight, j, count, element, element(0)), load_part(bias, j, count, element, element(0))
+        )
+        if streaming:
+            stream_part(y, k, count, values)
+        else:
+            store_part(y, k, count, values)
 
 
-@njit(fastmath=False, error_model="numpy", cache=True)
-def gradients_extreme(dy, x, eps, weight, dx, dweight, dbias):
-    """All gradients of such a row; dx, dweight and dbias may be None."""
-    row, hi, lo, row_rstd, _, rstd = rescaled(x, eps)
-    if dweight is not None or dbias is not None:
-        add_parameter_gradients(dy, row, hi, lo, row_rstd, dweight, dbias)
-    if dx is not None:
-        mean_g, mean_gx, mean_x_hat = gradient_means(dy, row, hi, lo, row_rstd, weight)
-        mean_gx -= mean_g * mean_x_hat
-        input_gradient(dy, row, hi, lo, row_rstd, weight, mean_g, mean_gx, rstd, np.float64, dx)
+@inlined
+def gradient_sums(dy, x, at, cols, hi, lo, is_given, weight, first, element, ahead):
+    """The sums over a row of g and of g * (x - mean), where g = dy * weight.
+
+    Of g, what it differs from its first element is summed, so that a large mean of g costs no digits: the sum of x - mean
+    being 0, the second sum is the same. A mean that is given may be another than the row's.
+    """
+    his = fill(hi)
+    los = fill(lo)
+    zero = element(0)
+    shift = element(0 if is_given else load_one(dy, at))
+    if weight is not None:
+        shift = shift * element(load_one(weight, first))
+    shifts = fill(shift)
+    totals = projected = fill(0.0)
+    k = at
+    j = first
+    for _ in range(cols // BLOCK):
+        block_totals = block_projected = fill(zero)
+        for _ in range(BLOCK // 16):
+            prefetch(dy, k + ahead)
+            g = multiply_add(load(dy, k, element), load(weight, j, element), None) - shifts
+            d = load(x, k, element) - his - los
+            block_totals = block_totals + g
+            block_projected = multiply_add(g, d, block_projected)
+            k += 16
+            j += 16
+        totals = totals + widen(block_totals)
+        projected = projected + widen(block_projected)
+    rest = cols % BLOCK
+    block_totals = block_projected = fill(zero)
+    for _ in range(rest >> 4):
+        prefetch(dy, k + ahead)
+        g = multiply_add(load(dy, k, element), load(weight, j, element), None) - shifts
+        d = load(x, k, element) - his - los
+        block_totals = block_totals + g
+        block_projected = multiply_add(g, d, block_projected)
+        k += 16
+        j += 16
+    count = rest & 15
+    if count:
+        g = multiply_add(load_part(dy, k, count, element, zero), load_part(weight, j, count, element, zero), None)
+        g = keep(g - shifts, count)
+        d = load_part(x, k, count, element, zero) - his - los
+        block_totals = block_totals + g
+        block_projected = multiply_add(g, d, block_projected)
+    sum_g = total(totals + widen(block_totals)) + np.float64(shift) * cols
+    return sum_g, total(projected + widen(block_projected))
+
+
+@inlined
+def remember(state, i, hi, lo, rstd, sums, cols, element):
+    """Keep what `gradients` needs of a row, from its statistics and its `gradient_sums`."""
+    totals, projected = sums
+    per_element = 1.0 / np.float64(cols)
+    mean_g = totals * per_element
+    g_hi, g_lo = split(mean_g, 0.0, element)
+    state[STATE * i + HI] = hi
+    state[STATE * i + LO] = lo
+    state[STATE * i + RSTD] = rstd
+    state[STATE * i + G_HI] = g_hi
+    state[STATE * i + G_LO] = g_lo
+    state[STATE * i + SLOPE] = -element(projected * per_element * np.float64(rstd)) * rstd
+
+
+@inlined
+def gradients(dy, x, at, pitch, rows, cols, state, weight, first, element, streaming, dx, dweight, dbias, sums_at):
+    """Gradients of some rows, column by column: add to the sums of dweight and dbias, and write dx.
+
+    dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)). The rows start at `at` and are `pitch` apart. The sums are float64,
+    that of a segment's first column at `sums_at`, and grow row after row, so that it is the same which rows are taken
+    together.
+    """
+    for c in range(cols >> 4):
+        j = 16 * c
+        weights = load(weight, first + j, element)
+        dweights = load(dweight, sums_at + j, np.float64)
+        dbiases = load(dbias, sums_at + j, np.float64)
+        for i in range(rows):
+            k = at + i * pitch + j
+            dys = load(dy, k, element)
+            x_hats, dxs = row_gradients(dys, load(x, k, element), state, i, weights)
+            if dweight is not None:
+                dweights = multiply_add(widen(dys), widen(x_hats), dweights)
+            if dbias is not None:
+                dbiases = dbiases + widen(dys)
+            if dx is not None:
+                if streaming:
+                    stream(dx, k, dxs)
+                else:
+                    store(dx, k, dxs)
+        if dweight is not None:
+            store(dweight, sums_at + j, dweights)
+        if dbias is not None:
+            store(dbias, sums_at + j, dbiases)
+    count = cols & 15
+    if count:
+        j = cols - count
+        weights = load_part(weight, first + j, count, element, element(0))
+        dweights = load_part(dweight, sums_at + j, count, np.float64, 0.0)
+        dbiases = load_part(dbias, sums_at + j, count, np.float64, 0.0)
+        for i in range(rows):
+            k = at + i * pitch + j
+            dys = load_part(dy, k, count, element, element(0))
+            x_hats, dxs = row_gradients(dys, load_part(x, k, count, element, element(0)), state, i, weights)
+            if dweight is not None:
+                dweights = multiply_add(widen(dys), widen(x_hats), dweights)
+            if dbias is not None:
+                dbiases = dbiases + widen(dys)
+            if dx is not None:
+                if streaming:
+                    stream_part(dx, k, count, dxs)
+                else:
+                    store_part(dx, k, count, dxs)
+        if dweight is not None:
+            store_part(dweight, sums_at + j, count, dweights)
+        if dbias is not None:
+            store_part(dbias, sums_at + j, count, dbiases)
+
+
+@inlined
+def row_gradients(dys, xs, state, i, weights):
+    """x_hat and dx of sixteen elements of a row."""
+    d = xs - fill(state[STATE * i + HI]) - fill(state[STATE * i + LO])
+    g = multiply_add(dys, weights, None) - fill(state[STATE * i + G_HI]) - fill(state[STATE * i + G_LO])
+    rstds = fill(state[STATE * i + RSTD])
+    return d * rstds, multiply_add(d, fill(state[STATE * i + SLOPE]), g) * rstds
+
+
+@inlined
+def add_blocks(sums, at, blocks, pitch, result, j, width):
+    """Write up to sixteen columns of the result, from j on: the sum over the blocks, `pitch` apart, rounded once."""
+    totals = fill(0.0)
+    if width >= 16:
+        for b in range(blocks):
+            totals = totals + load(sums, at + b * pitch, np.float64)
+        store(result, j, totals)
+    else:
+        for b in range(blocks):
+            totals = totals + load_part(sums, at + b * pitch, width, np.float64, 0.0)
+        store_part(result, j, width, totals)

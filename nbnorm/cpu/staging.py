@@ -1,7 +1,7 @@
 """Arrays of any layout and dtype as blocks of contiguous rows, which is what the kernels take.
 
-Where an array already is contiguous rows of the kernel's dtype, one block is a view of all of it. Otherwise blocks of a
-few rows are copied through a buffer, so that the temporary memory does not grow with the number of rows.
+Where an array already is contiguous rows of a dtype that kernels read, one block is a view of all of it. Otherwise blocks of
+a few rows are copied through a buffer, so that the temporary memory does not grow with the number of rows.
 """
 
 import math
@@ -9,19 +9,54 @@ import math
 import numpy as np
 
 from nbnorm.arrays import convert
-from nbnorm.problem import row_dtype
 
 # elements of a buffer: 1 MiB of float32
 BUFFER_ELEMENTS = 1 << 18
+# what the kernels take for dtypes that Numba does not have on the CPU
+STORAGE = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
 
 
-def is_ready(array, dtype):
-    """Whether a kernel can use the array as it is: native dtype, C-contiguous, aligned."""
-    return array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned
+def storage(dtype):
+    """The dtype in which a kernel takes rows of `dtype`, of the same size but for integers and booleans, as float64."""
+    if dtype.kind in "biu":
+        return np.dtype(np.float64)
+    if dtype.itemsize == 2:
+        return STORAGE[dtype.name]
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
-def row_blocks(batch, limit):
-    """Split the rows of a batch shape into blocks of at most `limit` rows, in order.
+def is_ready(array):
+    """Whether a kernel can use the array as it is: a native float, C-contiguous, aligned."""
+    return array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative and array.dtype.kind not in "biu"
+
+
+def order_of_blocks(out, *inputs):
+    """How blocks of rows must follow each other for `out` to overwrite nothing that is still to be read.
+
+    0: in any order, since it overlaps no input in another way than element for element. 1 or -1: forwards or backwards,
+    each block read before it is written. None: there is no such order.
+    """
+    orders = {_order(out, array) for array in inputs if out is not None and np.may_share_memory(out, array)} - {0}
+    return None if len(orders) > 1 else orders.pop() if orders else 0
+
+
+def _order(out, array):
+    if out.shape != array.shape or out.strides != array.strides or out.dtype != array.dtype:
+        return None
+    distance = out.ctypes.data - array.ctypes.data
+    if distance == 0:
+        return 0
+    span = array.itemsize
+    for stride, size in zip(reversed(array.strides), reversed(array.shape), strict=True):
+        if size > 1 and stride < span:
+            # what follows in the rows' order does not follow in memory
+            return None
+        span += stride * (size - 1)
+    return -1 if distance > 0 else 1
+
+
+def row_blocks(batch, limit, order=0):
+    """Split the rows of a batch shape into blocks of at most `limit` rows, backwards where `order` is -1.
 
     Yields (index, rows): `array[index]` is a view, for any strides, of the rows `rows` of the flattened batch.
 
@@ -35,42 +70,50 @@ def row_blocks(batch, limit):
         return
     inner = math.prod(batch[1:])
     step = max(1, limit // inner)
-    for i in range(0, batch[0], step):
+    for i in range(0, batch[0], step)[:: -1 if order == -1 else 1]:
         if inner <= limit:
             stop = min(i + step, batch[0])
             yield (slice(i, stop),), slice(i * inner, stop * inner)
         else:
-            for index, rows in row_blocks(batch[1:], limit):
+            for index, rows in row_blocks(batch[1:], limit, order):
                 yield (i, *index), slice(i * inner + rows.start, i * inner + rows.stop)
 
 
-def block_limit(problem, *arrays):
+def block_limit(problem, order, *arrays):
     """Rows a block: all where no array needs a buffer, else as many as a buffer holds."""
-    if all(array is None or is_ready(array, row_dtype(array.dtype)) for array in arrays):
+    if order in (0, None) and all(array is None or is_ready(array) for array in arrays):
         return problem.rows
     return min(problem.rows, max(1, BUFFER_ELEMENTS // problem.cols))
 
 
-def buffer_for(array, problem, limit):
+def buffer_for(array, problem, limit, order=0):
     """A buffer for blocks of `limit` rows of the array, or None where its blocks are views."""
-    dtype = row_dtype(array.dtype)
-    return None if is_ready(array, dtype) else np.empty((limit, problem.cols), dtype)
+    return None if is_ready(array) and order in (0, None) else np.empty((limit, problem.cols), storage(array.dtype))
 
 
 def rows_of(block, buffer, cols):
     """The rows that a kernel reads or writes for a block: a view of it, or as many rows of the buffer."""
-    return block.reshape(-1, cols) if buffer is None else buffer[: block.size // cols]
+    if buffer is not None:
+        return buffer[: block.size // cols]
+    rows = block if block.ndim == 2 and block.shape[1] == cols else block.reshape(-1, cols)
+    return rows.view(storage(rows.dtype)) if rows.itemsize == 2 else rows
 
 
 def load(block, buffer, cols):
     """The rows of a block, filled with its values."""
     rows = rows_of(block, buffer, cols)
     if buffer is not None:
-        convert(block, rows.reshape(block.shape))
+        convert(block, _values(rows, block))
     return rows
 
 
 def store(rows, block, buffer):
     """Copy what a kernel wrote into `rows_of(block, buffer, cols)` back into the block."""
     if buffer is not None:
-        convert(rows.reshape(block.shape), block)
+        convert(_values(rows, block), block)
+
+
+def _values(rows, block):
+    """A buffer's rows as an array of the block's shape and, but for integers, dtype."""
+    values = rows if block.dtype.kind in "biu" else rows.view(block.dtype.newbyteorder("="))
+    return values.reshape(block.shape)

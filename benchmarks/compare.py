@@ -1,0 +1,189 @@
+"""The time of layer norm here, in other libraries, and of the memory traffic that it cannot do without.
+
+Prints Markdown tables, and saves STEM.json with every number and STEM.png. Libraries that are not installed are left out.
+Nothing else should run meanwhile: with one of two cores taken, OpenMP's threads wait for each other for a time slice of the
+system's, 8 ms, in every call.
+
+    python benchmarks/compare.py
+    python benchmarks/compare.py --shapes 8192x768,1x64 --dtypes float32,bfloat16 --passes forward
+    python benchmarks/compare.py --render benchmarks/results/compare-cpu.json README.md docs/performance.md
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import contestants
+import machine
+import numba
+import numpy as np
+import tables
+from timing import measure
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+LARGE = (
+    (8192, 768),
+    (4096, 4096),
+    (65536, 256),
+    (10000, 1000),
+    (524288, 32),
+    (16, 1 << 20),
+    (3, 5_000_000),
+    (1, 1 << 24),
+)
+LARGE_BACKWARD = ((1 << 20, 16), (4, 1 << 20))
+SMALL = ((1, 64), (8, 64), (1, 768), (8, 768), (32, 768), (128, 768))
+# the first of them, for what is not float32
+COMMON = 5
+QUICK = ((8, 64), (512, 320))
+QUICK_SECONDS = 0.02
+# how far a contestant may be from nbnorm, of the largest element: enough to tell that it computes the same thing
+TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "float16": 2e-2, "bfloat16": 5e-2}
+
+
+def main():
+    options = parse()
+    if options.render:
+        results = json.loads(options.render.read_text(encoding="utf-8"))
+        texts = tables.tables(results)
+        for path in options.markdown:
+            tables.rewrite(path, texts)
+        if not options.markdown:
+            print(tables.everything(texts))
+        plot(results, options.render.with_suffix(".png"))
+        return
+    results = run(options)
+    print(tables.everything(tables.tables(results)))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(results, indent=1)
+        options.output.with_name(f"{options.output.name}.json").write_text(text + "\n", encoding="utf-8")
+        plot(results, options.output.with_name(f"{options.output.name}.png"))
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=shapes, help="ROWSxCOLS,... for every dtype and pass")
+    parser.add_argument("--dtypes", type=one_of(*TOLERANCE), default=["float32", "float16", "bfloat16"])
+    parser.add_argument("--passes", type=one_of("forward", "backward"), default=["forward", "backward"])
+    parser.add_argument("--seconds", type=float, default=1.5, help="for each problem, about (default: 1.5)")
+    parser.add_argument("--threads", type=int, default=numba.get_num_threads(), help="for everybody (default: %(default)s)")
+    parser.add_argument("--keep-memory", action="store_true", help="allocations reuse what was freed (glibc): kernels alone")
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--output", type=Path, metavar="STEM", help="default: compare-cpu in results/ beside this file")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs; saved only with --output")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing, render saved results")
+    parser.add_argument("markdown", type=Path, nargs="*", help="with --render, files to put the tables into")
+    options = parser.parse_args()
+    if options.markdown and not options.render:
+        parser.error("Markdown files are for --render")
+    if options.quick:
+        options.shapes, options.seconds = options.shapes or QUICK, QUICK_SECONDS
+    elif not options.output:
+        options.output = RESULTS / f"compare-{options.device}"
+    return options
+
+
+def shapes(text):
+    pairs = [tuple(int(size) for size in shape.split("x")) for shape in text.split(",")]
+    if any(len(pair) != 2 or min(pair) < 1 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text}; expected ROWSxCOLS,...")
+    return pairs
+
+
+def one_of(*names):
+    """A parser of comma-separated names."""
+
+    def parse_names(text):
+        chosen = text.split(",")
+        if not set(chosen) <= set(names):
+            raise argparse.ArgumentTypeError(f"{text}; expected some of {', '.join(names)}")
+        return chosen
+
+    return parse_names
+
+
+def run(options):
+    peers = contestants.installed()
+    left_out = [name for name in contestants.MODULES if name not in peers]
+    contestants.prepare(peers, options.threads)
+    if options.keep_memory:
+        machine.keep_memory()
+    problems = [
+        (pass_, dtype, rows, cols)
+        for pass_ in options.passes
+        for dtype in options.dtypes
+        for rows, cols in options.shapes or default_shapes(pass_, dtype)
+    ]
+    timed = []
+    with tqdm(problems, file=sys.stderr, unit=" problems", leave=False, disable=None) as bar:
+        for pass_, dtype, rows, cols in bar:
+            bar.set_description(f"{pass_} {dtype} {rows}x{cols}")
+            timed.append(run_problem(pass_, dtype, rows, cols, peers, options))
+    settings = {"threads": options.threads, "keep_memory": options.keep_memory}
+    return {**machine.description(peers), **settings, "left_out": left_out, "problems": timed}
+
+
+def default_shapes(pass_, dtype):
+    if dtype != "float32":
+        return LARGE[:COMMON]
+    return LARGE + (LARGE_BACKWARD if pass_ == "backward" else ()) + SMALL
+
+
+def run_problem(pass_, dtype, rows, cols, peers, options):
+    arrays = contestants.make_arrays(dtype, rows, cols)
+    if pass_ == "forward":
+        calls = contestants.forward(arrays, peers, options.threads)
+        bytes_moved = 2 * arrays.flat[0].nbytes
+    else:
+        calls = contestants.backward(arrays, peers)
+        bytes_moved = 3 * arrays.flat[0].nbytes
+    check_that_they_agree(calls, dtype)
+    return {
+        "pass": pass_,
+        "dtype": dtype,
+        "rows": rows,
+        "cols": cols,
+        "bytes": bytes_moved,
+        "contestants": measure(calls, options.seconds),
+    }
+
+
+def check_that_they_agree(calls, dtype):
+    """So that nobody is timed doing something else. It is the call that compiles, too."""
+    ours = as_float32(calls["nbnorm"]())
+    for name, call in calls.items():
+        theirs = call()
+        if theirs is None:
+            continue
+        for mine, other in zip(ours, as_float32(theirs), strict=True):
+            error = np.abs(other - mine).max() / np.abs(mine).max()
+            # NaN too
+            if not error <= TOLERANCE[dtype]:
+                raise SystemExit(f"{name}: {dtype} {mine.shape} is {error:.2g} of its largest element away from nbnorm's")
+
+
+def as_float32(result):
+    """The arrays of a result, copied: a contestant's `out` is written again."""
+    arrays = result if isinstance(result, tuple) else (result,)
+    # a torch tensor of bfloat16 has no NumPy array
+    return [np.array(array.float().numpy() if hasattr(array, "float") else array, np.float32) for array in arrays]
+
+
+def plot(results, path):
+    """The bandwidths of the first dtype's large problems."""
+    large = [problem for problem in results["problems"] if not tables.is_small(problem)]
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"no {path.name} without matplotlib: pip install matplotlib", file=sys.stderr)
+    elif large:
+        import plots
+
+        dtype = large[0]["dtype"]
+        plots.bandwidth([problem for problem in large if problem["dtype"] == dtype], dtype, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The figures of saved results."""
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers for those who see none, and for paper
+STYLES = {
+    "limit": {"color": "0.55", "marker": "_", "markersize": 22, "markeredgewidth": 3, "linestyle": "none"},
+    "nbnorm out=": {"color": "#0072B2", "marker": "o", "linewidth": 2},
+    "nbnorm": {"color": "#0072B2", "marker": "o", "markerfacecolor": "white", "linestyle": "--"},
+    "nbnorm, difference of squares": {"color": "#56B4E9", "marker": "v", "linestyle": "--"},
+    "torch": {"color": "#D55E00", "marker": "s"},
+    "ONNX Runtime": {"color": "#009E73", "marker": "^"},
+    "JAX": {"color": "#CC79A7", "marker": "D"},
+    "jax.nn.standardize": {"color": "#CC79A7", "marker": "D"},
+    "NumPy": {"color": "#000000", "marker": "x"},
+}
+SETTINGS = {
+    "font.size": 11,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 6,
+}
+
+
+def bandwidth(problems, dtype, path):
+    """GB/s of everybody for each shape, a panel for each pass; shapes are in the order of their row length."""
+    passes = [name for name in ("forward", "backward") if any(p["pass"] == name for p in problems)]
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(11, 1 + 4.2 * len(passes)), layout="constrained")
+        panels = figure.subplots(len(passes), squeeze=False)[:, 0]
+        for panel, name in zip(panels, passes, strict=True):
+            chosen = sorted((p for p in problems if p["pass"] == name), key=lambda p: p["cols"])
+            draw_bandwidth(panel, chosen)
+            panel.set_title(f"{name}, {dtype}", loc="left")
+        panels[-1].set_xlabel("rows x columns")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+        figure.savefig(path, dpi=120)
+
+
+def draw_bandwidth(panel, problems):
+    for name, style in STYLES.items():
+        timed = [(i, p) for i, p in enumerate(problems) if name in p["contestants"]]
+        if timed:
+            speeds = [p["bytes"] / p["contestants"][name]["median"] / 1e9 for _, p in timed]
+            panel.plot([i for i, _ in timed], speeds, label=name, **style)
+    panel.set_xticks(range(len(problems)), [f"{p['rows']}\nx {p['cols']}" for p in problems])
+    panel.set_ylim(bottom=0)
+    panel.set_ylabel("GB/s, more is better")
+
+
+def accuracy(results, path):
+    """Error against mean / deviation, for each library, on logarithmic axes."""
+    styles = {**STYLES, "nbnorm": STYLES["nbnorm out="]}
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(8, 5.4), layout="constrained")
+        panel = figure.subplots()
+        for name, style in styles.items():
+            if name in results["errors"]:
+                errors = np.array(results["errors"][name], float)  # None, for NaN, leaves a gap
+                panel.loglog(results["mean_over_std"], errors, label=name, **style)
+        panel.set_xlabel("mean / standard deviation of a row")
+        panel.set_ylabel("largest error of y, in eps of (|y| + 1)")
+        panel.set_title("float32, against a longdouble reference", loc="left")
+        figure.legend(loc="outside upper center", ncols=3, frameon=False)
+        figure.savefig(path, dpi=120)

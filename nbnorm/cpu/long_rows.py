@@ -1,0 +1,230 @@
+"""Kernels for rows that do not fit a core's cache, as factories with the arguments and signatures of those in `kernels`.
+
+A row is split into segments, which all cores share. The statistics of a segment are found while it is in the cache, and
+merged into the row's in the order of the segments. The second sweep then reads the row again from where it is.
+"""
+
+import functools
+
+import numpy as np
+from numba import njit, prange
+
+from nbnorm.cpu import kernels
+from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS
+from nbnorm.cpu.lanes import fence, pointer
+from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
+from nbnorm.cpu.rows import (
+    HI,
+    LO,
+    PARTS,
+    PROJECTED,
+    RSTD,
+    STATE,
+    SUM_G,
+    VARIANCE,
+    add_blocks,
+    gradient_sums,
+    gradients,
+    merged,
+    normalise,
+    remember,
+    split,
+    statistics,
+)
+
+SEGMENT = 1 << 14
+# elements of the rows that are worked on together: as many as may stay in a shared cache between the two sweeps
+GROUP_ELEMENTS = 1 << 21
+# what is kept of a row that is rescaled, beside RSTD; FACTOR is 0 for the others, of which the forward keeps HI and LO
+FACTOR, MEAN, SCALED_RSTD, MEAN_G, MEAN_GX, RESCALED = 3, 0, 1, 4, 5, 6
+# columns whose dweight and dbias a thread sums over all rows: their float64 sums take 64 KiB
+COLUMNS = 1 << 12
+
+
+@functools.cache
+def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
+    """One iteration owns a segment: of its statistics in the first loop, of y in the second."""
+    element = dtype.type
+    mode = kernels.mode_of(variance, x_dtype, dtype)
+    cache_key = f"{kernels.DIGEST} parallel={parallel}"
+    smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
+    signature = kernels.forward_signature(x_dtype, dtype)
+
+    @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
+    def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
+        cache_key  # noqa: B018  closed over, for the disk cache
+        rows, cols = x.shape
+        if (has_weight and weight.size != cols) or (has_bias and bias.size != cols):
+            return False
+        segments = -(-cols // SEGMENT)
+        group_rows = min(rows, max(1, GROUP_ELEMENTS // cols))
+        x_, y_ = pointer(x), pointer(y)
+        weight_ = pointer(weight) if has_weight else None
+        bias_ = pointer(bias) if has_bias else None
+        parts = np.empty((group_rows, segments * PARTS))
+        state = np.empty((group_rows, RESCALED))
+        for first in range(0, rows, group_rows):
+            count = min(group_rows, rows - first)
+
+            # statistics
+            for task in prange(count * segments):
+                i, s = task // segments, task % segments
+                start = s * SEGMENT
+                at = (first + i) * cols + start
+                hi, lo, var = statistics(x_, at, min(SEGMENT, cols - start), element, mode, AHEAD)
+                parts[i, PARTS * s + HI] = hi
+                parts[i, PARTS * s + LO] = lo
+                parts[i, PARTS * s + VARIANCE] = var
+            for i in range(count):
+                hi64, lo64, var, _, _ = merged(pointer(parts[i]), SEGMENT, cols)
+                # NaN fails the comparison too
+                if smallest <= var + eps <= largest:
+                    factor, scale64 = 0.0, np.float64(element(1.0 / np.sqrt(var + eps)))
+                    row_mean, row_rstd = hi64 + lo64, scale64
+                else:
+                    factor, hi64, scale64, row_mean, row_rstd = rescaled(x_, (first + i) * cols, cols, eps)
+                state[i, HI], state[i, LO], state[i, RSTD], state[i, FACTOR] = hi64, lo64, scale64, factor
+                if mean.size > 0:
+                    mean[first + i] = row_mean
+                    rstd[first + i] = row_rstd
+
+            # normalise and store
+            tasks = -(-cols // STREAMED_TASK_ELEMENTS)
+            for task in prange(count * tasks):
+                i = task // tasks
+                start = task % tasks * STREAMED_TASK_ELEMENTS
+                width = min(STREAMED_TASK_ELEMENTS, cols - start)
+                at = (first + i) * cols + start
+                hi64, lo64, scale64, factor = state[i, HI], state[i, LO], state[i, RSTD], state[i, FACTOR]
+                if factor == 0.0:
+                    hi, lo = split(hi64, lo64, element)
+                    normalise(x_, at, width, hi, lo, element(scale64), weight_, bias_, start, element, streaming, y_)
+                else:
+                    normalise_rescaled(x_, at, width, factor, hi64, scale64, weight_, bias_, start, y_)
+                if streaming:
+                    fence()
+
+        return True
+
+    return kernel
+
+
+@functools.cache
+def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask, parallel):
+    """One iteration owns a segment of a row in the first loop, and in the second some columns of all rows.
+
+    Of those it writes dx, and with `last` dweight and dbias. Between calls for rows of the same problem, sums has what they
+    are so far; in a call for all rows it may be empty.
+    """
+    element = dtype.type
+    is_given = statistics_from == "given"
+    mode = kernels.mode_of(statistics_from, x_dtype, dtype)
+    cache_key = f"{kernels.DIGEST} parallel={parallel}"
+    smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
+    with_dx, with_dweight, with_dbias = output_mask
+    needs_statistics = with_dx or with_dweight
+    signature = kernels.backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
+
+    @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
+    def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
+        cache_key  # noqa: B018  closed over, for the disk cache
+        rows, cols = x.shape
+        if has_weight and weight.size != cols:
+            return False
+        segments = -(-cols // SEGMENT)
+        group_rows = min(rows, max(1, GROUP_ELEMENTS // cols))
+        dy_, x_ = pointer(dy), pointer(x)
+        weight_ = pointer(weight) if has_weight else None
+        dx_ = pointer(dx) if with_dx else None
+        parts = np.empty((group_rows, segments * PARTS))
+        state = np.empty((rows, STATE), element)
+        rescaled_state = np.empty((rows, RESCALED))
+
+        # statistics and means of each row
+        for group in range(0, rows if needs_statistics else 0, group_rows):
+            count = min(group_rows, rows - group)
+            for task in prange(count * segments):
+                i, s = task // segments, task % segments
+                start = s * SEGMENT
+                width = min(SEGMENT, cols - start)
+                at = (group + i) * cols + start
+                if is_given:
+                    hi, lo = split(np.float64(mean[group + i]), 0.0, element)
+                    var = 0.0
+                else:
+                    hi, lo, var = statistics(x_, at, width, element, mode, AHEAD)
+                sum_g = projected = 0.0
+                if with_dx:
+                    sum_g, projected = gradient_sums(dy_, x_, at, width, hi, lo, is_given, weight_, start, element, AHEAD)
+                parts[i, PARTS * s + HI] = hi
+                parts[i, PARTS * s + LO] = lo
+                parts[i, PARTS * s + VARIANCE] = var
+                parts[i, PARTS * s + SUM_G] = sum_g
+                parts[i, PARTS * s + PROJECTED] = projected
+            for i in range(count):
+                r = group + i
+                hi64, lo64, var, sum_g, projected = merged(pointer(parts[i]), SEGMENT, cols)
+                hi, lo = split(hi64, lo64, element)
+                scale = element(rstd[r]) if is_given else element(1.0 / np.sqrt(var + eps))
+                if is_given or smallest <= var + eps <= largest:
+                    remember(pointer(state), r, hi, lo, scale, (sum_g, projected), cols, element)
+                    rescaled_state[r, FACTOR] = 0.0
+                else:
+                    at = r * cols
+                    factor, mean64, scale64, _, rstd64 = rescaled(x_, at, cols, eps)
+                    mean_g, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, mean64, scale64, weight_)
+                    rescaled_state[r, FACTOR] = factor
+                    rescaled_state[r, MEAN] = mean64
+                    rescaled_state[r, SCALED_RSTD] = scale64
+                    rescaled_state[r, RSTD] = rstd64
+                    rescaled_state[r, MEAN_G] = mean_g
+                    rescaled_state[r, MEAN_GX] = mean_gx
+
+        # the gradients of some columns
+        task_cols = COLUMNS * max(1, STREAMED_TASK_ELEMENTS // (COLUMNS * rows))
+        for task in prange(-(-cols // task_cols)):
+            own_sums = np.empty(0 if sums.size > 0 else 2 * COLUMNS)
+            for start in range(task * task_cols, min((task + 1) * task_cols, cols), COLUMNS):
+                width = min(COLUMNS, cols - start)
+                if sums.size > 0:
+                    dweight_sums, dbias_sums, sums_at = pointer(sums[0]), pointer(sums[-1]), start
+                else:
+                    own_sums[:] = 0.0
+                    dweight_sums, dbias_sums, sums_at = pointer(own_sums), pointer(own_sums[COLUMNS:]), 0
+                if not with_dweight:
+                    dweight_sums = None
+                if not with_dbias:
+                    dbias_sums = None
+                r = 0
+                while r < rows:
+                    at = r * cols + start
+                    if needs_statistics and rescaled_state[r, FACTOR] != 0.0:
+                        row = rescaled_state[r]
+                        gradients_rescaled(
+                            dy_, x_, at, width, row[FACTOR], row[MEAN], row[SCALED_RSTD], row[RSTD],
+                            row[MEAN_G], row[MEAN_GX], weight_, start, dx_, dweight_sums, dbias_sums, sums_at,
+                        )  # fmt: skip
+                        r += 1
+                        continue
+                    count = 1
+                    while count < GROUP_ROWS and r + count < rows:
+                        if needs_statistics and rescaled_state[r + count, FACTOR] != 0.0:
+                            break
+                        count += 1
+                    gradients(
+                        dy_, x_, at, cols, count, width, pointer(state[r]), weight_, start, element, streaming,
+                        dx_, dweight_sums, dbias_sums, sums_at,
+                    )  # fmt: skip
+                    r += count
+                if last:
+                    for j in range(0, width, 16):
+                        if with_dweight:
+                            add_blocks(dweight_sums, sums_at + j, 1, 0, pointer(dweight), start + j, width - j)
+                        if with_dbias:
+                            add_blocks(dbias_sums, sums_at + j, 1, 0, pointer(dbias), start + j, width - j)
+            if streaming:
+                fence()
+
+        return True
+
+    return kernel

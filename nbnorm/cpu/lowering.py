@@ -1,0 +1,327 @@
+"""How Numba compiles the operations of `lanes`: each as a few instructions of LLVM's on vectors of sixteen.
+
+No operation carries a fast-math flag, so that LLVM keeps the order that a kernel is written in.
+"""
+
+import functools
+import operator
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel.models import PrimitiveModel
+from numba.extending import lower_builtin, register_model, type_callable
+
+from nbnorm.cpu import half, lanes
+from nbnorm.cpu.lanes import COUNT
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F32, F64 = ir.FloatType(), ir.DoubleType()
+LLVM_TYPES = {types.float32: F32, types.float64: F64, types.uint16: I16, types.int16: I16}
+FROM_HALF = {types.uint16: half.from_float16, types.int16: half.from_bfloat16}
+TO_HALF = {types.uint16: half.to_float16, types.int16: half.to_bfloat16}
+
+
+class Lanes(types.Type):
+    """Numba's type of sixteen float32 or float64."""
+
+    def __init__(self, element):
+        self.element = element
+        super().__init__(name=f"Lanes({element})")
+
+
+@register_model(Lanes)
+class LanesModel(PrimitiveModel):
+    def __init__(self, manager, lanes_type):
+        super().__init__(manager, lanes_type, _vector(LLVM_TYPES[lanes_type.element]))
+
+
+def lowers(function):
+    """Decorate a rule: from the types of the arguments to the type of the result, and the code that computes it."""
+
+    def register(rule):
+        @type_callable(function)
+        def typing(context):
+            # Numba asks for the names of the arguments
+            @functools.wraps(rule)
+            def typer(*argument_types):
+                answer = rule(*argument_types)
+                return answer and answer[0]
+
+            return typer
+
+        @lower_builtin(function, types.VarArg(types.Any))
+        def lower(context, builder, signature, arguments):
+            return rule(*signature.args)[1](builder, *arguments)
+
+        return rule
+
+    return register
+
+
+def _returning_none(code):
+    def wrapped(builder, *arguments):
+        code(builder, *arguments)
+        return I8.as_pointer()(None)
+
+    return wrapped
+
+
+NOTHING = types.none, _returning_none(lambda builder, *arguments: None)
+
+
+def _arithmetic(function, instruction):
+    @type_callable(function)
+    def typing(context):
+        def typer(a, b):
+            return a if isinstance(a, Lanes) and a == b else None
+
+        return typer
+
+    @lower_builtin(function, Lanes, Lanes)
+    def lower(context, builder, signature, arguments):
+        return getattr(builder, instruction)(*arguments)
+
+
+_arithmetic(operator.add, "fadd")
+_arithmetic(operator.sub, "fsub")
+_arithmetic(operator.mul, "fmul")
+
+
+@lowers(lanes.pointer)
+def _(array):
+    def code(builder, value):
+        return builder.extract_value(value, ARRAY_DATA)
+
+    return types.CPointer(array.dtype), code
+
+
+# the place of the data pointer in Numba's structure of an array: after meminfo, parent, size and itemsize
+ARRAY_DATA = 4
+
+
+@lowers(lanes.load)
+def _(source, k, element):
+    if source == types.none:
+        return NOTHING
+    stored, wanted = source.dtype, element.dtype
+
+    def code(builder, source, k, element):
+        vector = _vector(LLVM_TYPES[stored])
+        raw = builder.load(_address(builder, source, k, vector), align=_size(stored))
+        return _decoded(builder, raw, stored, wanted)
+
+    return Lanes(wanted), code
+
+
+@lowers(lanes.load_part)
+def _(source, k, count, element, rest):
+    if source == types.none:
+        return NOTHING
+    stored, wanted = source.dtype, element.dtype
+
+    def code(builder, source, k, count, element, rest):
+        vector = _vector(LLVM_TYPES[stored])
+        mask = _first(builder, count)
+        arguments = [_address(builder, source, k, vector), I32(_size(stored)), mask, vector(None)]
+        raw = _call(builder, f"llvm.masked.load.{_name(vector)}.p0", vector, arguments)
+        decoded = _decoded(builder, raw, stored, wanted)
+        return builder.select(mask, decoded, _splat(builder, rest, LLVM_TYPES[wanted]))
+
+    return Lanes(wanted), code
+
+
+@lowers(lanes.keep)
+def _(values, count):
+    return values, lambda builder, value, count: builder.select(_first(builder, count), value, value.type(None))
+
+
+@lowers(lanes.load_one)
+def _(source, k):
+    stored = source.dtype
+
+    def code(builder, source, k):
+        element = LLVM_TYPES[stored]
+        raw = _splat(builder, builder.load(builder.gep(source, [k])), element)
+        return builder.extract_element(_decoded(builder, raw, stored, types.float64), I32(0))
+
+    return types.float64, code
+
+
+@lowers(lanes.store)
+def _(destination, k, values):
+    def code(builder, destination, k, values):
+        _store(builder, destination, k, values, destination_type, values_type)
+
+    destination_type, values_type = destination.dtype, values.element
+    return types.none, _returning_none(code)
+
+
+@lowers(lanes.store_one)
+def _(destination, k, value):
+    def code(builder, destination, k, value):
+        raw = _encoded(builder, _splat(builder, value, F64), types.float64, destination_type)
+        builder.store(builder.extract_element(raw, I32(0)), builder.gep(destination, [k]))
+
+    destination_type = destination.dtype
+    return types.none, _returning_none(code)
+
+
+@lowers(lanes.stream)
+def _(destination, k, values):
+    def code(builder, destination, k, values):
+        instruction = _store(builder, destination, k, values, destination_type, values_type, align=16)
+        _mark_streamed(builder, instruction)
+
+    destination_type, values_type = destination.dtype, values.element
+    return types.none, _returning_none(code)
+
+
+@lowers(lanes.store_part)
+def _(destination, k, count, values):
+    def code(builder, destination, k, count, values):
+        raw = _encoded(builder, values, values_type, destination_type)
+        address = _address(builder, destination, k, raw.type)
+        arguments = [raw, address, I32(_size(destination_type)), _first(builder, count)]
+        _call(builder, f"llvm.masked.store.{_name(raw.type)}.p0", ir.VoidType(), arguments)
+
+    destination_type, values_type = destination.dtype, values.element
+    return types.none, _returning_none(code)
+
+
+@lowers(lanes.stream_part)
+def _(destination, k, count, values):
+    def code(builder, destination, k, count, values):
+        raw = _encoded(builder, values, values_type, destination_type)
+        piece = ir.VectorType(I8, 16)
+        pieces = cgutils.alloca_once_value(builder, raw)
+        source = builder.bitcast(pieces, piece.as_pointer())
+        target = _address(builder, destination, k, piece)
+        size = builder.mul(count, I64(_size(destination_type)))
+        with cgutils.for_range(builder, builder.lshr(size, I64(4))) as loop:
+            value = builder.load(builder.gep(source, [loop.index]))
+            _mark_streamed(builder, builder.store(value, builder.gep(target, [loop.index]), align=16))
+
+    destination_type, values_type = destination.dtype, values.element
+    return types.none, _returning_none(code)
+
+
+@lowers(lanes.fence)
+def _():
+    return types.none, _returning_none(lambda builder: builder.fence("seq_cst"))
+
+
+@lowers(lanes.prefetch)
+def _(source, k):
+    def code(builder, source, k):
+        address = builder.bitcast(builder.gep(source, [k]), I8.as_pointer())
+        # to read, into the first-level cache, as data
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])
+
+    return types.none, _returning_none(code)
+
+
+@lowers(lanes.fill)
+def _(value):
+    return Lanes(value), lambda builder, value_: _splat(builder, value_, LLVM_TYPES[value])
+
+
+@lowers(lanes.widen)
+def _(values):
+    return Lanes(types.float64), lambda builder, value: _converted(builder, value, values.element, types.float64)
+
+
+@lowers(lanes.multiply_add)
+def _(a, b, c):
+    has_factor, has_term = b != types.none, c != types.none
+
+    def code(builder, a, b, c):
+        if has_factor and has_term:
+            return _call(builder, f"llvm.fmuladd.{_name(a.type)}", a.type, [a, b, c])
+        if has_factor:
+            return builder.fmul(a, b)
+        return builder.fadd(a, c) if has_term else a
+
+    return (a, code) if b in (a, types.none) and c in (a, types.none) else None
+
+
+@lowers(lanes.total)
+def _(values):
+    def code(builder, value):
+        count = COUNT
+        while count > 1:
+            count //= 2
+            lower, upper = (_shuffle(builder, value, range(start, start + count)) for start in (0, count))
+            value = builder.fadd(lower, upper)
+        return builder.extract_element(value, I32(0))
+
+    return values.element, code
+
+
+def _vector(element):
+    return ir.VectorType(element, COUNT)
+
+
+def _name(vector):
+    """How intrinsics' names spell a vector: v16f32."""
+    return f"v{vector.count}{ {F32: 'f32', F64: 'f64', I16: 'i16'}[vector.element] }"
+
+
+def _size(dtype):
+    return dtype.bitwidth // 8
+
+
+def _address(builder, pointer, k, vector):
+    return builder.bitcast(builder.gep(pointer, [k]), vector.as_pointer())
+
+
+def _call(builder, name, result, arguments):
+    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
+
+
+def _shuffle(builder, value, indices):
+    indices = list(indices)
+    return builder.shuffle_vector(value, value.type(ir.Undefined), ir.VectorType(I32, len(indices))(indices))
+
+
+def _splat(builder, scalar, element):
+    vector = _vector(element)
+    return _shuffle(builder, builder.insert_element(vector(ir.Undefined), scalar, I32(0)), [0] * COUNT)
+
+
+def _first(builder, count):
+    """The mask of the lanes below count."""
+    numbers = _vector(I32)(list(range(COUNT)))
+    return builder.icmp_signed("<", numbers, _splat(builder, builder.trunc(count, I32), I32))
+
+
+def _mark_streamed(builder, store):
+    store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+
+
+def _store(builder, destination, k, values, destination_type, values_type, align=None):
+    raw = _encoded(builder, values, values_type, destination_type)
+    return builder.store(raw, _address(builder, destination, k, raw.type), align=align or _size(destination_type))
+
+
+def _converted(builder, values, from_type, to_type):
+    if from_type == to_type:
+        return values
+    convert = builder.fpext if to_type == types.float64 else builder.fptrunc
+    return convert(values, _vector(LLVM_TYPES[to_type]))
+
+
+def _decoded(builder, raw, stored, wanted):
+    """Lanes of the type `wanted` from what is in memory."""
+    if stored in FROM_HALF:
+        raw, stored = FROM_HALF[stored](builder, raw), types.float32
+    return _converted(builder, raw, stored, wanted)
+
+
+def _encoded(builder, values, values_type, stored):
+    """What to write to memory, rounded once."""
+    if stored in TO_HALF:
+        near = half.to_odd(builder, values) if values_type == types.float64 else values
+        return TO_HALF[stored](builder, near)
+    return _converted(builder, values, values_type, stored)

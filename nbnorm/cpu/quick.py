@@ -1,0 +1,111 @@
+"""Calls as most are, without the cost of the checks: contiguous NumPy arrays, float32 or float64, all of one dtype.
+
+What is asked here is only whether a call is such a one, and right; the kernels' own look at the types of their arguments is
+a part of that. Every other call, wrong ones among them, is left to `checks`, and so is one whose kernel is not compiled yet.
+The two functions share no helpers, since each call of one would add a twentieth to a forward at (1, 64): 1.4 us on an AMD
+EPYC, and 12 by way of `checks`.
+"""
+
+from math import inf
+from typing import Any
+
+import numpy as np
+from numpy import empty, ndarray
+
+from nbnorm.cpu import sizes
+
+# the kernels that calls had compiled, by x's dtype, which parameters are absent or asked for, the variance, and the build
+FORWARD: dict[tuple, Any] = {}
+BACKWARD: dict[tuple, Any] = {}
+# what a kernel takes for an absent parameter or statistics
+ABSENT = {dtype: np.empty(0, dtype) for dtype in (np.dtype(np.float32), np.dtype(np.float64))}
+
+
+def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares):
+    """Layer norm of x, or None."""
+    if type(x) is not ndarray or type(eps) is not float or type(use_diff_of_squares) is not bool:
+        return None
+    shape, size, dtype = x.shape, x.size, x.dtype
+    if type(normalized_shape) is tuple and len(normalized_shape) == 1:
+        normalized_shape = normalized_shape[0]
+    if type(normalized_shape) is not int or not shape or shape[-1] != normalized_shape or not 0 <= eps < inf:
+        return None
+    is_parallel = size >= sizes.PARALLEL_ELEMENTS
+    kernel = FORWARD.get((dtype, weight is None, bias is None, use_diff_of_squares, is_parallel))
+    if kernel is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
+        return None
+    absent = ABSENT[dtype]
+    if weight is None:
+        weight = absent
+    elif type(weight) is not ndarray:
+        return None
+    if bias is None:
+        bias = absent
+    elif type(bias) is not ndarray:
+        return None
+    y = empty(shape, dtype)
+    is_flat = len(shape) == 2
+    if not x.flags.c_contiguous:
+        return None
+    try:
+        done = kernel(
+            x if is_flat else x.reshape(-1, normalized_shape),
+            weight,
+            bias,
+            eps,
+            False,
+            y if is_flat else y.reshape(-1, normalized_shape),
+            absent,
+            absent,
+        )
+    except TypeError:
+        # an array of another dtype or layout
+        return None
+    return y if done else None
+
+
+def backward(dy: Any, x: Any, normalized_shape, weight, eps, use_diff_of_squares, output_mask):
+    """dx, dweight and dbias, the latter two None where not asked for, or None for all; dx is always asked for."""
+    if type(x) is not ndarray or type(eps) is not float or type(use_diff_of_squares) is not bool:
+        return None
+    shape, size, dtype = x.shape, x.size, x.dtype
+    if type(normalized_shape) is tuple and len(normalized_shape) == 1:
+        normalized_shape = normalized_shape[0]
+    if type(normalized_shape) is not int or not shape or shape[-1] != normalized_shape or not 0 <= eps < inf:
+        return None
+    is_parallel = size >= sizes.PARALLEL_ELEMENTS
+    if type(output_mask) is not tuple or len(output_mask) != 3:
+        return None
+    with_dx, with_dweight, with_dbias = output_mask
+    # 1 is True to a dictionary, but not to the checks
+    if with_dx is not True or type(with_dweight) is not bool or type(with_dbias) is not bool:
+        return None
+    kernel = BACKWARD.get((dtype, weight is None, output_mask, use_diff_of_squares, is_parallel))
+    if kernel is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
+        return None
+    absent = ABSENT[dtype]
+    if weight is None:
+        weight = absent
+    elif type(weight) is not ndarray:
+        return None
+    if type(dy) is not ndarray or dy.shape != shape or not x.flags.c_contiguous or not dy.flags.c_contiguous:
+        return None
+    dx: Any = empty(shape, dtype)
+    if len(shape) == 2:
+        dy_rows, x_rows, dx_rows = dy, x, dx
+    else:
+        dy_rows = dy.reshape(-1, normalized_shape)
+        x_rows = x.reshape(-1, normalized_shape)
+        dx_rows = dx.reshape(-1, normalized_shape)
+    dweight: Any = empty(normalized_shape, dtype) if with_dweight else absent
+    dbias = empty(normalized_shape, dtype) if with_dbias else absent
+    block_rows = sizes.block_rows(len(x_rows), normalized_shape)
+    sums = np.zeros((with_dweight + with_dbias, -(-len(x_rows) // block_rows), normalized_shape))
+    try:
+        done = kernel(
+            dy_rows, x_rows, weight, eps, absent, absent, 0, block_rows, True, False, dx_rows, sums, dweight, dbias
+        )  # fmt: skip
+    except TypeError:
+        # an array of another dtype or layout
+        return None
+    return (dx, dweight if with_dweight else None, dbias if with_dbias else None) if done else None

@@ -1,0 +1,91 @@
+"""The arithmetic of rows whose squares leave the range of the type that a kernel computes in, and of rows with NaN or Inf.
+
+They are rare: everything goes element by element, in float64, which compiles in a fraction of the time that lanes take.
+"""
+
+import math
+
+import numpy as np
+
+from nbnorm.cpu.lanes import load_one, store_one
+from nbnorm.cpu.rows import inlined
+
+
+@inlined
+def rescaled(x, at, cols, eps):
+    """A row whose squares leave the range of its type: factor, mean and rstd of factor * x; mean and rstd as they are.
+
+    The factor, a power of two, brings the row's largest element, or sqrt(eps), near 1.
+    """
+    largest = root_eps = np.sqrt(eps)
+    is_constant = True
+    for k in range(at, at + cols):
+        value = load_one(x, k)
+        largest = max(largest, abs(value))
+        is_constant = is_constant and value == load_one(x, at)
+    # within what a float64 holds, so that the product is exact
+    exponent = min(max(math.frexp(largest)[1], -1000), 1000)
+    factor = math.ldexp(1.0, -exponent)
+    mean = 0.0
+    for k in range(at, at + cols):
+        mean += load_one(x, k) * factor / cols
+    rest = squares = 0.0
+    for k in range(at, at + cols):
+        d = load_one(x, k) * factor - mean
+        rest += d
+        squares += d * d
+    if abs(mean) < np.inf:
+        # of a row with Inf the mean is Inf, although the deviations from it are NaN
+        rest /= cols
+        if is_constant and eps > 0.0:
+            # eps may vanish beside the row's scale, and 0 / 0 is not what the formula says
+            return factor, load_one(x, at) * factor, 0.0, load_one(x, at), 1.0 / root_eps
+        mean += rest
+    rstd = 1.0 / np.sqrt(max(squares / cols - rest * rest, 0.0) + (root_eps * factor) ** 2)
+    return factor, mean, rstd, mean / factor, rstd * factor
+
+
+@inlined
+def normalise_rescaled(x, at, cols, factor, mean, rstd, weight, bias, first, y):
+    """As `normalise`, for a row that is `rescaled`."""
+    for j in range(cols):
+        value = (load_one(x, at + j) * factor - mean) * rstd
+        if weight is not None:
+            value *= load_one(weight, first + j)
+        if bias is not None:
+            value += load_one(bias, first + j)
+        store_one(y, at + j, value)
+
+
+@inlined
+def gradient_means_rescaled(dy, x, at, cols, factor, mean, rstd, weight):
+    """The means of g and of g * x_hat, for a row that is `rescaled`."""
+    mean_g = mean_gx = mean_x_hat = 0.0
+    for j in range(cols):
+        g = load_one(dy, at + j)
+        if weight is not None:
+            g *= load_one(weight, j)
+        x_hat = (load_one(x, at + j) * factor - mean) * rstd
+        mean_g += g / cols
+        mean_gx += g * x_hat / cols
+        mean_x_hat += x_hat / cols
+    # the last is 0 but for rounding
+    return mean_g, mean_gx - mean_g * mean_x_hat
+
+
+@inlined
+def gradients_rescaled(
+    dy, x, at, cols, factor, mean, scaled_rstd, rstd, mean_g, mean_gx, weight, first, dx, dweight, dbias, sums_at
+):
+    """As `gradients`, for one row that is `rescaled`."""
+    for j in range(cols):
+        g = load_one(dy, at + j)
+        x_hat = (load_one(x, at + j) * factor - mean) * scaled_rstd
+        if dweight is not None:
+            dweight[sums_at + j] += g * x_hat
+        if dbias is not None:
+            dbias[sums_at + j] += g
+        if dx is not None:
+            if weight is not None:
+                g *= load_one(weight, first + j)
+            store_one(dx, at + j, (g - mean_g - x_hat * mean_gx) * rstd)

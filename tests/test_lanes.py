@@ -1,0 +1,113 @@
+"""Do the lanes' operations mean the same compiled as in NumPy, above all the conversions of 16-bit numbers?"""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numba import njit
+
+from nbnorm.cpu import half, lanes, lowering  # noqa: F401  the last teaches Numba the operations
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture(params=["the processor's conversions", "integer conversions"], autouse=True)
+def conversions(request, monkeypatch):
+    if request.param == "integer conversions":
+        monkeypatch.setattr(half, "has_half_instructions", lambda: False)
+
+
+def copier(element):
+    """Numba compiles it anew for each test."""
+
+    @njit
+    def copy(source, destination):
+        source_, destination_ = lanes.pointer(source), lanes.pointer(destination)
+        for k in range(0, source.size - 15, 16):
+            lanes.store(destination_, k, lanes.load(source_, k, element))
+
+    return copy
+
+
+def converted(values, element, dtype):
+    stored = {"float16": np.uint16, "bfloat16": np.int16}
+    source = values.view(stored.get(values.dtype.name, values.dtype))
+    result = np.empty(values.size, dtype)
+    copier(element)(source, result.view(stored.get(result.dtype.name, result.dtype)))
+    return result
+
+
+@np.errstate(invalid="ignore")
+def assert_same(actual, expected):
+    """The same bits, but for those of NaN."""
+    is_nan = np.isnan(expected.astype(np.float64))
+    np.testing.assert_array_equal(np.isnan(actual.astype(np.float64)), is_nan)
+    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[expected.itemsize]
+    np.testing.assert_array_equal(actual.view(bits)[~is_nan], expected.view(bits)[~is_nan])
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
+@pytest.mark.parametrize("element", [np.float32, np.float64])
+def test_all_16_bit_numbers_are_read_and_written(dtype, element):
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    with np.errstate(invalid="ignore"):
+        expected = every.astype(element)
+    assert_same(converted(every, element, np.dtype(element)), expected)
+    assert_same(converted(every, element, dtype), every)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
+def test_float32_is_rounded_to_nearest_even(rng, dtype):
+    with np.errstate(all="ignore"):
+        every = np.arange(1 << 16, dtype=np.uint16).view(dtype).astype(np.float32)
+        middles = (every[:-1].astype(np.float64) + every[1:].astype(np.float64)).astype(np.float32) / 2
+        near = [np.nextafter(middles, np.float32(direction)) for direction in (-np.inf, np.inf)]
+        random = rng.integers(0, 1 << 32, 1 << 20, np.uint64).astype(np.uint32).view(np.float32)
+        values = np.concatenate([middles, *near, random])
+        values = values[: values.size // 16 * 16]
+        assert_same(converted(values, np.float32, dtype), values.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16], ids=str)
+def test_float64_is_rounded_once(rng, dtype):
+    # a little off the middle of two 16-bit numbers, by less than float32 holds
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    with np.errstate(all="ignore"):
+        upwards = every.astype(np.float64)
+        following = (every.view(np.uint16) + np.uint16(1)).view(dtype).astype(np.float64)
+        middles = (upwards + following) / 2
+        is_pair = np.isfinite(upwards) & np.isfinite(following) & (upwards != 0)
+        upwards, following, middles = upwards[is_pair], following[is_pair], middles[is_pair]
+        # away from 0, which is the way from a number to the following
+        above, below = middles * (1 + 1e-12), middles * (1 - 1e-12)
+        values = np.concatenate([above, below])
+        expected = np.concatenate([following, upwards])
+        values, expected = values[: values.size // 16 * 16], expected[: values.size // 16 * 16]
+        assert_same(converted(values, np.float64, dtype), expected.astype(dtype))
+
+
+def test_parts_of_sixteen(rng):
+    @njit
+    def part(source, count, destination):
+        values = lanes.load_part(lanes.pointer(source), 1, count, np.float32, np.float32(7))
+        lanes.store(lanes.pointer(destination), 0, values)
+        lanes.store_part(lanes.pointer(destination), 16, count, values)
+        return lanes.total(lanes.keep(values, count)), lanes.load_one(lanes.pointer(source), 1)
+
+    source = rng.standard_normal(32).astype(np.float32)
+    for count in range(1, 16):
+        destination = np.zeros(40, np.float32)
+        total, first = part(source, count, destination)
+        taken = source[1 : 1 + count]
+        np.testing.assert_array_equal(destination[:16], np.append(taken, np.full(16 - count, 7)))
+        np.testing.assert_array_equal(destination[16:], np.append(taken, np.zeros(24 - count)))
+        assert abs(total - taken.sum()) < 1e-5
+        assert first == source[1]
+
+
+def test_sums_are_taken_in_the_order_that_lanes_says(rng):
+    @njit
+    def compiled(source):
+        return lanes.total(lanes.load(lanes.pointer(source), 0, np.float32))
+
+    for source in rng.standard_normal((100, 16)).astype(np.float32):
+        assert compiled(source) == lanes.total(source)

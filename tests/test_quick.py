@@ -1,0 +1,107 @@
+"""Does the short way of a call give what the long one gives, and leave to the checks what is theirs?"""
+
+import numpy as np
+import pytest
+
+import nbnorm
+from nbnorm.cpu import quick
+
+COLS = 24
+
+
+@pytest.fixture(params=[np.float32, np.float64])
+def operands(request, rng):
+    x, dy = rng.standard_normal((2, 6, COLS)).astype(request.param)
+    weight, bias = rng.standard_normal((2, COLS)).astype(request.param)
+    # the first calls compile, and go the long way
+    nbnorm.layer_norm(x, COLS, weight, bias)
+    nbnorm.layer_norm_backward(dy, x, COLS, weight)
+    return x, dy, weight, bias
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("normalized_shape", [COLS, (COLS,)])
+@pytest.mark.parametrize("shape", [(6, COLS), (2, 3, COLS), (COLS,)])
+def test_the_same_bits(operands, shape, normalized_shape):
+    x, dy, weight, bias = operands
+    x, dy = x[: np.prod(shape) // COLS].reshape(shape), dy[: np.prod(shape) // COLS].reshape(shape)
+    y = quick.forward(x, normalized_shape, weight, bias, 1e-5, False)
+    np.testing.assert_array_equal(y, nbnorm.layer_norm(x, normalized_shape, weight, bias, out=np.empty_like(x)))
+    grads = quick.backward(dy, x, normalized_shape, weight, 1e-5, False, (True, True, True))
+    expected = nbnorm.layer_norm_backward(dy, x, normalized_shape, weight, out=(np.empty_like(x), None, None))
+    for grad, value in zip(grads, expected, strict=True):
+        np.testing.assert_array_equal(grad, value)
+
+
+@pytest.mark.compiled
+def test_layers_go_the_short_way(operands, monkeypatch):
+    x, _, _, _ = operands
+    ln = nbnorm.LayerNorm(COLS, dtype=x.dtype)
+    expected = ln(x)
+    monkeypatch.setattr("nbnorm.checks.forward", None)
+    np.testing.assert_array_equal(ln(x), expected)
+    np.testing.assert_array_equal(ln.forward(x[None]), expected[None])
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (TypeError, {"normalized_shape": float(COLS)}),
+        (TypeError, {"normalized_shape": (float(COLS),)}),
+        (ValueError, {"normalized_shape": COLS + 1}),
+        (TypeError, {"eps": True}),
+        (ValueError, {"eps": -1.0}),
+        (ValueError, {"eps": float("nan")}),
+        (ValueError, {"eps": float("inf")}),
+        (TypeError, {"use_diff_of_squares": 0}),
+        (ValueError, {"weight": np.ones(COLS - 1, np.float32)}),
+        (ValueError, {"weight": np.ones((1, COLS), np.float32)}),
+        (TypeError, {"weight": np.ma.ones(COLS)}),
+        (TypeError, {"weight": np.ones(COLS, complex)}),
+        (TypeError, {"x": np.ma.ones((6, COLS))}),
+        (ValueError, {"x": np.float32(1)}),
+        (ValueError, {"x": np.ones(0, np.float32)}),
+    ],
+)
+def test_wrong_calls_are_left_to_the_checks(operands, error, arguments):
+    x, dy, weight, bias = operands
+    right = {"x": x, "normalized_shape": COLS, "weight": weight, "eps": 1e-5, "use_diff_of_squares": False}
+    with pytest.raises(error):
+        nbnorm.layer_norm(**right | arguments, bias=bias)
+    with pytest.raises(error):
+        nbnorm.layer_norm_backward(dy, **right | arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (ValueError, {"dy": np.ones((6, COLS - 1), np.float32)}),
+        (TypeError, {"output_mask": (1, 1, 1)}),
+        (ValueError, {"output_mask": (True, True)}),
+        (ValueError, {"mean": np.ones((6, 1))}),
+    ],
+)
+def test_wrong_backward_calls_too(operands, error, arguments):
+    x, dy, weight, _ = operands
+    with pytest.raises(error):
+        nbnorm.layer_norm_backward(**{"dy": dy, "x": x, "normalized_shape": COLS, "weight": weight} | arguments)
+
+
+@pytest.mark.parametrize("bias", [np.ones(COLS - 1, np.float32), np.ones((COLS, 1), np.float32)])
+def test_a_wrong_bias(operands, bias):
+    x, _, weight, _ = operands
+    with pytest.raises(ValueError, match=r"^bias: shape"):
+        nbnorm.layer_norm(x, COLS, weight, bias)
+
+
+def test_other_layouts_and_dtypes_go_the_long_way(operands):
+    x, dy, weight, bias = operands
+    y, grads = nbnorm.layer_norm(x, COLS, weight, bias), nbnorm.layer_norm_backward(dy, x, COLS, weight)
+    strided = np.asfortranarray(x)
+    np.testing.assert_array_equal(nbnorm.layer_norm(strided, COLS, weight, bias), y)
+    np.testing.assert_array_equal(nbnorm.layer_norm(x, COLS, weight.astype(">f8").astype(x.dtype), bias), y)
+    np.testing.assert_array_equal(nbnorm.layer_norm_backward(np.asfortranarray(dy), strided, COLS, weight).dx, grads.dx)
+    reversed_weight = weight[::-1].copy()[::-1]
+    np.testing.assert_array_equal(nbnorm.layer_norm(x, COLS, reversed_weight, bias), y)
+    wide = nbnorm.layer_norm(x, COLS, weight.astype(np.float64), bias)
+    np.testing.assert_allclose(wide, y, rtol=1e-4, atol=1e-5)
