@@ -1,8 +1,11 @@
 """Is the temporary memory bounded, whatever the number of rows and columns? (test_apply measures the command line's.)"""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+import nbnorm
 from nbnorm import checks
 from nbnorm.cpu import sizes, staging
 
@@ -36,3 +39,38 @@ def test_arrays_that_are_ready_need_no_buffer():
     case = checks.forward(x, 1000, None, None, 1e-5, False, None, False, None)[0]
     assert staging.block_limit(case, 0, x) == 1000
     assert staging.buffer_for(x, case, 1000) is None
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "reversed", "overlapping forwards", "overlapping backwards"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_a_call_takes_a_few_mebibytes(layout, dtype):
+    rows, cols = 40_000, 200
+    memory = np.ones((2, rows + 1, cols + 1), dtype)
+    x, out = memory[0, 1:, 1:].copy(), memory[1, 1:, 1:].copy()
+    if layout == "strided":
+        x, out = memory[:, 1:, 1:]
+    elif layout == "reversed":
+        x, out = x[::-1], out[::-1]
+    elif layout == "overlapping forwards":
+        x, out = memory[0, 1:], memory[0, :-1]
+    elif layout == "overlapping backwards":
+        x, out = memory[0, :-1], memory[0, 1:]
+    dy = np.ones_like(x)
+    weight = np.ones(x.shape[1], np.float32)
+    small = np.ones((2, x.shape[1]), dtype)
+    nbnorm.layer_norm(small, x.shape[1], weight, weight)
+    nbnorm.layer_norm_backward(small, small, x.shape[1], weight)
+    for call in (
+        lambda: nbnorm.layer_norm(x, x.shape[1], weight, weight, out=out),
+        lambda: nbnorm.layer_norm_backward(dy, x, x.shape[1], weight, out=(out, None, None)),
+    ):
+        call()
+        tracemalloc.start()
+        try:
+            call()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        # x alone has 15 to 64 MB
+        assert peak < 7 << 20

@@ -26,7 +26,14 @@ def test_the_same_bits(operands, shape, normalized_shape):
     x, dy, weight, bias = operands
     x, dy = x[: np.prod(shape) // COLS].reshape(shape), dy[: np.prod(shape) // COLS].reshape(shape)
     y = quick.forward(x, normalized_shape, weight, bias, 1e-5, False)
-    np.testing.assert_array_equal(y, nbnorm.layer_norm(x, normalized_shape, weight, bias, out=np.empty_like(x)))
+    long_way = nbnorm.layer_norm(x, normalized_shape, weight, bias, return_stats=True).y
+    np.testing.assert_array_equal(y, long_way)
+    out = np.empty_like(x)
+    assert quick.forward(x, normalized_shape, weight, bias, 1e-5, False, out) is out
+    np.testing.assert_array_equal(out, long_way)
+    in_place = x.copy()
+    assert quick.forward(in_place, normalized_shape, weight, bias, 1e-5, False, in_place) is in_place
+    np.testing.assert_array_equal(in_place, long_way)
     grads = quick.backward(dy, x, normalized_shape, weight, 1e-5, False, (True, True, True))
     expected = nbnorm.layer_norm_backward(dy, x, normalized_shape, weight, out=(np.empty_like(x), None, None))
     for grad, value in zip(grads, expected, strict=True):
@@ -92,6 +99,21 @@ def test_a_wrong_bias(operands, bias):
     x, _, weight, _ = operands
     with pytest.raises(ValueError, match=r"^bias: shape"):
         nbnorm.layer_norm(x, COLS, weight, bias)
+
+
+@pytest.mark.compiled
+def test_an_out_that_overlaps_or_is_wrong_is_left_to_the_checks(operands):
+    x, _, weight, bias = operands
+    memory = np.zeros(x.size + COLS, x.dtype)
+    shifted = memory[COLS:].reshape(x.shape)
+    shifted[...] = x
+    for out in (memory[:-COLS].reshape(x.shape), np.asfortranarray(x), x[1:], x.astype(np.float16), x.tolist()):
+        assert quick.forward(shifted, COLS, weight, bias, 1e-5, False, out) is None
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        nbnorm.layer_norm(x, COLS, weight, bias, out=read_only)
+    np.testing.assert_array_equal(read_only, x)
 
 
 def test_other_layouts_and_dtypes_go_the_long_way(operands):

@@ -151,7 +151,8 @@ def _(source, k):
 @lowers(lanes.store)
 def _(destination, k, values):
     def code(builder, destination, k, values):
-        _store(builder, destination, k, values, destination_type, values_type)
+        raw = _encoded(builder, values, values_type, destination_type)
+        builder.store(raw, _address(builder, destination, k, raw.type), align=_size(destination_type))
 
     destination_type, values_type = destination.dtype, values.element
     return types.none, _returning_none(code)
@@ -170,8 +171,13 @@ def _(destination, k, value):
 @lowers(lanes.stream)
 def _(destination, k, values):
     def code(builder, destination, k, values):
-        instruction = _store(builder, destination, k, values, destination_type, values_type, align=16)
-        _mark_streamed(builder, instruction)
+        # in pieces of 16 bytes, which LLVM would otherwise cut by way of the stack
+        raw = _encoded(builder, values, values_type, destination_type)
+        count = 16 // _size(destination_type)
+        for start in range(0, COUNT, count):
+            piece = _shuffle(builder, raw, range(start, start + count))
+            address = _address(builder, destination, builder.add(k, I64(start)), piece.type)
+            _mark_streamed(builder, builder.store(piece, address, align=16))
 
     destination_type, values_type = destination.dtype, values.element
     return types.none, _returning_none(code)
@@ -298,11 +304,6 @@ def _first(builder, count):
 
 def _mark_streamed(builder, store):
     store.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
-
-
-def _store(builder, destination, k, values, destination_type, values_type, align=None):
-    raw = _encoded(builder, values, values_type, destination_type)
-    return builder.store(raw, _address(builder, destination, k, raw.type), align=align or _size(destination_type))
 
 
 def _converted(builder, values, from_type, to_type):

@@ -10,7 +10,7 @@ from math import inf
 from typing import Any
 
 import numpy as np
-from numpy import empty, ndarray
+from numpy import empty, may_share_memory, ndarray
 
 from nbnorm.cpu import sizes
 
@@ -21,8 +21,8 @@ BACKWARD: dict[tuple, Any] = {}
 ABSENT = {dtype: np.empty(0, dtype) for dtype in (np.dtype(np.float32), np.dtype(np.float64))}
 
 
-def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares):
-    """Layer norm of x, or None."""
+def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, out=None):
+    """Layer norm of x, in `out` if there is one, or None."""
     if type(x) is not ndarray or type(eps) is not float or type(use_diff_of_squares) is not bool:
         return None
     shape, size, dtype = x.shape, x.size, x.dtype
@@ -43,10 +43,15 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares):
         bias = absent
     elif type(bias) is not ndarray:
         return None
-    y = empty(shape, dtype)
-    is_flat = len(shape) == 2
     if not x.flags.c_contiguous:
         return None
+    y = empty(shape, dtype) if out is None else out
+    if out is not None:
+        if type(out) is not ndarray or out.shape != shape or not out.flags.c_contiguous:
+            return None
+        if (out is not x and may_share_memory(out, x)) or may_share_memory(out, weight) or may_share_memory(out, bias):
+            return None
+    is_flat = len(shape) == 2
     try:
         done = kernel(
             x if is_flat else x.reshape(-1, normalized_shape),
