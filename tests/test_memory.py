@@ -7,7 +7,7 @@ import pytest
 
 import nbnorm
 from nbnorm import checks
-from nbnorm.cpu import sizes, staging
+from nbnorm.cpu import memory, sizes, staging
 
 
 def problem(rows, cols):
@@ -74,3 +74,45 @@ def test_a_call_takes_a_few_mebibytes(layout, dtype):
             tracemalloc.stop()
         # x alone has 15 to 64 MB
         assert peak < 7 << 20
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch):
+    monkeypatch.setattr(memory, "_kept", {})
+    monkeypatch.setattr(memory, "SMALLEST", 1000)
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+def test_memory_of_a_result_is_used_again_only_when_nothing_refers_to_it(nothing_kept):
+    dtype = np.dtype(np.float32)
+    first = memory.empty((100, 100), dtype)
+    first[...] = 1
+    view = first[10:20].T
+    del first
+    second = memory.empty((100, 100), dtype)
+    second[...] = 2
+    assert (view == 1).all()
+    where = address(view) - 10 * 400
+    del view
+    third = memory.empty((50, 100, 2), dtype)
+    assert address(third) == where
+    assert third.flags.writeable
+    assert third.flags.c_contiguous
+    assert (second == 2).all()
+
+
+def test_small_results_are_not_kept(nothing_kept):
+    assert memory.empty((10,), np.dtype(np.float32)).base is None
+    assert memory.empty((1 << 15, 1 << 15), np.dtype(np.float32)).base is None
+    assert not memory._kept
+
+
+def test_what_is_kept_is_bounded(nothing_kept, monkeypatch):
+    monkeypatch.setattr(memory, "KEPT_BYTES", 100_000)
+    arrays = [memory.empty((size,), np.dtype(np.uint8)) for size in (40_000, 30_000, 30_000, 50_000, 20_000)]
+    del arrays
+    assert sum(size * len(blocks) for size, blocks in memory._kept.items()) <= 100_000
+    assert memory._kept

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm.arrays import convert
-from nbnorm.cpu import kernels, long_rows, quick, sizes
+from nbnorm.cpu import kernels, long_rows, memory, quick, sizes
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, row_blocks, rows_of, storage, store
 from nbnorm.problem import row_dtype
 
@@ -14,7 +14,7 @@ from nbnorm.problem import row_dtype
 def forward(problem, x, weight, bias, out, return_stats):
     """Returns y, mean and rstd; mean and rstd have one entry a row, and none at all unless asked for."""
     order = order_of_blocks(out, x)
-    y = np.empty(problem.shape, problem.dtype) if out is None or order is None else out
+    y = memory.empty(problem.shape, problem.dtype) if out is None or order is None else out
     statistics = problem.rows if return_stats else 0
     x_dtype = storage(x.dtype)
     mean = np.empty(statistics, row_dtype(x.dtype))
@@ -62,7 +62,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     # where it is not asked for, it is never touched
     dx: Any = dx_out
     if with_dx and (dx_out is None or order is None):
-        dx = np.empty(problem.shape, problem.dtype)
+        dx = memory.empty(problem.shape, problem.dtype)
     # where the kernel would round to another type than it computes in, it leaves that to NumPy, and is one for all of them
     sum_dtype = problem.weight_dtype if problem.weight_dtype == problem.compute_dtype else np.dtype(np.float64)
     dweight = np.zeros(problem.cols if with_dweight else 0, sum_dtype)
