@@ -50,6 +50,13 @@ def build(request, monkeypatch):
 
 
 @pytest.fixture
+def the_long_way(monkeypatch):
+    """No call goes past the checks."""
+    monkeypatch.setattr("nbnorm.cpu.quick.FORWARD", {})
+    monkeypatch.setattr("nbnorm.cpu.quick.BACKWARD", {})
+
+
+@pytest.fixture
 def python_environment():
     """An environment for subprocesses that shows them this package, also where it is not installed."""
     return os.environ | {"PYTHONPATH": str(Path(nbnorm.__file__).parent.parent)}

@@ -116,6 +116,20 @@ def test_an_out_that_overlaps_or_is_wrong_is_left_to_the_checks(operands):
     np.testing.assert_array_equal(read_only, x)
 
 
+@pytest.mark.parametrize("swapped", ["x", "dy", "weight", "bias"])
+def test_other_byte_orders_go_the_long_way(operands, swapped):
+    x, dy, weight, bias = operands
+    y, grads = nbnorm.layer_norm(x, COLS, weight, bias), nbnorm.layer_norm_backward(dy, x, COLS, weight)
+    arrays = {"x": x, "dy": dy, "weight": weight, "bias": bias}
+    arrays[swapped] = arrays[swapped].astype(x.dtype.newbyteorder())
+    dy, bias = arrays.pop("dy"), arrays.pop("bias")
+    np.testing.assert_array_equal(nbnorm.layer_norm(**arrays, normalized_shape=COLS, bias=bias), y)
+    out = np.empty_like(x, x.dtype.newbyteorder())
+    np.testing.assert_array_equal(nbnorm.layer_norm(**arrays, normalized_shape=COLS, bias=bias, out=out), y)
+    for grad, expected in zip(nbnorm.layer_norm_backward(dy, **arrays, normalized_shape=COLS), grads, strict=True):
+        np.testing.assert_array_equal(grad, expected)
+
+
 def test_other_layouts_and_dtypes_go_the_long_way(operands):
     x, dy, weight, bias = operands
     y, grads = nbnorm.layer_norm(x, COLS, weight, bias), nbnorm.layer_norm_backward(dy, x, COLS, weight)

@@ -1,9 +1,9 @@
 """Calls as most are, without the cost of the checks: contiguous NumPy arrays, float32 or float64, all of one dtype.
 
 What is asked here is only whether a call is such a one, and right; the kernels' own look at the types of their arguments is
-a part of that. Every other call, wrong ones among them, is left to `checks`, and so is one whose kernel is not compiled yet.
-The two functions share no helpers, since each call of one would add a twentieth to a forward at (1, 64): 1.4 us on an AMD
-EPYC, and 12 by way of `checks`.
+a part of that, for strides. Every other call, wrong ones among them, is left to `checks`, and so is one whose kernel is not
+compiled yet. The two functions share no helpers, since each call of one would add a twentieth to a forward at (1, 64), which
+takes 1.4 us on an AMD EPYC, and 12 by way of `checks`.
 """
 
 from math import inf
@@ -35,25 +35,26 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
     if kernel is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
     absent = ABSENT[dtype]
+    row = shape[-1:]
     if weight is None:
         weight = absent
-    elif type(weight) is not ndarray:
+    elif type(weight) is not ndarray or weight.dtype is not dtype or weight.shape != row:
         return None
     if bias is None:
         bias = absent
-    elif type(bias) is not ndarray:
+    elif type(bias) is not ndarray or bias.dtype is not dtype or bias.shape != row:
         return None
     if not x.flags.c_contiguous:
         return None
     y = empty(shape, dtype) if out is None else out
     if out is not None:
-        if type(out) is not ndarray or out.shape != shape or not out.flags.c_contiguous:
+        if type(out) is not ndarray or out.shape != shape or out.dtype is not dtype or not out.flags.c_contiguous:
             return None
         if (out is not x and may_share_memory(out, x)) or may_share_memory(out, weight) or may_share_memory(out, bias):
             return None
     is_flat = len(shape) == 2
     try:
-        done = kernel(
+        kernel(
             x if is_flat else x.reshape(-1, normalized_shape),
             weight,
             bias,
@@ -64,9 +65,9 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
             absent,
         )
     except TypeError:
-        # an array of another dtype or layout
+        # strides that a kernel does not take
         return None
-    return y if done else None
+    return y
 
 
 def backward(dy: Any, x: Any, normalized_shape, weight, eps, use_diff_of_squares, output_mask):
@@ -89,11 +90,14 @@ def backward(dy: Any, x: Any, normalized_shape, weight, eps, use_diff_of_squares
     if kernel is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
     absent = ABSENT[dtype]
+    row = shape[-1:]
     if weight is None:
         weight = absent
-    elif type(weight) is not ndarray:
+    elif type(weight) is not ndarray or weight.dtype is not dtype or weight.shape != row:
         return None
-    if type(dy) is not ndarray or dy.shape != shape or not x.flags.c_contiguous or not dy.flags.c_contiguous:
+    if type(dy) is not ndarray or dy.shape != shape or dy.dtype is not dtype:
+        return None
+    if not x.flags.c_contiguous or not dy.flags.c_contiguous:
         return None
     dx: Any = empty(shape, dtype)
     if len(shape) == 2:
@@ -107,10 +111,10 @@ def backward(dy: Any, x: Any, normalized_shape, weight, eps, use_diff_of_squares
     block_rows = sizes.block_rows(len(x_rows), normalized_shape)
     sums = np.zeros((with_dweight + with_dbias, -(-len(x_rows) // block_rows), normalized_shape))
     try:
-        done = kernel(
+        kernel(
             dy_rows, x_rows, weight, eps, absent, absent, 0, block_rows, True, False, dx_rows, sums, dweight, dbias
         )  # fmt: skip
     except TypeError:
-        # an array of another dtype or layout
+        # strides that a kernel does not take
         return None
-    return (dx, dweight if with_dweight else None, dbias if with_dbias else None) if done else None
+    return dx, dweight if with_dweight else None, dbias if with_dbias else None
