@@ -48,7 +48,9 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
         return None
     y = empty(shape, dtype) if out is None else out
     if out is not None:
-        if type(out) is not ndarray or out.shape != shape or out.dtype is not dtype or not out.flags.c_contiguous:
+        if type(out) is not ndarray or out.shape != shape or out.dtype is not dtype:
+            return None
+        if not out.flags.c_contiguous or not out.flags.writeable:
             return None
         if (out is not x and may_share_memory(out, x)) or may_share_memory(out, weight) or may_share_memory(out, bias):
             return None
