@@ -80,8 +80,8 @@ def layer_norm(
     Notes
     -----
     ``y = (x - mean) * rstd * weight + bias`` with ``rstd = 1 / sqrt(var + eps)`` [1]_, where var is
-    ``mean((x - mean)**2)``. Sums are float64 for every dtype, and the mean is subtracted in two parts, so that rows with a
-    large mean keep their digits. A NaN or Inf stays in its row.
+    ``mean((x - mean)**2)``. Sums are float64 wherever float32 would lose digits, and the mean is subtracted in two parts,
+    so that rows with a large mean keep their digits. A NaN or Inf stays in its row.
 
     References
     ----------
@@ -181,8 +181,8 @@ def layer_norm_backward(
         dbias = sum over rows of dy
 
     Both variance modes have these same gradients, since they are the same function; where difference of squares had to be
-    clamped, its rstd is used as it is. Sums are float64 and rounded once; their order depends on the shape alone, so the
-    results have the same bits at any number of threads.
+    clamped, its rstd is used as it is. dweight and dbias are float64 sums, rounded once; the order of every sum depends on
+    the shape alone, so the results have the same bits at any number of threads.
 
     References
     ----------

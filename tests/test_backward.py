@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import nbnorm
+import oracle
 from test_forward import DTYPES, EXTREME, SHAPES
 from tolerances import EPS, assert_grads
 
@@ -49,6 +50,16 @@ def test_float64_beside_16_bits(rng, dtype, dy_dtype, weight_dtype):
     dy = rng.standard_normal(x.shape).astype(dtype if dy_dtype == "x" else dy_dtype)
     weight = rng.standard_normal(37).astype(dtype if weight_dtype == "x" else weight_dtype)
     assert_grads(nbnorm.layer_norm_backward(dy, x, 37, weight), dy, x, 1, weight)
+
+
+@pytest.mark.parametrize("cols", [31, 300])
+@pytest.mark.parametrize("scales", [(1e-36, 1e-3), (1e-20, 1e-20), (1e10, 1e33), (1e30, 1e-3), (1.0, 1e34)])
+def test_products_beyond_the_range_of_float32(rng, scales, cols):
+    with np.errstate(under="ignore"):
+        x, dy = (np.reshape(scales, (2, 1, 1)) * rng.standard_normal((2, 20, cols))).astype(np.float32)
+    dx = nbnorm.layer_norm_backward(dy, x, cols, eps=0.0).dx
+    exact, _, _ = oracle.backward(dy, x, 1, None, 0.0)
+    assert (abs(dx - exact) <= 8 * EPS["float32"] * (abs(exact) + abs(exact).max(1, keepdims=True))).all()
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -10,10 +10,11 @@ import nbnorm
 SHAPE = (203, 333)
 
 
-@pytest.fixture(params=[np.float32, np.float64])
+@pytest.fixture(params=[np.float32, np.float64, np.float16])
 def case(request, rng):
-    x, dy = rng.standard_normal((2, *SHAPE)).astype(request.param)
-    weight, bias = rng.standard_normal((2, SHAPE[1])).astype(request.param)
+    with np.errstate(under="ignore"):
+        x, dy = rng.standard_normal((2, *SHAPE)).astype(request.param)
+        weight, bias = rng.standard_normal((2, SHAPE[1])).astype(request.param)
     return x, dy, weight, bias
 
 
@@ -60,3 +61,31 @@ def test_any_alignment_of_whole_elements(case, offset):
     moved[...] = x
     for a, b in zip(results((moved, dy, weight, bias), False), results(case, False), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("cols", [8, 16, 40, 1000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_written_past_the_caches(rng, monkeypatch, dtype, cols, long_row):
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
+    with np.errstate(under="ignore"):
+        x, dy = rng.standard_normal((2, 37, cols)).astype(dtype)
+        weight, bias = rng.standard_normal((2, cols)).astype(dtype)
+    results = []
+    for streamed_bytes in (1 << 24, 0):
+        monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", streamed_bytes)
+        assert nbnorm.cpu._is_streamed(np.empty_like(x), x) == (streamed_bytes == 0)
+        y = nbnorm.layer_norm(x, cols, weight, bias)
+        results.append((y, *nbnorm.layer_norm_backward(dy, x, cols, weight)))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_not_written_past_the_caches(monkeypatch):
+    monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", 0)
+    memory = np.empty(33, np.float32)
+    x = np.ones((4, 8), np.float32)
+    assert not nbnorm.cpu._is_streamed(memory[1:].reshape(4, 8), x)
+    assert not nbnorm.cpu._is_streamed(np.empty((4, 7), np.float32), x)
+    assert not nbnorm.cpu._is_streamed(np.empty((4, 16), np.float32)[:, ::2], x)
+    assert not nbnorm.cpu._is_streamed(x, x)

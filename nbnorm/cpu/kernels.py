@@ -199,7 +199,10 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                         if is_ordinary:
                             totals = 0.0, 0.0
                             if with_dx:
-                                totals = gradient_sums(dy_, x_, at, cols, hi, lo, is_given, weight_, 0, element, ahead)
+                                near_one = element(1) if is_given else scale
+                                totals = gradient_sums(
+                                    dy_, x_, at, cols, hi, lo, near_one, is_given, weight_, 0, element, ahead
+                                )
                             remember(pointer(state), count, hi, lo, scale, totals, cols, element)
                     if is_ordinary:
                         count += 1

@@ -149,7 +149,12 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     hi, lo, var = statistics(x_, at, width, element, mode, AHEAD)
                 sum_g = projected = 0.0
                 if with_dx:
-                    sum_g, projected = gradient_sums(dy_, x_, at, width, hi, lo, is_given, weight_, start, element, AHEAD)
+                    # a segment may be constant where its row is not
+                    is_ordinary = not is_given and smallest <= var + eps <= largest
+                    near_one = element(1.0 / np.sqrt(var + eps)) if is_ordinary else element(1)
+                    sum_g, projected = gradient_sums(
+                        dy_, x_, at, width, hi, lo, near_one, is_given, weight_, start, element, AHEAD
+                    )
                 parts[i, PARTS * s + HI] = hi
                 parts[i, PARTS * s + LO] = lo
                 parts[i, PARTS * s + VARIANCE] = var

@@ -1,9 +1,9 @@
 """The arithmetic of one row, or of a segment of a long one, as jitted functions that the kernels share.
 
 `at` is where the row starts in the flat array x, `cols` its length. Arithmetic on elements is in the type `element`, the
-widest of all operands, sums are float64. A mean is kept in two parts, `hi` of that type and the small rest `lo`, so that
-`(x - hi) - lo` loses no digits where the mean is large against the deviations: a float32 mean alone costs 1e-3 at
-mean/std = 1e4.
+widest of all operands; sums are float64, but for those of a few elements. A mean is kept in two parts, `hi` of that type and
+the small rest `lo`, so that `(x - hi) - lo` loses no digits where the mean is large against the deviations: a float32 mean
+alone costs 1e-3 at mean/std = 1e4.
 
 Numba inlines these functions into every kernel that calls them, and compiles none of their branches on `mode` but the
 kernel's.
@@ -203,14 +203,16 @@ def normalise(x, at, cols, hi, lo, rstd, weight, bias, first, element, streaming
 
 
 @inlined
-def gradient_sums(dy, x, at, cols, hi, lo, is_given, weight, first, element, ahead):
+def gradient_sums(dy, x, at, cols, hi, lo, scale, is_given, weight, first, element, ahead):
     """The sums over a row of g and of g * (x - mean), where g = dy * weight.
 
     Of g, what it differs from its first element is summed, so that a large mean of g costs no digits: the sum of x - mean
-    being 0, the second sum is the same. A mean that is given may be another than the row's.
+    being 0, the second sum is the same. A mean that is given may be another than the row's. `scale` brings x - mean near 1,
+    so that no product is lost to underflow.
     """
     his = fill(hi)
     los = fill(lo)
+    scales = fill(scale)
     zero = element(0)
     shift = element(0 if is_given else load_one(dy, at))
     if weight is not None:
@@ -224,7 +226,7 @@ def gradient_sums(dy, x, at, cols, hi, lo, is_given, weight, first, element, ahe
         for _ in range(BLOCK // 16):
             prefetch(dy, k + ahead)
             g = multiply_add(load(dy, k, element), load(weight, j, element), None) - shifts
-            d = load(x, k, element) - his - los
+            d = (load(x, k, element) - his - los) * scales
             block_totals = block_totals + g
             block_projected = multiply_add(g, d, block_projected)
             k += 16
@@ -236,7 +238,7 @@ def gradient_sums(dy, x, at, cols, hi, lo, is_given, weight, first, element, ahe
     for _ in range(rest >> 4):
         prefetch(dy, k + ahead)
         g = multiply_add(load(dy, k, element), load(weight, j, element), None) - shifts
-        d = load(x, k, element) - his - los
+        d = (load(x, k, element) - his - los) * scales
         block_totals = block_totals + g
         block_projected = multiply_add(g, d, block_projected)
         k += 16
@@ -245,11 +247,11 @@ def gradient_sums(dy, x, at, cols, hi, lo, is_given, weight, first, element, ahe
     if count:
         g = multiply_add(load_part(dy, k, count, element, zero), load_part(weight, j, count, element, zero), None)
         g = keep(g - shifts, count)
-        d = load_part(x, k, count, element, zero) - his - los
+        d = (load_part(x, k, count, element, zero) - his - los) * scales
         block_totals = block_totals + g
         block_projected = multiply_add(g, d, block_projected)
     sum_g = total(totals + widen(block_totals)) + np.float64(shift) * cols
-    return sum_g, total(projected + widen(block_projected))
+    return sum_g, total(projected + widen(block_projected)) / np.float64(scale)
 
 
 @inlined
