@@ -38,17 +38,17 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
     row = shape[-1:]
     if weight is None:
         weight = absent
-    elif type(weight) is not ndarray or weight.dtype is not dtype or weight.shape != row:
+    elif type(weight) is not ndarray or weight.dtype != dtype or weight.shape != row:
         return None
     if bias is None:
         bias = absent
-    elif type(bias) is not ndarray or bias.dtype is not dtype or bias.shape != row:
+    elif type(bias) is not ndarray or bias.dtype != dtype or bias.shape != row:
         return None
     if not x.flags.c_contiguous:
         return None
     y = empty(shape, dtype) if out is None else out
     if out is not None:
-        if type(out) is not ndarray or out.shape != shape or out.dtype is not dtype:
+        if type(out) is not ndarray or out.shape != shape or out.dtype != dtype:
             return None
         if not out.flags.c_contiguous or not out.flags.writeable:
             return None
@@ -95,9 +95,9 @@ def backward(dy: Any, x: Any, normalized_shape, weight, eps, use_diff_of_squares
     row = shape[-1:]
     if weight is None:
         weight = absent
-    elif type(weight) is not ndarray or weight.dtype is not dtype or weight.shape != row:
+    elif type(weight) is not ndarray or weight.dtype != dtype or weight.shape != row:
         return None
-    if type(dy) is not ndarray or dy.shape != shape or dy.dtype is not dtype:
+    if type(dy) is not ndarray or dy.shape != shape or dy.dtype != dtype:
         return None
     if not x.flags.c_contiguous or not dy.flags.c_contiguous:
         return None
