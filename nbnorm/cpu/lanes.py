@@ -14,7 +14,10 @@ COUNT = 16
 
 
 def pointer(array):
-    """The elements of a C-contiguous array, without the reference count that Numba keeps in every loop over an array."""
+    """The elements of a C-contiguous array, without the reference count that Numba keeps in every loop over an array.
+
+    So it does not keep the array alive: something must refer to that for as long.
+    """
     return array.reshape(-1)
 
 

@@ -211,7 +211,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                             break
                         count += 1
                     gradients(
-                        dy_, x_, at, cols, count, width, pointer(state[r]), weight_, start, element, streaming,
+                        dy_, x_, at, cols, count, width, pointer(state[r:]), weight_, start, element, streaming,
                         dx_, dweight_sums, dbias_sums, sums_at,
                     )  # fmt: skip
                     r += count
