@@ -71,6 +71,7 @@ def shifted(x, at, cols, shift, sum_type, ahead):
     shifts = fill(sum_type(shift))
     totals = squares = fill(0.0)
     k = at
+    # the loop over a block is here twice: as a function of its own, it makes backward at (8192, 768) take 1.07 times as long
     for _ in range(cols // BLOCK):
         block_totals = block_squares = fill(sum_type(0))
         for _ in range(BLOCK // 16):
@@ -219,32 +220,22 @@ def gradient_sums(dy, x, at, cols, hi, lo, scale, is_given, weight, first, eleme
         shift = shift * element(load_one(weight, first))
     shifts = fill(shift)
     totals = projected = fill(0.0)
-    k = at
-    j = first
-    for _ in range(cols // BLOCK):
-        block_totals = block_projected = fill(zero)
-        for _ in range(BLOCK // 16):
-            prefetch(dy, k + ahead)
-            g = multiply_add(load(dy, k, element), load(weight, j, element), None) - shifts
-            d = (load(x, k, element) - his - los) * scales
-            block_totals = block_totals + g
-            block_projected = multiply_add(g, d, block_projected)
-            k += 16
-            j += 16
+    for block in range(cols // BLOCK):
+        j = block * BLOCK
+        block_totals, block_projected = gradient_block_sums(
+            dy, x, at + j, BLOCK, his, los, scales, shifts, weight, first + j, element, ahead
+        )
         totals = totals + widen(block_totals)
         projected = projected + widen(block_projected)
     rest = cols % BLOCK
-    block_totals = block_projected = fill(zero)
-    for _ in range(rest >> 4):
-        prefetch(dy, k + ahead)
-        g = multiply_add(load(dy, k, element), load(weight, j, element), None) - shifts
-        d = (load(x, k, element) - his - los) * scales
-        block_totals = block_totals + g
-        block_projected = multiply_add(g, d, block_projected)
-        k += 16
-        j += 16
+    j = cols - rest
+    block_totals, block_projected = gradient_block_sums(
+        dy, x, at + j, rest, his, los, scales, shifts, weight, first + j, element, ahead
+    )
     count = rest & 15
     if count:
+        k = at + cols - count
+        j = first + cols - count
         g = multiply_add(load_part(dy, k, count, element, zero), load_part(weight, j, count, element, zero), None)
         g = keep(g - shifts, count)
         d = (load_part(x, k, count, element, zero) - his - los) * scales
@@ -252,6 +243,20 @@ def gradient_sums(dy, x, at, cols, hi, lo, scale, is_given, weight, first, eleme
         block_projected = multiply_add(g, d, block_projected)
     sum_g = total(totals + widen(block_totals)) + np.float64(shift) * cols
     return sum_g, total(projected + widen(block_projected)) / np.float64(scale)
+
+
+@inlined
+def gradient_block_sums(dy, x, at, cols, his, los, scales, shifts, weight, first, element, ahead):
+    """The sums of g - shifts and of that times (x - mean) * scales, over all but a part of sixteen."""
+    totals = projected = fill(element(0))
+    for i in range(cols >> 4):
+        k = at + 16 * i
+        prefetch(dy, k + ahead)
+        g = multiply_add(load(dy, k, element), load(weight, first + 16 * i, element), None) - shifts
+        d = (load(x, k, element) - his - los) * scales
+        totals = totals + g
+        projected = multiply_add(g, d, projected)
+    return totals, projected
 
 
 @inlined
