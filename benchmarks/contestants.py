@@ -14,6 +14,7 @@ import numpy as np
 
 import nbnorm
 from nbnorm import reference
+from nbnorm.arrays import give_back
 
 EPS = 1e-5
 MODULES = {"torch": ["torch"], "ONNX Runtime": ["onnxruntime", "onnx"], "JAX": ["jax"]}
@@ -131,12 +132,8 @@ def numpy_backward(dy, x, weight):
 
 
 def tensor(array):
-    """The torch tensor in the memory of an array."""
-    import torch
-
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    """The torch tensor in the memory of an array; torch is imported by then."""
+    return give_back(array, None, "torch")
 
 
 def torch_forward(arrays):
