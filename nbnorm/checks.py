@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import arrays
-from nbnorm.problem import Problem, row_dtype
+from nbnorm.problem import Problem, wide_dtype
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MAX_NDIM = 64
@@ -194,7 +194,7 @@ def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes)
         variance="diff_of_squares" if flag("use_diff_of_squares", use_diff_of_squares) else "centred",
         dtype=dtype,
         weight_dtype=other_dtypes[0] or dtype,
-        compute_dtype=np.result_type(*map(row_dtype, filter(None, (dtype, *other_dtypes)))),
+        compute_dtype=np.result_type(*map(wide_dtype, filter(None, (dtype, *other_dtypes)))),
     )
 
 

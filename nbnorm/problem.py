@@ -31,6 +31,9 @@ class Problem(NamedTuple):
         return self.batch + (1,) * len(self.normalized_shape)
 
 
-def row_dtype(dtype):
-    """The dtype in which a kernel takes rows of `dtype`: float32 for the 16-bit ones, float64 for integers and booleans."""
+def wide_dtype(dtype):
+    """What operands of `dtype` alone are computed in, and their statistics returned in: float32 or float64.
+
+    Integers and booleans are taken as float64.
+    """
     return np.dtype(np.float32 if dtype.itemsize < 8 and dtype.kind not in "biu" else np.float64)

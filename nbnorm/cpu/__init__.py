@@ -8,7 +8,7 @@ import numpy as np
 from nbnorm.arrays import convert
 from nbnorm.cpu import kernels, long_rows, memory, quick, sizes
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, row_blocks, rows_of, storage, store
-from nbnorm.problem import row_dtype
+from nbnorm.problem import wide_dtype
 
 
 def forward(problem, x, weight, bias, out, return_stats):
@@ -17,8 +17,8 @@ def forward(problem, x, weight, bias, out, return_stats):
     y = memory.empty(problem.shape, problem.dtype) if out is None or order is None else out
     statistics = problem.rows if return_stats else 0
     x_dtype = storage(x.dtype)
-    mean = np.empty(statistics, row_dtype(x.dtype))
-    rstd = np.empty(statistics, row_dtype(x.dtype))
+    mean = np.empty(statistics, wide_dtype(x.dtype))
+    rstd = np.empty(statistics, wide_dtype(x.dtype))
 
     if problem.rows > 0 and problem.cols > 0:
         dtype = problem.compute_dtype
@@ -71,9 +71,9 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
         x_dtype = storage(x.dtype)
         dtype = problem.compute_dtype
-        statistics_dtype = row_dtype(x.dtype)
+        statistics_dtype = wide_dtype(x.dtype)
         if mean is not None:
-            statistics_dtype = np.result_type(row_dtype(mean.dtype), row_dtype(rstd.dtype))
+            statistics_dtype = np.result_type(wide_dtype(mean.dtype), wide_dtype(rstd.dtype))
         dtypes = (storage(dy.dtype), x_dtype, dtype, statistics_dtype, sum_dtype)
         statistics = problem.variance if mean is None else "given"
         factory = _kernels(problem).backward
