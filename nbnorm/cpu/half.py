@@ -8,7 +8,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 
 I16, I32 = ir.IntType(16), ir.IntType(32)
-F32, F64 = ir.FloatType(), ir.DoubleType()
+F32 = ir.FloatType()
 # where a processor has neither, LLVM would call a function that the process does not have
 HALF_FEATURES = ("+f16c", "+fullfp16")
 

@@ -15,11 +15,13 @@ from numba.extending import lower_builtin, register_model, type_callable
 from nbnorm.cpu import half, lanes
 from nbnorm.cpu.lanes import COUNT
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32, F64 = ir.FloatType(), ir.DoubleType()
 LLVM_TYPES = {types.float32: F32, types.float64: F64, types.uint16: I16, types.int16: I16}
 FROM_HALF = {types.uint16: half.from_float16, types.int16: half.from_bfloat16}
 TO_HALF = {types.uint16: half.to_float16, types.int16: half.to_bfloat16}
+# the place of the data pointer in Numba's structure of an array: after meminfo, parent, size and itemsize
+ARRAY_DATA = 4
 
 
 class Lanes(types.Type):
@@ -94,10 +96,6 @@ def _(array):
         return builder.extract_value(value, ARRAY_DATA)
 
     return types.CPointer(array.dtype), code
-
-
-# the place of the data pointer in Numba's structure of an array: after meminfo, parent, size and itemsize
-ARRAY_DATA = 4
 
 
 @lowers(lanes.load)
