@@ -199,8 +199,8 @@ def layer_norm_backward(
     >>> dbias
     array([1., 1., 0., 0.])
     """
-    if out is None and mean is None and rstd is None and stream is None:
-        grads = cpu.quick.backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, output_mask)
+    if mean is None and rstd is None and stream is None:
+        grads = cpu.quick.backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, output_mask, out)
         if grads is not None:
             return LayerNormGrads(*grads)
     problem, dy_array, x_array, weight, mean, rstd, output_mask, out_arrays = checks.backward(

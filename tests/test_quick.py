@@ -40,6 +40,29 @@ def test_the_same_bits(operands, shape, normalized_shape):
         np.testing.assert_array_equal(grad, value)
 
 
+@pytest.mark.parametrize("mask", [(True, True, True), (True, False, True), (True, False, False)])
+@pytest.mark.parametrize("shape", [(6, COLS), (2, 3, COLS), (COLS,)])
+def test_gradients_into_out(operands, shape, mask):
+    x, dy, weight, _ = operands
+    x, dy = x[: np.prod(shape) // COLS].reshape(shape), dy[: np.prod(shape) // COLS].reshape(shape)
+    # a list goes the long way
+    expected = nbnorm.layer_norm_backward(dy, x, COLS, weight, output_mask=mask, out=[None] * 3)
+    in_place_of_x, in_place_of_dy, in_place_of_weight = x.copy(), dy.copy(), weight.copy()
+    for arrays, *out in (
+        ((dy, x, weight), np.empty_like(x), np.empty_like(weight), np.empty_like(weight)),
+        ((dy, x, weight), np.empty_like(x), None, None),
+        ((dy, x, weight), None, np.empty_like(weight), np.empty_like(weight)),
+        ((dy, in_place_of_x, weight), in_place_of_x, None, None),
+        ((in_place_of_dy, x, weight), in_place_of_dy, None, None),
+        ((dy, x, in_place_of_weight), None, in_place_of_weight, None),
+    ):
+        out = tuple(array if wanted else None for array, wanted in zip(out, mask, strict=True))
+        grads = quick.backward(*arrays[:2], COLS, arrays[2], 1e-5, False, mask, out)
+        for grad, given, value in zip(grads, out, expected, strict=True):
+            assert given is None or grad is given
+            np.testing.assert_array_equal(grad, value)
+
+
 @pytest.mark.compiled
 def test_layers_go_the_short_way(operands, monkeypatch):
     x, _, _, _ = operands
@@ -114,6 +137,42 @@ def test_an_out_that_overlaps_or_is_wrong_is_left_to_the_checks(operands):
     with pytest.raises(ValueError, match="read-only"):
         nbnorm.layer_norm(x, COLS, weight, bias, out=read_only)
     np.testing.assert_array_equal(read_only, x)
+
+
+def test_outs_of_gradients_too(operands):
+    x, dy, weight, _ = operands
+    memory = np.zeros(x.size + COLS, x.dtype)
+    shifted, overlapping = memory[COLS:].reshape(x.shape), memory[:-COLS].reshape(x.shape)
+    dx, dweight, dbias = np.empty_like(x), np.empty_like(weight), np.empty_like(weight)
+    mask = (True, True, True)
+    for arrays, out in (
+        ((dy, shifted, weight), (overlapping, dweight, dbias)),
+        ((shifted, x, weight), (overlapping, dweight, dbias)),
+        ((dy, x, dx[1]), (dx, dweight, dbias)),
+        ((dy, x, weight), (np.asfortranarray(dx), dweight, dbias)),
+        ((dy, x, weight), (dx, np.empty(2 * COLS, x.dtype)[::2], dbias)),
+        ((dy, x, weight), (dx, dweight, dbias.astype(dbias.dtype.newbyteorder()))),
+        ((dy, x, weight), (dx, dweight, dbias.tolist())),
+    ):
+        assert quick.backward(*arrays[:2], COLS, arrays[2], 1e-5, False, mask, out) is None
+    read_only = np.empty_like(x)
+    read_only.flags.writeable = False
+    for out, message in (
+        ((dx, dx[0], dbias), "shares memory"),
+        ((dx, dweight, dx[0]), "shares memory"),
+        ((dx, dweight, dweight), "shares memory"),
+        ((read_only, dweight, dbias), "read-only"),
+        ((dx, read_only[0], dbias), "read-only"),
+        ((dx[None], dweight, dbias), "shape"),
+        ((dx, dweight[None], dbias), "shape"),
+        ((np.empty_like(dx, np.float16), dweight, dbias), "dtype"),
+        ((dx, dweight), "2 entries"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nbnorm.layer_norm_backward(dy, x, COLS, weight, out=out)
+    nbnorm.layer_norm_backward(dy, x, COLS, weight, output_mask=(True, False, True))
+    with pytest.raises(ValueError, match="output_mask"):
+        nbnorm.layer_norm_backward(dy, x, COLS, weight, output_mask=(True, False, True), out=(dx, dweight, dbias))
 
 
 @pytest.mark.parametrize("swapped", ["x", "dy", "weight", "bias"])

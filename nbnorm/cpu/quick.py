@@ -10,7 +10,7 @@ from math import inf
 from typing import Any
 
 import numpy as np
-from numpy import empty, may_share_memory, ndarray
+from numpy import empty, may_share_memory, ndarray, zeros
 
 from nbnorm.cpu import sizes
 
@@ -50,7 +50,8 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
     if out is not None:
         if type(out) is not ndarray or out.shape != shape or out.dtype != dtype:
             return None
-        if not out.flags.c_contiguous or not out.flags.writeable:
+        # C-contiguous, aligned and writable
+        if not out.flags.carray:
             return None
         if (out is not x and may_share_memory(out, x)) or may_share_memory(out, weight) or may_share_memory(out, bias):
             return None
@@ -72,7 +73,7 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
     return y
 
 
-def backward(dy: Any, x: Any, normalized_shape, weight, eps, use_diff_of_squares, output_mask):
+def backward(dy: Any, x: Any, normalized_shape, weight, eps, use_diff_of_squares, output_mask, out=None):
     """dx, dweight and dbias, the latter two None where not asked for, or None for all; dx is always asked for."""
     if type(x) is not ndarray or type(eps) is not float or type(use_diff_of_squares) is not bool:
         return None
@@ -101,17 +102,43 @@ def backward(dy: Any, x: Any, normalized_shape, weight, eps, use_diff_of_squares
         return None
     if not x.flags.c_contiguous or not dy.flags.c_contiguous:
         return None
-    dx: Any = empty(shape, dtype)
+    dx: Any
+    dweight: Any
+    if out is None:
+        dx = empty(shape, dtype)
+        dweight = empty(normalized_shape, dtype) if with_dweight else absent
+        dbias = empty(normalized_shape, dtype) if with_dbias else absent
+    elif not isinstance(out, tuple) or len(out) != 3:
+        return None
+    else:
+        grads = []
+        for grad, wanted, grad_shape in zip(out, output_mask, (shape, row, row), strict=True):
+            if grad is None:
+                grad = empty(grad_shape, dtype) if wanted else absent
+            elif not wanted or type(grad) is not ndarray or grad.shape != grad_shape or grad.dtype != dtype:
+                return None
+            if not grad.flags.carray:
+                return None
+            grads.append(grad)
+        dx, dweight, dbias = grads
+        # dweight and dbias may overlap an input, which has been read when they are written
+        if (
+            (dx is not x and may_share_memory(dx, x))
+            or (dx is not dy and may_share_memory(dx, dy))
+            or may_share_memory(dx, weight)
+            or may_share_memory(dx, dweight)
+            or may_share_memory(dx, dbias)
+            or may_share_memory(dweight, dbias)
+        ):
+            return None
     if len(shape) == 2:
         dy_rows, x_rows, dx_rows = dy, x, dx
     else:
         dy_rows = dy.reshape(-1, normalized_shape)
         x_rows = x.reshape(-1, normalized_shape)
         dx_rows = dx.reshape(-1, normalized_shape)
-    dweight: Any = empty(normalized_shape, dtype) if with_dweight else absent
-    dbias = empty(normalized_shape, dtype) if with_dbias else absent
     block_rows = sizes.block_rows(len(x_rows), normalized_shape)
-    sums = np.zeros((with_dweight + with_dbias, -(-len(x_rows) // block_rows), normalized_shape))
+    sums = zeros((with_dweight + with_dbias, -(-len(x_rows) // block_rows), normalized_shape))
     try:
         kernel(
             dy_rows, x_rows, weight, eps, absent, absent, 0, block_rows, True, False, dx_rows, sums, dweight, dbias

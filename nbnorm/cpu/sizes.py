@@ -1,5 +1,7 @@
 """Where one way of working gives way to another: by the shape of a problem and its dtype alone, never by the machine."""
 
+import functools
+
 # below this many elements a parallel region costs more than it saves. On two cores of an AMD EPYC, float32 forward and
 # backward take, in us, serial and parallel: 1.3 and 2.4, 3.6 and 6.1 at (8, 768); 3.4 and 3.7, 9.5 and 8.4 at (32, 768);
 # 6.1 and 5.1, 17.5 and 12.9 at (64, 768); 12.7 and 8.4, 37 and 22 at (128, 768). With the other core slower to wake, the
@@ -17,6 +19,8 @@ MAX_BLOCKS = 64
 MAX_BLOCK_SUMS = 1 << 18
 
 
+# a tenth of a backward at (1, 64), uncached
+@functools.lru_cache
 def block_rows(rows, cols):
     """Rows whose dweight and dbias are summed in one go."""
     blocks = min(MAX_BLOCKS, max(1, MAX_BLOCK_SUMS // max(1, cols)))
