@@ -1,5 +1,6 @@
 """Does the short way of a call give what the long one gives, and leave to the checks what is theirs?"""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -61,6 +62,29 @@ def test_gradients_into_out(operands, shape, mask):
         for grad, given, value in zip(grads, out, expected, strict=True):
             assert given is None or grad is given
             np.testing.assert_array_equal(grad, value)
+
+
+@pytest.mark.parametrize("shape", [(6, COLS), (2, 3, COLS), (COLS,)])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_the_same_bits_in_16_bits(rng, dtype, shape):
+    x = rng.standard_normal(shape).astype(dtype)
+    wide = rng.standard_normal((2, COLS), np.float32)
+    narrow = wide.astype(dtype)
+    for weight, bias in ((*wide,), (*narrow,), (wide[0], narrow[1]), (narrow[0], None), (None, wide[1])):
+        expected = nbnorm.layer_norm(x, COLS, weight, bias, return_stats=True).y
+        y = quick.forward(x, COLS, weight, bias, 1e-5, False)
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(y, expected)
+        in_place = x.copy()
+        assert quick.forward(in_place, COLS, weight, bias, 1e-5, False, in_place) is in_place
+        np.testing.assert_array_equal(in_place, expected)
+    swapped = x.dtype.newbyteorder()
+    for array in (x[..., ::-1], x.view(np.uint16), x.view(np.int16), x.astype(swapped)):
+        assert quick.forward(array, COLS, None, wide[1], 1e-5, False) is None
+        assert quick.forward(x, COLS, None, wide[1], 1e-5, False, array) is None
+    other = ml_dtypes.bfloat16 if dtype == np.float16 else np.float16
+    for bias in (wide[1].astype(np.float64), wide[1].astype(other), narrow[1].astype(swapped), wide[1:]):
+        assert quick.forward(x, COLS, None, bias, 1e-5, False) is None
 
 
 @pytest.mark.compiled

@@ -36,9 +36,10 @@ def forward(problem, x, weight, bias, out, return_stats):
             y_rows = rows_of(y[index], y_buffer, problem.cols)
             kernel(x_rows, weight_row, bias_row, problem.eps, streaming, y_rows, mean[rows], rstd[rows])
             store(y_rows, y[index], y_buffer)
-        if problem.dtype == dtype and problem.cols <= sizes.LONG_ROW:
+        if dtype == wide_dtype(problem.dtype) and problem.cols <= sizes.LONG_ROW:
             is_diff_of_squares = problem.variance == "diff_of_squares"
-            quick.FORWARD[dtype, weight is None, bias is None, is_diff_of_squares, is_parallel] = kernel
+            key = problem.dtype, weight is None, bias is None, is_diff_of_squares, is_parallel
+            quick.FORWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         # a row of no columns has no mean
         mean.fill(math.nan)

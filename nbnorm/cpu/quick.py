@@ -1,4 +1,5 @@
-"""Calls as most are, without the cost of the checks: contiguous NumPy arrays, float32 or float64, all of one dtype.
+"""Calls as most are, without the cost of the checks: contiguous NumPy arrays, all float32 or all float64; forward also
+16-bit ones, with parameters of the same dtype or float32.
 
 What is asked here is only whether a call is such a one, and right; the kernels' own look at the types of their arguments is
 a part of that, for strides. Every other call, wrong ones among them, is left to `checks`, and so is one whose kernel is not
@@ -14,7 +15,8 @@ from numpy import empty, may_share_memory, ndarray, zeros
 
 from nbnorm.cpu import sizes
 
-# the kernels that calls had compiled, by x's dtype, which parameters are absent or asked for, the variance, and the build
+# the kernels that calls had compiled, by x's dtype, which parameters are absent or asked for, the variance, and the build;
+# forward ones with the dtype that they take parameters in, and the one that they take 16-bit rows as
 FORWARD: dict[tuple, Any] = {}
 BACKWARD: dict[tuple, Any] = {}
 # what a kernel takes for an absent parameter or statistics
@@ -31,19 +33,28 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
     if type(normalized_shape) is not int or not shape or shape[-1] != normalized_shape or not 0 <= eps < inf:
         return None
     is_parallel = size >= sizes.PARALLEL_ELEMENTS
-    kernel = FORWARD.get((dtype, weight is None, bias is None, use_diff_of_squares, is_parallel))
-    if kernel is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
+    found = FORWARD.get((dtype, weight is None, bias is None, use_diff_of_squares, is_parallel))
+    if found is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
-    absent = ABSENT[dtype]
+    kernel, wide, stored = found
+    absent = ABSENT[wide]
     row = shape[-1:]
     if weight is None:
         weight = absent
-    elif type(weight) is not ndarray or weight.dtype != dtype or weight.shape != row:
+    elif type(weight) is not ndarray or weight.shape != row:
         return None
+    elif weight.dtype != wide:
+        if weight.dtype != dtype:
+            return None
+        weight = weight.astype(wide)
     if bias is None:
         bias = absent
-    elif type(bias) is not ndarray or bias.dtype != dtype or bias.shape != row:
+    elif type(bias) is not ndarray or bias.shape != row:
         return None
+    elif bias.dtype != wide:
+        if bias.dtype != dtype:
+            return None
+        bias = bias.astype(wide)
     if not x.flags.c_contiguous:
         return None
     y = empty(shape, dtype) if out is None else out
@@ -55,18 +66,13 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
             return None
         if (out is not x and may_share_memory(out, x)) or may_share_memory(out, weight) or may_share_memory(out, bias):
             return None
-    is_flat = len(shape) == 2
+    x_rows, y_rows = x, y
+    if len(shape) != 2:
+        x_rows, y_rows = x.reshape(-1, normalized_shape), y.reshape(-1, normalized_shape)
+    if stored is not None:
+        x_rows, y_rows = x_rows.view(stored), y_rows.view(stored)
     try:
-        kernel(
-            x if is_flat else x.reshape(-1, normalized_shape),
-            weight,
-            bias,
-            eps,
-            False,
-            y if is_flat else y.reshape(-1, normalized_shape),
-            absent,
-            absent,
-        )
+        kernel(x_rows, weight, bias, eps, False, y_rows, absent, absent)
     except TypeError:
         # strides that a kernel does not take
         return None
