@@ -19,11 +19,20 @@ def kind(array):
         return "torch"
     if is_jax_array(array):
         return "jax"
-    if hasattr(array, "__cuda_array_interface__"):
+    if hasattr(array, "__cuda_array_interface__") or hasattr(array, "__cuda_ndarray__"):
         return "cuda"
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         return "dlpack"
     return "other"
+
+
+def is_cuda(array):
+    """Whether the array lies in the memory of a CUDA device, and is of a library whose arrays are taken there."""
+    if isinstance(array, np.ndarray | type):
+        return False
+    if is_torch_array(array):
+        return array.device.type == "cuda"
+    return kind(array) == "cuda"
 
 
 def device(array, array_kind):

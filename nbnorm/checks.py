@@ -4,6 +4,8 @@ TypeError is for a wrong kind of object, dtype or device, ValueError for a wrong
 begins with the argument's name and says what came and what was expected.
 """
 
+import functools
+import importlib.util
 import math
 import numbers
 import operator
@@ -21,6 +23,9 @@ import numpy as np
 from nbnorm import arrays
 from nbnorm.problem import Problem, wide_dtype
 
+# where the operands of a call must lie: in CPU memory, on any CUDA device, or on the one with this number
+CPU = "CPU"
+CUDA = "CUDA"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MAX_NDIM = 64
 # what NumPy raises for headers that are none, or hostile
@@ -32,22 +37,26 @@ OVERLAP_WORK: Any = 1_000_000
 
 
 def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream):
-    """The problem, and x, weight, bias and out as NumPy arrays, or None where absent."""
+    """The problem, and x, weight, bias and out as NumPy arrays, or as views of CUDA arrays, or None where absent."""
     flag("return_stats", return_stats)
-    _no_stream(stream)
-    x_array, dtype = _operand("x", x)
-    _can_be_given_back(x)
-    weight_array, weight_dtype = _optional("weight", weight)
-    bias_array, bias_dtype = _optional("bias", bias)
+    device = CUDA if arrays.is_cuda(x) else CPU
+    _stream(stream, device)
+    x_array, dtype = _operand("x", x, device)
+    if device == CUDA:
+        device = x_array.device
+    else:
+        _can_be_given_back(x)
+    weight_array, weight_dtype = _optional("weight", weight, device)
+    bias_array, bias_dtype = _optional("bias", bias, device)
     problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (weight_dtype, bias_dtype))
     _shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
     _shape("bias", bias_array, problem.normalized_shape, "normalized_shape")
-    return problem, x_array, weight_array, bias_array, _out("out", out, problem.shape, dtype)
+    return problem, x_array, weight_array, bias_array, _out("out", out, problem.shape, dtype, device)
 
 
 def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream):
     """The problem, the operands as NumPy arrays or None, output_mask as bools, and out as three arrays or None."""
-    _no_stream(stream)
+    _stream(stream, CPU)
     dy_array, dy_dtype = _operand("dy", dy)
     x_array, dtype = _operand("x", x)
     _can_be_given_back(x)
@@ -198,20 +207,19 @@ def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes)
     )
 
 
-def _optional(name, value):
-    return (None, None) if value is None else _operand(name, value)
+def _optional(name, value, device=CPU):
+    return (None, None) if value is None else _operand(name, value, device)
 
 
-def _operand(name, value):
-    """The value as a NumPy array, and the dtype of results that are like it."""
-    array = _array(name, value)
-    if array.dtype.kind in "biu":
+def _operand(name, value, device=CPU):
+    """The value as a NumPy array, or a view of a CUDA array, and the dtype of results that are like it."""
+    array = _array(name, value) if device == CPU else _cuda_array(name, value, device)
+    dtype = array.dtype
+    if dtype.kind in "biu":
         return array, np.dtype(np.float64)
-    if (array.dtype.type not in NUMPY_FLOATS or array.dtype.fields) and array.dtype.name != "bfloat16":
-        raise TypeError(
-            f"{name}: dtype {array.dtype}; supported are {', '.join(FLOATS)}, and integers and booleans as float64"
-        )
-    return array, array.dtype if array.dtype.isnative else array.dtype.newbyteorder("=")
+    if dtype.name != "bfloat16" and (dtype.type not in NUMPY_FLOATS or dtype.fields):
+        raise TypeError(f"{name}: dtype {dtype}; supported are {', '.join(FLOATS)}, and integers and booleans as float64")
+    return array, dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
 def _array(name, value):
@@ -222,14 +230,61 @@ def _array(name, value):
     device = _ask(name, arrays.device, value, kind)
     if device != "cpu":
         raise TypeError(f"{name}: {_type_name(value)} on {device}; expected an array in CPU memory")
-    if kind == "torch" and arrays.records_gradients(value):
-        raise TypeError(f"{name}: a torch tensor that requires grad, which nbnorm does not record; pass {name}.detach()")
+    _no_gradients(name, value, kind)
     if kind == "torch" and str(value.dtype) == "torch.bfloat16":
         _bfloat16(name)
     array = _ask(name, arrays.to_numpy, value, kind)
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name}: a masked array; expected one without a mask, such as {name}.filled(0)")
     return np.asarray(array)
+
+
+def _cuda_array(name, value, device):
+    """The value as a view of its memory."""
+    if not arrays.is_cuda(value):
+        raise TypeError(f"{name}: {_type_name(value)} in CPU memory; expected an array on CUDA device {device}, as x is")
+    from nbnorm.cuda.arrays import kind, view
+
+    _no_gradients(name, value, arrays.kind(value))
+    array = _ask(name, view, value, kind(value))
+    if device not in (CUDA, array.device):
+        raise TypeError(
+            f"{name}: {_type_name(value)} on CUDA device {array.device}; expected an array on CUDA device {device}, as x is"
+        )
+    if not array.dtype.isnative:
+        raise TypeError(f"{name}: dtype {array.dtype} of a CUDA array; expected native byte order")
+    if any(number % array.itemsize for number in (array.address, *array.strides)) and array.size:
+        raise ValueError(f"{name}: a CUDA array whose elements are not at multiples of their size; expected aligned ones")
+    return array
+
+
+def cuda_is_supported(name, value):
+    """Raise where there is nothing to run kernels with."""
+    if not has_numba_cuda():
+        raise TypeError(
+            f"{name}: {_type_name(value)} on a CUDA device, for which nbnorm needs the package numba-cuda: "
+            "pip install 'nbnorm[cuda13]', or 'nbnorm[cuda12]' for a driver older than CUDA 13"
+        )
+    fault = cuda_fault()
+    if fault is not None:
+        raise TypeError(f"{name}: {_type_name(value)} on a CUDA device, which the CUDA driver does not give: {fault}")
+
+
+def has_numba_cuda():
+    return importlib.util.find_spec("numba_cuda") is not None
+
+
+@functools.cache
+def cuda_fault():
+    """What keeps Numba from using a CUDA device; None where nothing does."""
+    from numba import cuda
+
+    return None if cuda.is_available() else " ".join(str(cuda.cuda_error() or "no device").split())
+
+
+def _no_gradients(name, value, kind):
+    if kind == "torch" and arrays.records_gradients(value):
+        raise TypeError(f"{name}: a torch tensor that requires grad, which nbnorm does not record; pass {name}.detach()")
 
 
 def _can_be_given_back(x):
@@ -260,14 +315,14 @@ def _shape(name, array, expected, meaning):
         raise ValueError(f"{name}: shape {array.shape}; expected {expected}, {meaning}")
 
 
-def _out(name, out, expected_shape, dtype):
+def _out(name, out, expected_shape, dtype, device=CPU):
     if out is None:
         return None
     if arrays.kind(out) == "other":
         raise TypeError(f"{name}: {_type_name(out)}; expected an array")
-    array = _array(name, out)
+    array = _array(name, out) if device == CPU else _cuda_array(name, out, device)
     _shape(name, array, expected_shape, "the shape of the result")
-    if array.dtype.newbyteorder("=") != dtype:
+    if (array.dtype if array.dtype.isnative else array.dtype.newbyteorder("=")) != dtype:
         raise ValueError(f"{name}: dtype {array.dtype}; expected {dtype}, the dtype of the result")
     if not array.flags.writeable:
         raise ValueError(f"{name}: a read-only array; expected a writable one")
@@ -320,9 +375,15 @@ def _mask(output_mask):
     return tuple(flag(f"output_mask[{i}]", wanted) for i, wanted in enumerate(output_mask))
 
 
-def _no_stream(stream):
-    if stream is not None:
+def _stream(stream, device):
+    if stream is None:
+        return
+    if device == CPU:
         raise ValueError(f"stream: {stream!r}; expected None, since CPU arrays have no streams")
+    from nbnorm.cuda.arrays import is_stream
+
+    if not is_stream(stream):
+        raise TypeError(f"stream: {stream!r} of type {_type_name(stream)}; expected a stream, or its address")
 
 
 def _type_name(value):

@@ -104,6 +104,11 @@ def layer_norm(
         y = cpu.quick.forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out)
         if y is not None:
             return y
+    if arrays.is_cuda(x):
+        y, mean, rstd = _on_cuda((x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream))
+        if y is None:
+            y = _written(out)
+        return LayerNormResult(y, mean, rstd) if return_stats else y
     problem, x_array, weight, bias, out_array = checks.forward(
         x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream
     )
@@ -217,6 +222,18 @@ def layer_norm_backward(
             for grad, given in zip(grads, outs, strict=True)
         )
     )
+
+
+def _on_cuda(call):
+    """Returns y, or None where there is an `out`, and mean and rstd or None; `call` has the arguments of the checks."""
+    checks.cuda_is_supported("x", call[0])
+    from nbnorm import cuda
+
+    results = cuda.quick.forward(*call)
+    if results is None:
+        problem, x, weight, bias, out = checks.forward(*call)
+        results = cuda.forward(problem, x, weight, bias, out, call)
+    return results
 
 
 def _written(out):

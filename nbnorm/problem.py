@@ -30,6 +30,10 @@ class Problem(NamedTuple):
     def statistics_shape(self):
         return self.batch + (1,) * len(self.normalized_shape)
 
+    @property
+    def statistics_dtype(self):
+        return wide_dtype(self.dtype)
+
 
 def wide_dtype(dtype):
     """What operands of `dtype` alone are computed in, and their statistics returned in: float32 or float64.

@@ -199,11 +199,13 @@ def test_an_array_on_another_device():
     class OnAnotherDevice:
         __cuda_array_interface__ = {}  # noqa: RUF012  a stand-in for a CUDA array
 
-    for argument in ("x", "weight", "out"):
+    for argument in ("weight", "bias", "out"):
         with pytest.raises(
             TypeError, match=f"^{argument}: .*OnAnotherDevice on a CUDA device; expected an array in CPU memory"
         ):
             nbnorm.layer_norm(**{"x": X, "normalized_shape": 4} | {argument: OnAnotherDevice()})
+    with pytest.raises(TypeError, match="^x: .*OnAnotherDevice on a CUDA device, (for which|which the CUDA driver)"):
+        nbnorm.layer_norm(OnAnotherDevice(), 4)
 
 
 def test_dlpack_arrays_of_another_device_or_without_a_way_back():

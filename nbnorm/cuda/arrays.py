@@ -1,0 +1,193 @@
+"""CUDA arrays of each library: told apart and looked at without importing it, and new ones made as its own."""
+
+import sys
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class BFloat16(NamedTuple):
+    """As much of a dtype as is needed of one that NumPy has not; the libraries each have their own."""
+
+    name: str = "bfloat16"
+    kind: str = "f"
+    itemsize: int = 2
+    isnative: bool = True
+    str: str = "bfloat16"
+
+    def __str__(self):
+        return self.name
+
+
+BFLOAT16 = BFloat16()
+
+
+class View(NamedTuple):
+    """An array's memory: its address, and the rest as NumPy's arrays have it, the strides in bytes."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Any
+    device: int
+    writeable: bool = True
+
+    @property
+    def ndim(self):
+        return len(self.shape)
+
+    @property
+    def size(self):
+        return int(np.prod(self.shape, dtype=object))
+
+    @property
+    def itemsize(self):
+        return self.dtype.itemsize
+
+    @property
+    def flags(self):
+        return self
+
+    @property
+    def span(self):
+        """The address of its first byte, and the one behind its last."""
+        steps = [stride * (size - 1) for stride, size in zip(self.strides, self.shape, strict=True)]
+        start = self.address + sum(step for step in steps if step < 0)
+        return start, self.address + sum(step for step in steps if step > 0) + (self.itemsize if self.size else 0)
+
+
+def kind(array):
+    """Whose array it is: "torch", "cupy", "numba", or "interface" for others with a `__cuda_array_interface__`."""
+    if hasattr(array, "data_ptr"):
+        return "torch"
+    if hasattr(array, "__cuda_ndarray__"):
+        return "numba"
+    return "cupy" if type(array).__module__.partition(".")[0] == "cupy" else "interface"
+
+
+def view(array, array_kind):
+    """The array's memory."""
+    if array_kind == "torch":
+        itemsize = array.element_size()
+        strides = tuple(stride * itemsize for stride in array.stride())
+        return View(array.data_ptr(), tuple(array.shape), strides, dtype_of(array.dtype), array.get_device())
+    if array_kind == "cupy":
+        return View(array.data.ptr, array.shape, array.strides, dtype_of(array.dtype), array.data.device_id)
+    if array_kind == "numba":
+        address = array.device_ctypes_pointer.value or 0
+        return View(address, tuple(array.shape), array.strides, dtype_of(array.dtype), array.gpu_data.context.device.id)
+    interface = array.__cuda_array_interface__
+    if interface.get("mask") is not None:
+        raise TypeError("it has a mask; expected an array without one")
+    address, is_read_only = interface["data"]
+    own_dtype = getattr(array, "dtype", None)
+    # NumPy's name for bfloat16 is that of any two bytes
+    dtype = BFLOAT16 if getattr(own_dtype, "name", None) == "bfloat16" else np.dtype(interface["typestr"])
+    shape = tuple(interface["shape"])
+    strides = interface.get("strides") or contiguous_strides(shape, dtype.itemsize)
+    return View(address or 0, shape, tuple(strides), dtype, device_of(address), not is_read_only)
+
+
+def dtype_of(dtype):
+    """NumPy's dtype, or BFLOAT16, for a dtype of NumPy's or torch's."""
+    name = getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
+    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+
+
+def device_of(address):
+    """The device of the memory at an address; 0 for that of an empty array."""
+    if not address:
+        return 0
+    from cuda.bindings import driver
+
+    error, device = driver.cuPointerGetAttribute(driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise ValueError(f"its address {address:#x} is no device memory: {error.name}")
+    return int(device)
+
+
+def contiguous_strides(shape, itemsize):
+    """In bytes, of an array in C order."""
+    strides: list[int] = []
+    for size in reversed(shape):
+        strides.insert(0, itemsize)
+        itemsize *= max(1, size)
+    return tuple(strides)
+
+
+def address(array, array_kind):
+    if array_kind == "torch":
+        return array.data_ptr()
+    if array_kind == "cupy":
+        return array.data.ptr
+    if array_kind == "numba":
+        return array.device_ctypes_pointer.value or 0
+    return array.__cuda_array_interface__["data"][0] or 0
+
+
+def signature(array, array_kind):
+    """The address, and all else that the checks and a kernel's choice depend on, as the library has it at hand."""
+    if array_kind == "torch":
+        return array.data_ptr(), (array.shape, array.stride(), array.dtype, array.device, array.requires_grad)
+    if array_kind == "cupy":
+        return array.data.ptr, (array.shape, array.strides, array.dtype, array.data.device_id)
+    if array_kind == "numba":
+        device = array.gpu_data.context.device.id
+        return array.device_ctypes_pointer.value or 0, (array.shape, array.strides, array.dtype, device)
+    seen = view(array, array_kind)
+    return seen.address, (*seen[1:3], seen.dtype.str, *seen[4:])
+
+
+def is_recording(tensor):
+    """Whether torch may be recording derivatives forwards, which a tensor does not show cheaply."""
+    return sys.modules["torch"].autograd.forward_ad._current_level >= 0
+
+
+def empty(shape, dtype, like, like_kind):
+    """A new array in C order, of the library and on the device of `like`, which is the current one."""
+    if like_kind == "torch":
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype.name), device=like.device)
+    if dtype == BFLOAT16:
+        dtype = like.dtype
+    if like_kind == "cupy":
+        return sys.modules["cupy"].empty(shape, dtype)
+    from numba import cuda
+
+    return cuda.device_array(shape, dtype)
+
+
+def stream_handle(stream, like, like_kind, device):
+    """The address of a stream: the one that is given, or the library's current one."""
+    if stream is None:
+        if like_kind == "torch":
+            return sys.modules["torch"].cuda.current_stream(device).cuda_stream
+        if like_kind == "cupy":
+            return sys.modules["cupy"].cuda.get_current_stream(device).ptr
+        stream = like.stream if like_kind == "numba" else like.__cuda_array_interface__.get("stream") or 0
+    if isinstance(stream, int):
+        return stream
+    for name in ("cuda_stream", "ptr", "handle"):
+        if hasattr(stream, name):
+            handle = getattr(stream, name)
+            # ctypes' null pointer has None for its value
+            return int(getattr(handle, "value", handle) or 0)
+    return int(stream.__cuda_stream__()[1])
+
+
+def is_stream(stream):
+    """Whether it is an address, or an object of a library that has one."""
+    return (isinstance(stream, int) and not isinstance(stream, bool)) or any(
+        hasattr(stream, name) for name in ("cuda_stream", "ptr", "handle", "__cuda_stream__")
+    )
+
+
+def allocating_on(handle, like_kind, device):
+    """A context in which the library's pool gives memory that this stream alone uses."""
+    if like_kind == "torch":
+        torch = sys.modules["torch"]
+        return torch.cuda.stream(torch.cuda.ExternalStream(handle, device))
+    if like_kind == "cupy":
+        return sys.modules["cupy"].cuda.ExternalStream(handle, device)
+    return nullcontext()

@@ -1,0 +1,39 @@
+"""What kernels ask of the machine directly: access to a few neighbouring elements at once, and reciprocals.
+
+The functions here say, in NumPy, what each operation means, and are what runs in the simulator; `lowering` says how it is
+compiled. `values` is a thread's own array, which is kept in registers, of the type that a kernel computes in. In memory an
+element may be of another type; float16 arrives as uint16 and bfloat16 as int16, as in the CPU's kernels.
+"""
+
+import math
+
+import numpy as np
+
+
+def load(values, k, source, at, width, access):
+    """values[k : k + width] = source[at : at + width], in accesses of `access` elements, each of at most 16 bytes."""
+    values[k : k + width] = source[at : at + width]
+
+
+def store(values, k, destination, at, width, access):
+    """destination[at : at + width] = values[k : k + width], each rounded to nearest even."""
+    destination[at : at + width] = values[k : k + width]
+
+
+def inverse(value):
+    """1 / value, a float32 within an eps of it: an exact one is a call, around which registers are spilled."""
+    return type(value)(1) / value
+
+
+def inverse_root(value):
+    """1 / sqrt(value), a float32 within 1.1 eps of it."""
+    if value == 0:
+        return type(value)(math.inf)
+    return type(value)(1) / type(value)(math.sqrt(value))
+
+
+def inverse_power_of_two(value):
+    """The power of two in (1 / value, 2 / value], of a positive value; at the ends of the range, the last one in it."""
+    range_ends = np.finfo(value)
+    _, exponent = np.frexp(np.clip(value, range_ends.tiny, range_ends.max / 4))
+    return type(value)(np.ldexp(1.0, 1 - int(exponent)))

@@ -1,0 +1,44 @@
+"""Sums over the threads of a team: a part of a warp, a warp, or a block of several.
+
+The order of a sum depends on the size of the team alone, and every thread gets the same bits: in each step two threads add
+the same two numbers.
+"""
+
+from numba import cuda
+
+from nbnorm.cuda.sizes import WARP
+
+ALL_LANES = -1
+
+# the size of a team is a constant in the kernel alone: its branches go where it is known
+inlined = cuda.jit(device=True, forceinline=True)
+
+
+@inlined
+def thread_index():
+    """Of the thread in its block; the mask tells the compiler that it is not negative, which spares 64-bit work."""
+    return cuda.threadIdx.x & 1023
+
+
+@inlined
+def team_sum(value, team, shared, at, element):
+    """The sum of the team's values. A team of several warps uses shared[at : at + WARP], which no other sum may use."""
+    if team <= WARP:
+        return warp_sum(value, team)
+    value = warp_sum(value, WARP)
+    lane = thread_index() % WARP
+    if lane == 0:
+        shared[at + thread_index() // WARP] = value
+    cuda.syncthreads()
+    return warp_sum(shared[at + lane] if lane < cuda.blockDim.x // WARP else element(0), WARP)
+
+
+@inlined
+def warp_sum(value, team):
+    """The sum over `team` neighbouring threads of a warp, a power of two. All threads of the warp take part."""
+    cuda.syncwarp()
+    step = team // 2
+    while step > 0:
+        value += cuda.shfl_xor_sync(ALL_LANES, value, step)
+        step //= 2
+    return value

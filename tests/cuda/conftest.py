@@ -1,0 +1,50 @@
+"""The CUDA tests run on a device or in the simulator, for which a test starts a process of its own."""
+
+import ctypes
+from contextlib import nullcontext
+
+import numba
+import pytest
+from numba import cuda
+
+IS_SIMULATED = bool(numba.config.ENABLE_CUDASIM)
+
+if IS_SIMULATED:
+    import simulator
+
+    simulator.install()
+
+    from nbnorm import checks
+    from nbnorm.cuda import launch
+
+    def prepare(kernel, signature, device, blocks, threads):
+        return lambda stream, *arguments: simulator.run(kernel, signature, blocks, threads, *arguments)
+
+    launch.prepare = prepare
+    launch.compute_capability = lambda device: (9, 0)
+    launch.stream_object = lambda handle, device: handle
+    launch.on = lambda device: nullcontext()
+    launch.current_device = lambda: 0
+    launch.fill_with_nan = lambda view, stream: ctypes.memset(view.address, 0xFF, view.size * view.itemsize)
+    checks.has_numba_cuda = lambda: True
+
+
+def pytest_collection_modifyitems(items):
+    if not IS_SIMULATED and not cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("hardware"):
+                item.add_marker(pytest.mark.skip("no CUDA device: runs in the simulator, by test_levels"))
+
+
+@pytest.fixture(params=["forward", "reverse", "random"] if IS_SIMULATED else [None])
+def order(request, monkeypatch):
+    """The order of blocks and threads, which a device chooses itself."""
+    if IS_SIMULATED:
+        monkeypatch.setattr(simulator, "order", request.param)
+
+
+@pytest.fixture(autouse=True)
+def arrays_of_one_test():
+    yield
+    if IS_SIMULATED:
+        simulator.forget()
