@@ -66,8 +66,9 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         dx = memory.empty(problem.shape, problem.dtype)
     # where the kernel would round to another type than it computes in, it leaves that to NumPy, and is one for all of them
     sum_dtype = problem.weight_dtype if problem.weight_dtype == problem.compute_dtype else np.dtype(np.float64)
-    dweight = np.zeros(problem.cols if with_dweight else 0, sum_dtype)
-    dbias = np.zeros(problem.cols if with_dbias else 0, sum_dtype)
+    inputs = [array for array in (dy, x, weight, mean, rstd) if array is not None]
+    dweight = _row(with_dweight, problem.cols, sum_dtype, dweight_out, inputs)
+    dbias = _row(with_dbias, problem.cols, sum_dtype, dbias_out, inputs)
 
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
         x_dtype = storage(x.dtype)
@@ -119,6 +120,9 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         if with_dx and same and mean is None and problem.cols <= sizes.LONG_ROW:
             is_diff_of_squares = problem.variance == "diff_of_squares"
             quick.BACKWARD[dtype, weight is None, output_mask, is_diff_of_squares, is_parallel] = kernel
+    else:
+        dweight.fill(0)
+        dbias.fill(0)
 
     return (
         _delivered(dx, dx_out) if with_dx else None,
@@ -157,11 +161,21 @@ def _flat(array, dtype, result):
     return array.reshape(-1)
 
 
+def _row(is_wanted, cols, dtype, out, inputs):
+    """What the kernel writes dweight or dbias into: `out` where it can, which of few long rows is as large as dx."""
+    if not is_wanted:
+        return np.empty(0, dtype)
+    is_possible = out is not None and out.dtype == dtype and is_ready(out)
+    if is_possible and not any(np.may_share_memory(out, array) for array in inputs):
+        return out.reshape(-1)
+    return memory.empty((cols,), dtype)
+
+
 def _parameter_like(row, problem, out):
     """A row as `out`, or as a new array, of weight's shape and dtype."""
     row = row.reshape(problem.normalized_shape)
-    if out is None and row.dtype == problem.weight_dtype:
-        return row
+    if row.dtype == problem.weight_dtype and (out is None or row.ctypes.data == out.ctypes.data):
+        return row if out is None else out
     result = np.empty(problem.normalized_shape, problem.weight_dtype) if out is None else out
     convert(row, result)
     return result
