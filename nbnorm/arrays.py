@@ -1,9 +1,10 @@
 """Array kinds: told apart without importing their libraries, viewed as NumPy arrays, and given back as what they were."""
 
 import sys
+from contextlib import nullcontext
 
 import numpy as np
-from array_api_compat import is_jax_array, is_torch_array
+from array_api_compat import is_cupy_array, is_jax_array, is_torch_array
 
 # XLA takes a NumPy array over without a copy from this alignment on
 JAX_ALIGNMENT = 64
@@ -28,11 +29,12 @@ def kind(array):
 
 def is_cuda(array):
     """Whether the array lies in the memory of a CUDA device, and is of a library whose arrays are taken there."""
-    if isinstance(array, np.ndarray | type):
+    if isinstance(array, (np.ndarray, type)):
         return False
     if is_torch_array(array):
         return array.device.type == "cuda"
-    return kind(array) == "cuda"
+    # CuPy and Numba make what `kind` asks for anew each time, in 1 to 2 us
+    return is_cupy_array(array) or hasattr(array, "__cuda_ndarray__") or kind(array) == "cuda"
 
 
 def device(array, array_kind):
@@ -109,6 +111,50 @@ def convert(source, destination):
     """Copy with a cast: a value beyond the range of a narrower dtype becomes Inf, without a warning."""
     with np.errstate(all="ignore"):
         np.copyto(destination, source, casting="unsafe")
+
+
+def read(array):
+    """The values of a CUDA array, in CPU memory."""
+    if is_torch_array(array):
+        return to_numpy(array.cpu(), "torch")
+    if is_cupy_array(array):
+        return array.get()
+    from numba import cuda
+
+    array = array if hasattr(array, "copy_to_host") else cuda.as_cuda_array(array)
+    return array.view(np.uint8).copy_to_host().view(array.dtype) if _is_bfloat16(array) else array.copy_to_host()
+
+
+def on_device(array, device, number=None):
+    """A NumPy array as it is for "cpu", else in a Numba device array on this CUDA device, for None the current one."""
+    if array is None or device == "cpu":
+        return array
+    from numba import cuda
+
+    with nullcontext() if number is None else cuda.gpus[number]:
+        return cuda.to_device(array.view(np.uint8)).view(array.dtype) if _is_bfloat16(array) else cuda.to_device(array)
+
+
+def _is_bfloat16(array):
+    """For which Numba has no copies between device and host; it has them for bytes."""
+    return array.dtype.name == "bfloat16"
+
+
+def write(source, destination):
+    """Copy a NumPy array, with a cast, into an array of any library and device."""
+    if not is_cuda(destination):
+        convert(source, destination)
+    elif is_torch_array(destination):
+        destination.copy_(give_back(source, None, "torch"))
+    else:
+        cast = np.empty(source.shape, destination.dtype)
+        convert(source, cast)
+        if is_cupy_array(destination):
+            destination.set(cast)
+        elif _is_bfloat16(destination):
+            destination.view(np.uint8).copy_to_device(cast.view(np.uint8))
+        else:
+            destination.copy_to_device(cast)
 
 
 def give_back(result, like, like_kind):

@@ -111,11 +111,15 @@ def flag(name, value):
     return bool(value)
 
 
-def cpu_device(device):
-    """The device of a layer: "cpu", also for None."""
-    if device is not None and str(device) not in ("cpu", "cpu:0"):
-        raise TypeError(f"device: {device!r}; expected 'cpu' or None, this version has kernels for no other device")
-    return "cpu"
+def device(name):
+    """The device of a layer, "cpu" also for None, and the number of a CUDA device, None for the current one."""
+    kind, _, number = str("cpu" if name is None else name).partition(":")
+    if kind == "cpu" and number in ("", "0"):
+        return "cpu", None
+    if kind != "cuda" or not (number == "" or number.isdecimal()):
+        raise TypeError(f"device: {name!r}; expected 'cpu', 'cuda', 'cuda:1' or the like, or None")
+    cuda_is_supported(f"device: {name!r}")
+    return str(name), int(number) if number else None
 
 
 def float_dtype(dtype):
@@ -142,11 +146,22 @@ def state(state_dict, parameters, normalized_shape):
         raise ValueError(f"state_dict: has {sorted(map(str, state_dict))}; expected {sorted(parameters)}")
     result = []
     for name, parameter in parameters.items():
-        source, _ = _operand(name, state_dict[name])
+        source = _host_array(name, state_dict[name])
         _shape(name, source, normalized_shape, "normalized_shape")
-        _, dtype = _operand(f"the layer's {name}", parameter)
-        result.append((_out(f"the layer's {name}", parameter, normalized_shape, dtype), np.array(source)))
+        own = f"the layer's {name}"
+        place = CUDA if arrays.is_cuda(parameter) else CPU
+        _, dtype = _operand(own, parameter, place)
+        destination = _out(own, parameter, normalized_shape, dtype, place)
+        result.append((parameter if place == CUDA else destination, source))
     return result
+
+
+def _host_array(name, value):
+    """A copy of the values in CPU memory, of an array on any device."""
+    if arrays.is_cuda(value):
+        _operand(name, value, CUDA)
+        return arrays.read(value)
+    return np.array(_operand(name, value)[0])
 
 
 def files(source, destination, others):
@@ -258,22 +273,24 @@ def _cuda_array(name, value, device):
     return array
 
 
-def cuda_is_supported(name, value):
+def cuda_is_supported(what):
     """Raise where there is nothing to run kernels with."""
     if not has_numba_cuda():
         raise TypeError(
-            f"{name}: {_type_name(value)} on a CUDA device, for which nbnorm needs the package numba-cuda: "
-            "pip install 'nbnorm[cuda13]', or 'nbnorm[cuda12]' for a driver older than CUDA 13"
+            f"{what}; nbnorm needs the package numba-cuda for it: pip install 'nbnorm[cuda13]', or 'nbnorm[cuda12]' for a "
+            "driver older than CUDA 13"
         )
     fault = cuda_fault()
     if fault is not None:
-        raise TypeError(f"{name}: {_type_name(value)} on a CUDA device, which the CUDA driver does not give: {fault}")
+        raise TypeError(f"{what}; Numba finds no device that it can use: {fault}")
 
 
+@functools.cache
 def has_numba_cuda():
     return importlib.util.find_spec("numba_cuda") is not None
 
 
+# asked for at each call on CUDA arrays
 @functools.cache
 def cuda_fault():
     """What keeps Numba from using a CUDA device; None where nothing does."""

@@ -1,5 +1,6 @@
 """Layer norm and its gradients as functions of arrays."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
@@ -36,7 +37,7 @@ def layer_norm(
     *,
     out: Array | None = None,
     return_stats: bool = False,
-    stream: None = None,
+    stream: Any = None,
 ) -> Any:
     """Normalise an array over its trailing dimensions.
 
@@ -44,11 +45,12 @@ def layer_norm(
     ----------
     x : array_like, shape (*batch, *normalized_shape)
         float16, bfloat16, float32 or float64; integers, booleans, lists and scalars become float64. NumPy arrays of any
-        strides, torch CPU tensors, JAX CPU arrays and other DLPack CPU arrays are read where they lie.
+        strides, torch CPU tensors, JAX CPU arrays and other DLPack CPU arrays are read where they lie, and so are
+        Numba, CuPy and torch arrays on a CUDA device and other objects with a ``__cuda_array_interface__``.
     normalized_shape : int or sequence of int
         The trailing dimensions of x that make up a row; an int stands for the last one.
     weight, bias : array_like, shape normalized_shape, optional
-        Scale and shift of each element of a row, of any of the dtypes of x.
+        Scale and shift of each element of a row, of any of the dtypes of x, on the device of x.
     eps : float
         Added to the variance, not negative.
     use_diff_of_squares : bool
@@ -58,14 +60,15 @@ def layer_norm(
         Where to write y. It may be x itself, or overlap any input.
     return_stats : bool
         Return mean and rstd too.
-    stream : None
-        For CUDA arrays only.
+    stream : stream or int, optional
+        For CUDA arrays only: where to enqueue the work, a stream of Numba, CuPy, torch or cuda.core, or its address. By
+        default the current stream of x's library. The call does not wait for it.
 
     Returns
     -------
     y : array, shape of x
         Of x's dtype and library, in C order; or `out`. JAX has float64 only in its 64-bit mode, and rounds to float32
-        without.
+        without. For an object with nothing but a ``__cuda_array_interface__``, a Numba device array.
     LayerNormResult
         With ``return_stats=True``: y, mean and rstd, the latter two of shape ``(*batch, 1, ..., 1)`` with a 1 for each
         normalized dimension, float64 for float64 input, else float32.
@@ -80,8 +83,9 @@ def layer_norm(
     Notes
     -----
     ``y = (x - mean) * rstd * weight + bias`` with ``rstd = 1 / sqrt(var + eps)`` [1]_, where var is
-    ``mean((x - mean)**2)``. Sums are float64 wherever float32 would lose digits, and the mean is subtracted in two parts,
-    so that rows with a large mean keep their digits. A NaN or Inf stays in its row.
+    ``mean((x - mean)**2)``. On the CPU, sums are float64 wherever float32 would lose digits; CUDA kernels compute in
+    float32, for float64 operands in float64. The mean is subtracted in two parts, so that rows with a large mean keep their
+    digits. A NaN or Inf stays in its row.
 
     References
     ----------
@@ -226,14 +230,21 @@ def layer_norm_backward(
 
 def _on_cuda(call):
     """Returns y, or None where there is an `out`, and mean and rstd or None; `call` has the arguments of the checks."""
-    checks.cuda_is_supported("x", call[0])
-    from nbnorm import cuda
-
+    cuda = _cuda()
     results = cuda.quick.forward(*call)
     if results is None:
         problem, x, weight, bias, out = checks.forward(*call)
         results = cuda.forward(problem, x, weight, bias, out, call)
     return results
+
+
+@functools.cache
+def _cuda():
+    """The package of the CUDA kernels, which is imported when it is needed."""
+    checks.cuda_is_supported("x: an array on a CUDA device")
+    from nbnorm import cuda
+
+    return cuda
 
 
 def _written(out):

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import checks
-from nbnorm.arrays import convert
+from nbnorm import arrays, checks
 from nbnorm.cpu import quick
 from nbnorm.functional import Array, LayerNormGrads, Shape, layer_norm, layer_norm_backward
 
@@ -25,7 +24,8 @@ class LayerNorm:
     bias : bool
         Whether there is a bias.
     device : str, optional
-        Where the parameters live: "cpu", which None stands for.
+        Where the parameters live: "cpu", which None stands for, or "cuda", "cuda:1" and so on, as Numba device arrays, which
+        go with inputs of any library on that device.
     dtype : dtype, optional
         Of the parameters: float16, bfloat16, float32 (the default) or float64.
     use_diff_of_squares : bool
@@ -80,11 +80,13 @@ class LayerNorm:
         self.eps = checks.epsilon(eps)
         self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
         self.use_diff_of_squares = checks.flag("use_diff_of_squares", use_diff_of_squares)
-        self.device = checks.cpu_device(device)
+        self.device, number = checks.device(device)
         has_bias = checks.flag("bias", bias) and self.elementwise_affine
         dtype = checks.float_dtype(dtype)
-        self.weight: Any = np.ones(self.normalized_shape, dtype) if self.elementwise_affine else None
-        self.bias: Any = np.zeros(self.normalized_shape, dtype) if has_bias else None
+        ones = np.ones(self.normalized_shape, dtype) if self.elementwise_affine else None
+        zeros = np.zeros(self.normalized_shape, dtype) if has_bias else None
+        self.weight: Any = arrays.on_device(ones, self.device, number)
+        self.bias: Any = arrays.on_device(zeros, self.device, number)
 
     def forward(self, x: Array) -> Array:
         """Layer norm of x with this layer's parameters; see `layer_norm`."""
@@ -124,8 +126,7 @@ class LayerNorm:
         Parameters
         ----------
         state_dict : mapping of str to array_like
-            Has the names that `state_dict` returns; NumPy arrays, torch CPU tensors or JAX CPU arrays of any dtype, cast to
-            this layer's.
+            Has the names that `state_dict` returns; arrays of any supported library, device and dtype, cast to this layer's.
 
         Raises
         ------
@@ -135,7 +136,7 @@ class LayerNorm:
             For a missing or unexpected name, or an array of another shape.
         """
         for parameter, array in checks.state(state_dict, self.state_dict(), self.normalized_shape):
-            convert(array, parameter)
+            arrays.write(array, parameter)
 
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import nbnorm
+import offline
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
@@ -27,6 +28,7 @@ def pytest_report_header(config):
     return [
         f"nbnorm: kernels {kernels}; {numba.get_num_threads()} threads; numba {numba.__version__}, numpy {np.__version__}",
         f"nbnorm: tests with arrays of other libraries: {interop}",
+        f"nbnorm: CUDA kernels compile-only: {offline.missing() or 'yes'}",
     ]
 
 

@@ -123,8 +123,8 @@ LAYER = [
     ({"eps": -1}, ValueError, "eps: -1"),
     ({"elementwise_affine": None}, TypeError, "elementwise_affine: None of type NoneType; expected a bool"),
     ({"bias": np.zeros(4)}, TypeError, r"bias: array\(.*\) of type numpy.ndarray; expected a bool"),
-    ({"device": "gpu"}, TypeError, "device: 'gpu'; expected 'cpu' or None"),
-    ({"device": 0}, TypeError, "device: 0; expected 'cpu' or None"),
+    ({"device": "gpu"}, TypeError, "device: 'gpu'; expected 'cpu', 'cuda', 'cuda:1'"),
+    ({"device": 0}, TypeError, "device: 0; expected 'cpu', 'cuda', 'cuda:1'"),
     ({"dtype": "int32"}, TypeError, "dtype: 'int32'; expected one of float16, bfloat16, float32, float64"),
     ({"dtype": complex}, TypeError, "dtype: <class 'complex'>; expected one of"),
     ({"dtype": "2(f4"}, TypeError, r"dtype: '2\(f4'; expected one of"),
@@ -204,7 +204,7 @@ def test_an_array_on_another_device():
             TypeError, match=f"^{argument}: .*OnAnotherDevice on a CUDA device; expected an array in CPU memory"
         ):
             nbnorm.layer_norm(**{"x": X, "normalized_shape": 4} | {argument: OnAnotherDevice()})
-    with pytest.raises(TypeError, match="^x: .*OnAnotherDevice on a CUDA device, (for which|which the CUDA driver)"):
+    with pytest.raises(TypeError, match="^x: an array on a CUDA device; (nbnorm needs|Numba finds no device)"):
         nbnorm.layer_norm(OnAnotherDevice(), 4)
 
 

@@ -1,5 +1,6 @@
 """CUDA arrays of each library: told apart and looked at without importing it, and new ones made as its own."""
 
+import functools
 import sys
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -59,16 +60,24 @@ class View(NamedTuple):
 
 def kind(array):
     """Whose array it is: "torch", "cupy", "numba", or "interface" for others with a `__cuda_array_interface__`."""
-    if hasattr(array, "data_ptr"):
+    array_type: Any = type(array)
+    return _kind(array_type)
+
+
+@functools.lru_cache(maxsize=64)
+def _kind(array_type):
+    if hasattr(array_type, "data_ptr"):
         return "torch"
-    if hasattr(array, "__cuda_ndarray__"):
+    if hasattr(array_type, "__cuda_ndarray__"):
         return "numba"
-    return "cupy" if type(array).__module__.partition(".")[0] == "cupy" else "interface"
+    return "cupy" if array_type.__module__.partition(".")[0] == "cupy" else "interface"
 
 
 def view(array, array_kind):
     """The array's memory."""
     if array_kind == "torch":
+        if array.is_neg():
+            raise TypeError("its negative bit is set; expected an array that is as its memory is, such as by resolve_neg()")
         itemsize = array.element_size()
         strides = tuple(stride * itemsize for stride in array.stride())
         return View(array.data_ptr(), tuple(array.shape), strides, dtype_of(array.dtype), array.get_device())
@@ -76,7 +85,7 @@ def view(array, array_kind):
         return View(array.data.ptr, array.shape, array.strides, dtype_of(array.dtype), array.data.device_id)
     if array_kind == "numba":
         address = array.device_ctypes_pointer.value or 0
-        return View(address, tuple(array.shape), array.strides, dtype_of(array.dtype), array.gpu_data.context.device.id)
+        return View(address, tuple(array.shape), array.strides, dtype_of(array.dtype), numba_device(array))
     interface = array.__cuda_array_interface__
     if interface.get("mask") is not None:
         raise TypeError("it has a mask; expected an array without one")
@@ -92,7 +101,10 @@ def view(array, array_kind):
 def dtype_of(dtype):
     """NumPy's dtype, or BFLOAT16, for a dtype of NumPy's or torch's."""
     name = getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
-    return BFLOAT16 if name == "bfloat16" else np.dtype(name)
+    if name == "bfloat16":
+        return BFLOAT16
+    # its name does not tell the byte order
+    return dtype if isinstance(dtype, np.dtype) else np.dtype(name)
 
 
 def device_of(address):
@@ -129,17 +141,24 @@ def address(array, array_kind):
 def signature(array, array_kind):
     """The address, and all else that the checks and a kernel's choice depend on, as the library has it at hand."""
     if array_kind == "torch":
-        return array.data_ptr(), (array.shape, array.stride(), array.dtype, array.device, array.requires_grad)
+        seen = array.shape, array.stride(), array.dtype, array.device, array.requires_grad, array.is_neg()
+        return array.data_ptr(), seen
     if array_kind == "cupy":
-        return array.data.ptr, (array.shape, array.strides, array.dtype, array.data.device_id)
+        data = array.data
+        return data.ptr, (array.shape, array.strides, array.dtype, data.device_id)
     if array_kind == "numba":
-        device = array.gpu_data.context.device.id
-        return array.device_ctypes_pointer.value or 0, (array.shape, array.strides, array.dtype, device)
+        return array.device_ctypes_pointer.value or 0, (array.shape, array.strides, array.dtype, numba_device(array))
     seen = view(array, array_kind)
     return seen.address, (*seen[1:3], seen.dtype.str, *seen[4:])
 
 
-def is_recording(tensor):
+def numba_device(array):
+    memory = array.gpu_data
+    # memory that is owned hands on what it is asked, in 0.7 us; other memory has no _view
+    return getattr(memory, "_view", memory).context.device.id
+
+
+def is_recording():
     """Whether torch may be recording derivatives forwards, which a tensor does not show cheaply."""
     return sys.modules["torch"].autograd.forward_ad._current_level >= 0
 
@@ -162,7 +181,10 @@ def stream_handle(stream, like, like_kind, device):
     """The address of a stream: the one that is given, or the library's current one."""
     if stream is None:
         if like_kind == "torch":
-            return sys.modules["torch"].cuda.current_stream(device).cuda_stream
+            torch = sys.modules["torch"]
+            # without making an object of the stream, where torch has such a function
+            current = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+            return torch.cuda.current_stream(device).cuda_stream if current is None else current(device)
         if like_kind == "cupy":
             return sys.modules["cupy"].cuda.get_current_stream(device).ptr
         stream = like.stream if like_kind == "numba" else like.__cuda_array_interface__.get("stream") or 0

@@ -33,7 +33,7 @@ def inverse_root(value):
 
 
 def inverse_power_of_two(value):
-    """The power of two in (1 / value, 2 / value], of a positive value; at the ends of the range, the last one in it."""
+    """The power of two in [1 / value, 2 / value), of a positive value; at the ends of the range, the last one in it."""
     range_ends = np.finfo(value)
-    _, exponent = np.frexp(np.clip(value, range_ends.tiny, range_ends.max / 4))
+    _, exponent = np.frexp(np.clip(value, range_ends.tiny, type(value)(2.0 ** (range_ends.maxexp - 2))))
     return type(value)(np.ldexp(1.0, 1 - int(exponent)))

@@ -76,7 +76,7 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, p
     width, team, held, teams = tile
     size = held * width
     piece = tile.piece
-    bounds = tile.launch_bounds(compute_capability)
+    bounds = tile.launch_bounds
     cache_key = f"{DIGEST} {bounds} {compute_capability}"
     is_whole, is_states, is_normalise = (step == name for name in ("whole", "states", "normalise"))
     complete = held - 1 if is_whole else 0
@@ -141,9 +141,13 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, p
                 keep_state(states, row * segments + segment, factor, hi, lo, var * element(count))
             return
         scale = inverse_root(var + eps * factor * factor)
+        row_rstd = scale * factor
+        if var == element(0):
+            # where every deviation is 0, the product of eps may vanish
+            scale = row_rstd = inverse_root(eps)
         if has_statistics and is_mine and lane == 0 and first == 0:
             mean[row] = statistic((hi + lo) * inverse_power_of_two(factor))
-            rstd[row] = statistic(scale * factor)
+            rstd[row] = statistic(row_rstd)
 
         # normalise and store
         y_at = row * y_pitch + first
@@ -172,7 +176,7 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, p
 def merge(compute_capability, dtype):
     """One block owns a long row, and makes its state of those of its segments, in their order, by Chan's formula.
 
-    Formula: Chan, Golub and LeVeque 1983, eq. 3.1.
+    Formula: Chan, Golub and LeVeque 1983, eq. 2.1.
     """
     element = getattr(np, dtype)
     segment_cols = SEGMENT[np.dtype(dtype).itemsize]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-FLOAT32 = np.finfo(np.float32)
+TINY, MAX = (float(end) for end in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 @functools.cache
@@ -68,7 +68,7 @@ def number(value, dtype):
     if dtype == np.float64:
         return ctypes.c_double(value)
     # eps must not vanish, since a constant row would be NaN, or be Inf
-    return ctypes.c_float(min(max(value, FLOAT32.tiny), FLOAT32.max) if value > 0 else 0.0)
+    return ctypes.c_float(min(max(value, TINY), MAX) if value > 0 else 0.0)
 
 
 def fill_with_nan(view, stream):

@@ -13,10 +13,8 @@ WARP = 32
 HELD_ELEMENTS = {4: 32, 8: 8}
 # vectors of weight and bias are read in pieces of so many elements at most
 PIECE = 4
-# threads of a multiprocessor that must have room at once; with fewer, too few loads are under way. Before compute capability
-# 9.0 a shuffle may be a call, around which more registers are in use
+# threads of a multiprocessor that must have room at once; with fewer, too few loads are under way
 RESIDENT_THREADS = 1024
-RESIDENT_THREADS_BEFORE_9 = 512
 # threads of a block whose teams are no larger than a warp
 SHARED_BLOCK = 128
 # threads that one row is given, before they are given more than half of the elements that they can hold
@@ -44,10 +42,10 @@ class Tile(NamedTuple):
     def piece(self):
         return min(self.width, PIECE)
 
-    def launch_bounds(self, compute_capability):
+    @property
+    def launch_bounds(self):
         """Threads of a block, and blocks that a multiprocessor must have room for."""
-        resident = RESIDENT_THREADS if compute_capability >= (9, 0) else RESIDENT_THREADS_BEFORE_9
-        return self.threads, max(1, resident // self.threads)
+        return self.threads, max(1, RESIDENT_THREADS // self.threads)
 
 
 def segments(cols, compute_itemsize):
@@ -70,7 +68,7 @@ def tile(cols, itemsize, compute_itemsize):
     if vectors <= WARP * most:
         team = min(WARP, max(_power_of_two(-(-vectors // most) * 2), min(SHORT_TEAM, _power_of_two(vectors))))
         return Tile(width, team, -(-vectors // team), SHARED_BLOCK // team)
-    team = _warps(vectors, most // 2)
+    team = _warps(vectors, max(1, most // 2))
     if team > MODERATE_TEAM:
         team = _warps(vectors, most)
     return Tile(width, team, -(-vectors // team), 1)

@@ -15,11 +15,24 @@ if IS_SIMULATED:
     simulator.install()
 
     from nbnorm import checks
-    from nbnorm.cuda import launch
+    from nbnorm.cuda import kernels, launch
 
     def prepare(kernel, signature, device, blocks, threads):
         return lambda stream, *arguments: simulator.run(kernel, signature, blocks, threads, *arguments)
 
+    def aligned(access_memory):
+        """As the operation, where the addresses are what accesses of that many elements need: a device faults elsewhere."""
+
+        def checked(values, k, memory, at, width, access):
+            itemsize = memory.array.itemsize
+            address = memory.array.ctypes.data + (memory.origin + at) * itemsize
+            assert address % min(16, access * itemsize) == 0, f"{access} elements at {address:#x}"
+            assert width % access == 0, f"{width} elements by {access}"
+            access_memory(values, k, memory, at, width, access)
+
+        return checked
+
+    kernels.load, kernels.store = aligned(kernels.load), aligned(kernels.store)
     launch.prepare = prepare
     launch.compute_capability = lambda device: (9, 0)
     launch.stream_object = lambda handle, device: handle
