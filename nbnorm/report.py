@@ -1,6 +1,5 @@
 """What this machine can do: layer norm on real-sized arrays, checked against float64 and timed beside NumPy and a copy."""
 
-import importlib.util
 import os
 import platform
 import statistics
@@ -11,13 +10,17 @@ import numpy as np
 from numba import njit, prange
 
 import nbnorm
-from nbnorm import reference
+from nbnorm import checks, reference
 
 # (shape, normalized_shape): a transformer's activations, a large one's, and a batch of images
 SHAPES = [((8192, 768), (768,)), ((4096, 4096), (4096,)), ((32, 64, 28, 28), (28, 28))]
 REPEATS = 7
 # how far a result may be from the reference, in eps of float32: see the functions that measure it
 ALLOWED = {"forward": 4, "backward": 8}
+# CUDA kernels compute float32 rows in float32 throughout
+ALLOWED_ON_CUDA = 16
+# calls between two events, so that the host is ahead of the device
+CUDA_CALLS = 20
 ROWS_AT_ONCE = 256
 
 
@@ -44,22 +47,30 @@ def report():
     print()
     print(f"{'shape':<17} {'over':<9} {'pass':<9} {'variance':<16} {'error':<10} {'nbnorm':>8} {'NumPy':>8} {'copy':>8}")
     passed = [check(*case) for case in cases()]
+    if cuda_fault() is None:
+        print()
+        print("On the CUDA device, by its clock:")
+        for _, x, weight, bias, backward, use_diff_of_squares in cases():
+            if not backward:
+                passed.append(check_on_cuda(x, weight, bias, use_diff_of_squares))
     print()
     print(f"{sum(passed)} of {len(passed)} checks passed")
     return all(passed)
 
 
+def cuda_fault():
+    """What keeps kernels from a CUDA device; None where nothing does."""
+    return checks.cuda_fault() if checks.has_numba_cuda() else "numba-cuda is not installed"
+
+
 def cuda_devices():
     """The CUDA devices, or why there are none."""
-    if importlib.util.find_spec("numba_cuda") is None:
-        return "none, numba-cuda is not installed; this version of nbnorm has CPU kernels only"
+    fault = cuda_fault()
+    if fault is not None:
+        return f"none, {fault}"
     from numba import cuda
 
-    if not cuda.is_available():
-        reason = " ".join(str(cuda.cuda_error() or "no device").split())
-        return f"none, the driver says: {reason}"
-    names = ", ".join(device.name.decode() for device in cuda.gpus)
-    return f"{names}; this version of nbnorm has CPU kernels only"
+    return ", ".join(device.name for device in cuda.gpus) + "; forward"
 
 
 def cases():
@@ -94,15 +105,41 @@ def check(dy, x, weight, bias, backward, use_diff_of_squares):
     error = largest_error_of_gradients(result, dy, x, weight) if backward else largest_error_of_y(result, x, weight, bias)
     times = medians(ours, plain, lambda: copy(source, destination))
     name = "backward" if backward else "forward"
+    return show(x, row, name, use_diff_of_squares, error, ALLOWED[name], times)
+
+
+def check_on_cuda(x, weight, bias, use_diff_of_squares):
+    """The same for the forward on the current CUDA device."""
+    from numba import cuda
+
+    row = weight.shape
+    x_there, weight_there, bias_there = (cuda.to_device(array) for array in (x, weight, bias))
+    # not what an earlier call left
+    out = cuda.to_device(np.full_like(x, np.nan))
+    destination = cuda.device_array_like(x_there)
+
+    def ours():
+        nbnorm.layer_norm(x_there, row, weight_there, bias_there, 1e-5, use_diff_of_squares, out=out)
+
+    ours()
+    error = largest_error_of_y(out.copy_to_host(), x, weight, bias)
+    ours_time, copy_time = cuda_medians(ours, lambda: destination.copy_to_device(x_there))
+    return show(x, row, "forward", use_diff_of_squares, error, ALLOWED_ON_CUDA, (ours_time, None, copy_time), digits=3)
+
+
+def show(x, row, name, use_diff_of_squares, error, allowed, times, digits=2):
+    """Print the line of a check; returns whether it is passed."""
     variance = "diff of squares" if use_diff_of_squares else "centred"
-    passed = error <= ALLOWED[name]
+    # NaN is not
+    passed = bool(error <= allowed)
+    shown = f"{error:4.2f} of {allowed}"
     print(
-        f"{x.shape!s:<17} {row!s:<9} {name:<9} {variance:<16} {error:4.2f} of {ALLOWED[name]} "
-        + " ".join(f"{1e3 * t:8.2f}" for t in times)
+        f"{x.shape!s:<17} {row!s:<9} {name:<9} {variance:<16} {shown:<10} "
+        + " ".join(f"{'-':>8}" if t is None else f"{1e3 * t:8.{digits}f}" for t in times)
         + ("" if passed else "   FAILED"),
         flush=True,
     )
-    return bool(passed)
+    return passed
 
 
 def largest_error_of_y(y, x, weight, bias):
@@ -144,4 +181,22 @@ def medians(*functions):
             start = time.perf_counter()
             function()
             seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def cuda_medians(*functions):
+    """Seconds of each by the device's own clock, in turn."""
+    from numba import cuda
+
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(REPEATS):
+        for function, seconds in zip(functions, times, strict=True):
+            start, stop = cuda.event(), cuda.event()
+            function()
+            start.record()
+            for _ in range(CUDA_CALLS):
+                function()
+            stop.record()
+            stop.synchronize()
+            seconds.append(start.elapsed_time(stop) / 1e3 / CUDA_CALLS)
     return [statistics.median(seconds) for seconds in times]
