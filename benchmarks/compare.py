@@ -6,6 +6,7 @@ system's, 8 ms, in every call.
 
     python benchmarks/compare.py
     python benchmarks/compare.py --shapes 8192x768,1x64 --dtypes float32,bfloat16 --passes forward
+    python benchmarks/compare.py --device cuda
     python benchmarks/compare.py --render benchmarks/results/compare-cpu.json README.md docs/performance.md
 """
 
@@ -57,7 +58,7 @@ def main():
             print(tables.everything(texts))
         plot(results, options.render.with_suffix(".png"))
         return
-    results = run(options)
+    results = run_on_cuda(options) if options.device == "cuda" else run(options)
     print(tables.everything(tables.tables(results)))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -70,11 +71,11 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=shapes, help="ROWSxCOLS,... for every dtype and pass")
     parser.add_argument("--dtypes", type=one_of(*TOLERANCE), default=["float32", "float16", "bfloat16"])
-    parser.add_argument("--passes", type=one_of("forward", "backward"), default=["forward", "backward"])
+    parser.add_argument("--passes", type=one_of("forward", "backward"), help="default: all that the device has")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each problem, about (default: 1.5)")
     parser.add_argument("--threads", type=int, default=numba.get_num_threads(), help="for everybody (default: %(default)s)")
     parser.add_argument("--keep-memory", action="store_true", help="allocations reuse what was freed (glibc): kernels alone")
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: forward alone")
     parser.add_argument("--output", type=Path, metavar="STEM", help="default: compare-cpu in results/ beside this file")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs; saved only with --output")
     parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing, render saved results")
@@ -82,7 +83,12 @@ def parse():
     options = parser.parse_args()
     if options.markdown and not options.render:
         parser.error("Markdown files are for --render")
-    if options.quick:
+    if options.device == "cuda" and options.passes not in (None, ["forward"]):
+        parser.error("--device cuda has the pass forward alone")
+    options.passes = options.passes or ["forward", "backward"]
+    if options.quick and options.device == "cuda":
+        options.seconds = QUICK_SECONDS
+    elif options.quick:
         options.shapes, options.seconds = options.shapes or QUICK, QUICK_SECONDS
     elif not options.output:
         options.output = RESULTS / f"compare-{options.device}"
@@ -106,6 +112,13 @@ def one_of(*names):
         return chosen
 
     return parse_names
+
+
+def run_on_cuda(options):
+    # imported here, since it needs numba.cuda
+    import cuda_compare
+
+    return cuda_compare.run(options)
 
 
 def run(options):
@@ -177,13 +190,16 @@ def as_float32(result):
 
 
 def plot(results, path):
-    """The bandwidths of the first dtype's large problems."""
+    """The bandwidths: of the first dtype's large problems, or on a CUDA device of every dtype's."""
     large = [problem for problem in results["problems"] if not tables.is_small(problem)]
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no {path.name} without matplotlib: pip install matplotlib", file=sys.stderr)
     elif large:
         import plots
 
+        if results.get("device") == "cuda":
+            plots.bandwidth_by_dtype(large, path)
+            return
         dtype = large[0]["dtype"]
         plots.bandwidth([problem for problem in large if problem["dtype"] == dtype], dtype, path)
 

@@ -11,6 +11,9 @@ STYLES = {
     "nbnorm": {"color": "#0072B2", "marker": "o", "markerfacecolor": "white", "linestyle": "--"},
     "nbnorm, difference of squares": {"color": "#56B4E9", "marker": "v", "linestyle": "--"},
     "torch": {"color": "#D55E00", "marker": "s"},
+    "torch.compile": {"color": "#E69F00", "marker": "P", "linestyle": "none"},
+    "Triton": {"color": "#009E73", "marker": "^"},
+    "CuPy": {"color": "#CC79A7", "marker": "D"},
     "ONNX Runtime": {"color": "#009E73", "marker": "^"},
     "JAX": {"color": "#CC79A7", "marker": "D"},
     "jax.nn.standardize": {"color": "#CC79A7", "marker": "D"},
@@ -30,16 +33,26 @@ SETTINGS = {
 def bandwidth(problems, dtype, path):
     """GB/s of everybody for each shape, a panel for each pass; shapes are in the order of their row length."""
     passes = [name for name in ("forward", "backward") if any(p["pass"] == name for p in problems)]
+    draw_panels({f"{name}, {dtype}": [p for p in problems if p["pass"] == name] for name in passes}, path)
+
+
+def bandwidth_by_dtype(problems, path):
+    """The same, a panel for each dtype."""
+    dtypes = dict.fromkeys(p["dtype"] for p in problems)
+    draw_panels({f"forward, {dtype}": [p for p in problems if p["dtype"] == dtype] for dtype in dtypes}, path)
+
+
+def draw_panels(titled, path):
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(11, 1 + 4.2 * len(passes)), layout="constrained")
-        panels = figure.subplots(len(passes), squeeze=False)[:, 0]
-        for panel, name in zip(panels, passes, strict=True):
-            chosen = sorted((p for p in problems if p["pass"] == name), key=lambda p: p["cols"])
-            draw_bandwidth(panel, chosen)
-            panel.set_title(f"{name}, {dtype}", loc="left")
+        figure = Figure(figsize=(11, 1 + 4.2 * len(titled)), layout="constrained")
+        panels = figure.subplots(len(titled), squeeze=False)[:, 0]
+        for panel, (title, problems) in zip(panels, titled.items(), strict=True):
+            draw_bandwidth(panel, sorted(problems, key=lambda p: p["cols"]))
+            panel.set_title(title, loc="left")
         panels[-1].set_xlabel("rows x columns")
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+        # of all panels: not every dtype has everybody
+        labels = {label: handle for p in panels for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
+        figure.legend(labels.values(), labels, loc="outside upper center", ncols=len(labels), frameon=False)
         figure.savefig(path, dpi=120)
 
 

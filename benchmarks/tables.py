@@ -1,33 +1,36 @@
 """Saved results as Markdown tables, and those tables put between the markers of a Markdown file.
 
 The markers are `<!-- compare -->` for everything or, say, `<!-- compare: forward float32 -->` for one table, and
-`<!-- /compare -->`.
+`<!-- /compare -->`. The names of what was measured on a CUDA device begin with "CUDA", as in
+`<!-- compare: CUDA machine -->`; a page may have both kinds, of which each rendering writes its own.
 """
 
 import re
 
-PEERS = ("NumPy", "torch", "ONNX Runtime", "JAX")
+PEERS = ("NumPy", "torch", "torch.compile", "Triton", "CuPy", "ONNX Runtime", "JAX")
 # nbnorm's variants that are shown beside the limit
 OF_THE_LIMIT = ("nbnorm out=", "difference of squares", "statistics given")
 # problems of up to this many elements have a table in microseconds: calls cost more than memory there
 SMALL_ELEMENTS = 1 << 17
+CUDA = "CUDA "
 MARKED = re.compile(r"(<!-- compare(?:: (?P<name>[\w ]+))? -->\n)((?:(?!<!-- compare).)*?)(<!-- /compare -->)", re.DOTALL)
 
 
 def tables(results):
     """A dict from the name of each table to its text; "machine" is the sentence that belongs to all of them."""
-    texts = {"machine": machine(results)}
+    is_cuda = results.get("device") == "cuda"
+    prefix = CUDA if is_cuda else ""
+    texts = {f"{prefix}machine": cuda_machine(results) if is_cuda else machine(results)}
     for problem in results["problems"]:
-        name = table_name(problem)
+        name = prefix + table_name(problem)
         if name not in texts:
-            alike = [other for other in results["problems"] if table_name(other) == name]
+            alike = [other for other in results["problems"] if table_name(other) == table_name(problem)]
             texts[name] = small_table(alike) if is_small(problem) else table(alike, peers_of(problem["pass"], results))
     return texts
 
 
 def everything(texts):
-    titles = {name: f"{name.capitalize()}:\n\n" for name in texts}
-    titles["machine"] = ""
+    titles = {name: "" if name.endswith("machine") else f"{name[:1].upper()}{name[1:]}:\n\n" for name in texts}
     return "\n\n".join(titles[name] + text for name, text in texts.items())
 
 
@@ -53,6 +56,18 @@ def machine(results):
     return (
         f"Measured on {results['date']} with {results['threads']} threads on {where['cpu']} "
         f"({where['logical_cores']} logical cores{caches}): {versions}.{kept}{left_out}"
+    )
+
+
+def cuda_machine(results):
+    where = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    left_out = f" Left out, not installed: {', '.join(results['left_out'])}." if results["left_out"] else ""
+    late = f" Left out for want of time: {', '.join(results['late'])}." if results["late"] else ""
+    return (
+        f"Measured on {results['date']} on {where['gpu']} ({where['multiprocessors']} multiprocessors, "
+        f"L2 {where['l2_bytes'] / (1 << 20):g} MiB, driver {where['driver']}; host {where['cpu']}): "
+        f"{versions}.{left_out}{late}"
     )
 
 
@@ -105,8 +120,21 @@ def rewrite(path, texts):
     marked = list(MARKED.finditer(old))
     if not marked or len(marked) != old.count("<!-- compare"):
         raise SystemExit(f"{path}: expected <!-- compare --> and <!-- /compare --> in pairs, each on a line of its own")
-    unknown = {match["name"] for match in marked} - {None, *texts}
+    # of the other device
+    kept = {
+        match["name"] for match in marked if match["name"] and is_of_cuda(match["name"]) != is_of_cuda(next(iter(texts)))
+    }
+    unknown = {match["name"] for match in marked} - {None, *texts} - kept
     if unknown:
         raise SystemExit(f"{path}: no table {', '.join(sorted(unknown))}; the results have {', '.join(texts)}")
-    new = MARKED.sub(lambda m: f"{m[1]}{everything(texts) if m['name'] is None else texts[m['name']]}\n{m[4]}", old)
-    path.write_text(new, encoding="utf-8")
+
+    def written(match):
+        if match["name"] in kept:
+            return match[0]
+        return f"{match[1]}{everything(texts) if match['name'] is None else texts[match['name']]}\n{match[4]}"
+
+    path.write_text(MARKED.sub(written, old), encoding="utf-8")
+
+
+def is_of_cuda(name):
+    return name.startswith(CUDA)

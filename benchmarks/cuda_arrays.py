@@ -1,0 +1,106 @@
+"""The library that holds the arrays of a comparison on a CUDA device, copies them and times by its events."""
+
+import importlib.util
+
+import numpy as np
+from numba import cuda
+
+from nbnorm.arrays import give_back, to_numpy
+
+
+class Torch:
+    modules = ("torch",)
+
+    def __init__(self):
+        import torch
+
+        self.torch = torch
+
+    def array(self, host):
+        return give_back(host, None, "torch").cuda()
+
+    def empty_like(self, array):
+        return self.torch.empty_like(array)
+
+    def copy(self, source, destination):
+        destination.copy_(source)
+
+    def poison(self, array):
+        array.view(self.torch.uint8).fill_(0xFF)
+
+    def event(self):
+        return self.torch.cuda.Event(enable_timing=True)
+
+    def milliseconds(self, start, end):
+        return start.elapsed_time(end)
+
+
+class CuPy:
+    modules = ("cupy",)
+
+    def __init__(self):
+        import cupy
+
+        self.cupy = cupy
+
+    def array(self, host):
+        return self.cupy.asarray(host)
+
+    def empty_like(self, array):
+        return self.cupy.empty_like(array)
+
+    def copy(self, source, destination):
+        self.cupy.copyto(destination, source)
+
+    def poison(self, array):
+        array.view(self.cupy.uint8).fill(0xFF)
+
+    def event(self):
+        return self.cupy.cuda.Event()
+
+    def milliseconds(self, start, end):
+        return self.cupy.cuda.get_elapsed_time(start, end)
+
+
+class Numba:
+    """Copies are of bytes: Numba makes none of bfloat16 arrays."""
+
+    modules = ()
+
+    def array(self, host):
+        return cuda.to_device(host.view(np.uint8)).view(host.dtype)
+
+    def empty_like(self, array):
+        return cuda.device_array(array.shape, array.dtype)
+
+    def copy(self, source, destination):
+        destination.view(np.uint8).copy_to_device(source.view(np.uint8))
+
+    def poison(self, array):
+        array = array.view(np.uint8)
+        array.copy_to_device(np.full(array.shape, 0xFF, np.uint8))
+
+    def event(self):
+        return cuda.event()
+
+    def milliseconds(self, start, end):
+        return start.elapsed_time(end)
+
+
+def read(array):
+    """An array of any of these, in CPU memory."""
+    if hasattr(array, "get"):
+        return array.get()
+    if hasattr(array, "copy_to_host"):
+        return array.view(np.uint8).copy_to_host().view(array.dtype)
+    return to_numpy(array.cpu(), "torch")
+
+
+def library(dtype):
+    """The first that is there and has the dtype. All of them work on the default stream, which is one and the same."""
+    for candidate in (Torch, CuPy, Numba):
+        if all(importlib.util.find_spec(module) for module in candidate.modules):
+            if candidate is CuPy and dtype == "bfloat16":
+                continue
+            return candidate()
+    raise AssertionError("Numba is always there")
