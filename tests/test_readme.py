@@ -8,7 +8,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_python_blocks_run_in_order():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
