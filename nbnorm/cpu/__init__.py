@@ -84,7 +84,8 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         weight_row = _flat(weight, dtype, dx)
         mean_row = _flat(mean, statistics_dtype, dx)
         rstd_row = _flat(rstd, statistics_dtype, dx)
-        streaming = with_dx and _is_streamed(dx, dy, x)
+        # a kernel for long rows writes dweight and dbias past the caches too
+        streaming = with_dx and _is_streamed(dx, dy, x) and dweight.ctypes.data % 16 == dbias.ctypes.data % 16 == 0
         limit = block_limit(problem, order, dy, x, dx)
         dy_buffer = buffer_for(dy, problem, limit, order)
         x_buffer = buffer_for(x, problem, limit, order)

@@ -230,8 +230,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
             for c in prange(-(-cols // 16)):
                 j = 16 * c
                 if with_dweight:
-                    add_blocks(dweight_sums, j, blocks, cols, pointer(dweight), j, cols - j)
+                    add_blocks(dweight_sums, j, blocks, cols, False, pointer(dweight), j, cols - j)
                 if with_dbias:
-                    add_blocks(dbias_sums, j, blocks, cols, pointer(dbias), j, cols - j)
+                    add_blocks(dbias_sums, j, blocks, cols, False, pointer(dbias), j, cols - j)
 
     return kernel

@@ -339,13 +339,16 @@ def row_gradients(dys, xs, state, i, weights):
 
 
 @inlined
-def add_blocks(sums, at, blocks, pitch, result, j, width):
+def add_blocks(sums, at, blocks, pitch, streaming, result, j, width):
     """Write up to sixteen columns of the result, from j on: the sum over the blocks, `pitch` apart, rounded once."""
     totals = fill(0.0)
     if width >= 16:
         for b in range(blocks):
             totals = totals + load(sums, at + b * pitch, np.float64)
-        store(result, j, totals)
+        if streaming:
+            stream(result, j, totals)
+        else:
+            store(result, j, totals)
     else:
         for b in range(blocks):
             totals = totals + load_part(sums, at + b * pitch, width, np.float64, 0.0)
