@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import nbnorm
+from nbnorm import checks
 import offline
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
@@ -29,7 +30,15 @@ def pytest_report_header(config):
         f"nbnorm: kernels {kernels}; {numba.get_num_threads()} threads; numba {numba.__version__}, numpy {np.__version__}",
         f"nbnorm: tests with arrays of other libraries: {interop}",
         f"nbnorm: CUDA kernels compile-only: {offline.missing() or 'yes'}",
+        f"nbnorm: CUDA kernels run {cuda_level()}",
     ]
+
+
+def cuda_level():
+    if numba.config.ENABLE_CUDASIM:
+        return "in the simulator"
+    fault = "numba-cuda is not installed" if not checks.has_numba_cuda() else checks.cuda_fault()
+    return f"in the simulator, by tests/cuda/test_levels; LEFT OUT on a device: {fault}" if fault else "on a device"
 
 
 @pytest.fixture(autouse=True)

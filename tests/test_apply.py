@@ -287,7 +287,8 @@ def test_peak_memory_is_under_300_mb(folder, python_environment, shape, fortran_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_run_that_is_stopped_leaves_the_old_file_whole(folder, python_environment, number):
     (folder / "y.npy").write_bytes(b"old")
-    sparse(folder / "x.npy", (250_000, 768), fortran_order=False)
+    # large enough that it is not done before this process, on a busy machine, gets to stop it
+    sparse(folder / "x.npy", (1_000_000, 768), fortran_order=False)
     process = subprocess.Popen(command(cols=768), env=python_environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any(part.stat().st_size > 1 << 24 for part in folder.glob(".nbnorm-*")) and time.monotonic() < deadline:
