@@ -10,6 +10,7 @@ import math
 import numbers
 import operator
 import os
+import re
 import stat
 import sys
 import tokenize
@@ -113,13 +114,18 @@ def flag(name, value):
 
 def device(name):
     """The device of a layer, "cpu" also for None, and the number of a CUDA device, None for the current one."""
-    kind, _, number = str("cpu" if name is None else name).partition(":")
-    if kind == "cpu" and number in ("", "0"):
+    if name is None or str(name) in ("cpu", "cpu:0"):
         return "cpu", None
-    if kind != "cuda" or not (number == "" or number.isdecimal()):
+    match = re.fullmatch(r"cuda(?::([0-9]+))?", str(name))
+    if match is None:
         raise TypeError(f"device: {name!r}; expected 'cpu', 'cuda', 'cuda:1' or the like, or None")
     cuda_is_supported(f"device: {name!r}")
-    return str(name), int(number) if number else None
+    from numba import cuda
+
+    number = None if match[1] is None else int(match[1])
+    if number is not None and number >= len(cuda.gpus):
+        raise TypeError(f"device: {name!r}; expected one of the {len(cuda.gpus)} CUDA devices, which count from 0")
+    return str(name), number
 
 
 def float_dtype(dtype):
@@ -261,7 +267,7 @@ def _cuda_array(name, value, device):
     from nbnorm.cuda.arrays import kind, view
 
     _no_gradients(name, value, arrays.kind(value))
-    array = _ask(name, view, value, kind(value))
+    array = _ask(name, view, value, kind(value), "cannot be used")
     if device not in (CUDA, array.device):
         raise TypeError(
             f"{name}: {_type_name(value)} on CUDA device {array.device}; expected an array on CUDA device {device}, as x is"
@@ -309,14 +315,14 @@ def _can_be_given_back(x):
         raise TypeError(f"x: {_type_name(x)}, whose library has no from_dlpack to give back the result with")
 
 
-def _ask(name, question, value, kind):
+def _ask(name, question, value, kind, fault="has no view as a NumPy array"):
     """What another library answers about its array; an error of its own becomes one that names the argument."""
     try:
         return question(value, kind)
     except (TypeError, RuntimeError, BufferError) as error:
-        raise TypeError(f"{name}: {_type_name(value)} has no view as a NumPy array: {error}") from error
+        raise TypeError(f"{name}: {_type_name(value)} {fault}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{name}: {_type_name(value)} has no view as a NumPy array: {error}") from error
+        raise ValueError(f"{name}: {_type_name(value)} {fault}: {error}") from error
 
 
 def _bfloat16(name):
@@ -397,9 +403,9 @@ def _stream(stream, device):
         return
     if device == CPU:
         raise ValueError(f"stream: {stream!r}; expected None, since CPU arrays have no streams")
-    from nbnorm.cuda.arrays import is_stream
+    from nbnorm.cuda.arrays import handle_of
 
-    if not is_stream(stream):
+    if handle_of(stream) is None:
         raise TypeError(f"stream: {stream!r} of type {_type_name(stream)}; expected a stream, or its address")
 
 

@@ -46,7 +46,8 @@ def layer_norm(
     x : array_like, shape (*batch, *normalized_shape)
         float16, bfloat16, float32 or float64; integers, booleans, lists and scalars become float64. NumPy arrays of any
         strides, torch CPU tensors, JAX CPU arrays and other DLPack CPU arrays are read where they lie, and so are
-        Numba, CuPy and torch arrays on a CUDA device and other objects with a ``__cuda_array_interface__``.
+        Numba, CuPy and torch arrays on a CUDA device and other objects with a ``__cuda_array_interface__``,
+        but for JAX's.
     normalized_shape : int or sequence of int
         The trailing dimensions of x that make up a row; an int stands for the last one.
     weight, bias : array_like, shape normalized_shape, optional
@@ -62,7 +63,8 @@ def layer_norm(
         Return mean and rstd too.
     stream : stream or int, optional
         For CUDA arrays only: where to enqueue the work, a stream of Numba, CuPy, torch or cuda.core, or its address. By
-        default the current stream of x's library. The call does not wait for it.
+        default the current stream of x's library. The call does not wait for it; what the other arrays are made by must
+        come before it there.
 
     Returns
     -------

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import nbnorm
-from nbnorm import checks
 import offline
+from nbnorm import checks
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 

@@ -22,6 +22,7 @@ class Place(NamedTuple):
     like: Any
     kind: str
     device: int
+    handle: int
     stream: Any
     temporaries: list
 
@@ -30,11 +31,12 @@ class Place(NamedTuple):
         return launch.compute_capability(self.device)
 
     def empty(self, shape, dtype):
-        return arrays.empty(shape, dtype, self.like, self.kind)
+        return arrays.empty(shape, dtype, self.like, self.kind, self.handle)
 
     def temporary(self, shape, dtype):
-        self.temporaries.append(self.empty(shape, dtype))
-        return self.view(self.temporaries[-1])
+        # x's library may have no bfloat16 of its own: what counts here is two bytes
+        self.temporaries.append(self.empty(shape, np.dtype(np.float16) if dtype == arrays.BFLOAT16 else dtype))
+        return self.view(self.temporaries[-1])._replace(dtype=dtype)
 
     def view(self, array):
         return arrays.view(array, self.kind)
@@ -50,9 +52,10 @@ def forward(problem, x, weight, bias, out, call):
     handle = arrays.stream_handle(stream, like, kind, x.device)
     with ExitStack() as stack:
         stack.enter_context(launch.on(x.device))
+        stream_object = launch.stream_object(handle, x.device)
         if stream is not None:
-            stack.enter_context(arrays.allocating_on(handle, kind, x.device))
-        place = Place(like, kind, x.device, launch.stream_object(handle, x.device), [])
+            stack.enter_context(arrays.allocating_on(handle, stream_object, kind, x.device))
+        place = Place(like, kind, x.device, handle, stream_object, [])
         y = place.empty(problem.shape, problem.dtype) if out is None else None
         mean = rstd = None
         if return_stats:
@@ -101,8 +104,8 @@ def _enqueue(problem, x, weight, bias, target, statistics, place):
         enqueue = prepare("whole", -(-problem.rows // tile.teams))
         enqueue(place.stream, *inputs, *fixed, *results, 0)
         if not place.temporaries:
-            input_sizes = [layout.size(array) for array in (x, weight, bias)]
-            plan = quick.Plan(enqueue, fixed, problem, place.device, input_sizes, layout.size(y))
+            input_sizes = [layout.extent(array) for array in (x, weight, bias)]
+            plan = quick.Plan(enqueue, fixed, problem, place.device, input_sizes, layout.extent(y))
     else:
         blocks = problem.rows * segments
         parts, whole = (place.temporary((count, STATE), dtype).address for count in (blocks, problem.rows))

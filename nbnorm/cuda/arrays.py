@@ -154,8 +154,11 @@ def signature(array, array_kind):
 
 def numba_device(array):
     memory = array.gpu_data
-    # memory that is owned hands on what it is asked, in 0.7 us; other memory has no _view
-    return getattr(memory, "_view", memory).context.device.id
+    # of memory that is another library's, Numba says that it is on the device that was the current one
+    if not hasattr(memory, "_view"):
+        return device_of(array.device_ctypes_pointer.value)
+    # past what hands on every attribute, in 0.7 us
+    return memory._view.context.device.id
 
 
 def is_recording():
@@ -163,8 +166,11 @@ def is_recording():
     return sys.modules["torch"].autograd.forward_ad._current_level >= 0
 
 
-def empty(shape, dtype, like, like_kind):
-    """A new array in C order, of the library and on the device of `like`, which is the current one."""
+def empty(shape, dtype, like, like_kind, handle):
+    """A new array in C order, of the library and on the device of `like`, which is the current one.
+
+    Numba's knows the stream that it is written on, of this address, for those who read it next.
+    """
     if like_kind == "torch":
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype.name), device=like.device)
@@ -174,7 +180,14 @@ def empty(shape, dtype, like, like_kind):
         return sys.modules["cupy"].empty(shape, dtype)
     from numba import cuda
 
-    return cuda.device_array(shape, dtype)
+    return cuda.device_array(shape, dtype, stream=_numba_stream(handle) if handle else 0)
+
+
+@functools.lru_cache(maxsize=256)
+def _numba_stream(handle):
+    from numba import cuda
+
+    return cuda.external_stream(handle)
 
 
 def stream_handle(stream, like, like_kind, device):
@@ -188,28 +201,29 @@ def stream_handle(stream, like, like_kind, device):
         if like_kind == "cupy":
             return sys.modules["cupy"].cuda.get_current_stream(device).ptr
         stream = like.stream if like_kind == "numba" else like.__cuda_array_interface__.get("stream") or 0
+    return handle_of(stream)
+
+
+def handle_of(stream):
+    """The address of a stream, which may be an int itself; None for what is no stream."""
     if isinstance(stream, int):
-        return stream
-    for name in ("cuda_stream", "ptr", "handle"):
-        if hasattr(stream, name):
-            handle = getattr(stream, name)
-            # ctypes' null pointer has None for its value
-            return int(getattr(handle, "value", handle) or 0)
-    return int(stream.__cuda_stream__()[1])
+        return stream if stream >= 0 and not isinstance(stream, bool) else None
+    if hasattr(stream, "__cuda_stream__"):
+        return int(stream.__cuda_stream__()[1])
+    if hasattr(stream, "cuda_stream"):
+        return int(stream.cuda_stream)
+    is_cupy_stream = type(stream).__module__.startswith("cupy.") and hasattr(stream, "ptr") and hasattr(stream, "use")
+    return int(stream.ptr) if is_cupy_stream else None
 
 
-def is_stream(stream):
-    """Whether it is an address, or an object of a library that has one."""
-    return (isinstance(stream, int) and not isinstance(stream, bool)) or any(
-        hasattr(stream, name) for name in ("cuda_stream", "ptr", "handle", "__cuda_stream__")
-    )
-
-
-def allocating_on(handle, like_kind, device):
+def allocating_on(handle, stream, like_kind, device):
     """A context in which the library's pool gives memory that this stream alone uses."""
     if like_kind == "torch":
-        torch = sys.modules["torch"]
-        return torch.cuda.stream(torch.cuda.ExternalStream(handle, device))
+        torch = sys.modules["torch"].cuda
+        # torch takes the address 0 for a wish for another stream
+        return torch.stream(torch.ExternalStream(handle, device) if handle else torch.default_stream(device))
     if like_kind == "cupy":
-        return sys.modules["cupy"].cuda.ExternalStream(handle, device)
+        streams = sys.modules["cupy"].cuda
+        has_new_way = hasattr(streams.Stream, "from_external")
+        return streams.Stream.from_external(stream) if has_new_way else streams.ExternalStream(handle, device)
     return nullcontext()

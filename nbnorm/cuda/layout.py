@@ -38,7 +38,7 @@ def access(itemsize, most, *bytes_between):
     return min(most, max(1, gcd(16, *bytes_between) // itemsize))
 
 
-def size(view):
+def extent(view):
     """Bytes from its first to its last; 0 for None."""
     if view is None:
         return 0

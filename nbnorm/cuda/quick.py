@@ -37,7 +37,7 @@ def remember(plan, call):
 def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream):
     """As the long way does, or None where the call is not known."""
     # what is allocated for a stream other than the library's current one is the long way's matter
-    if stream is not None and (out is None or return_stats or not arrays.is_stream(stream)):
+    if stream is not None and (out is None or return_stats or arrays.handle_of(stream) is None):
         return None
     known = _known(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
     if known is None:
@@ -48,18 +48,19 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
         return None
     problem = plan.problem
     kind = arrays.kind(x)
+    handle = arrays.stream_handle(stream, x, kind, plan.device)
     y = mean = rstd = None
     mean_address = rstd_address = 0
     if out is None:
-        y = arrays.empty(problem.shape, problem.dtype, x, kind)
+        y = arrays.empty(problem.shape, problem.dtype, x, kind, handle)
         y_address = arrays.address(y, kind)
     elif not _is_apart(y_address, inputs, plan, out is x):
         return None
     if return_stats:
-        mean, rstd = (arrays.empty(problem.statistics_shape, problem.statistics_dtype, x, kind) for _ in range(2))
+        shape, dtype = problem.statistics_shape, problem.statistics_dtype
+        mean, rstd = (arrays.empty(shape, dtype, x, kind, handle) for _ in range(2))
         mean_address, rstd_address = arrays.address(mean, kind), arrays.address(rstd, kind)
-    stream = launch.stream_object(arrays.stream_handle(stream, x, kind, plan.device), plan.device)
-    plan.enqueue(stream, *inputs, *plan.fixed, y_address, mean_address, rstd_address, 0)
+    plan.enqueue(launch.stream_object(handle, plan.device), *inputs, *plan.fixed, y_address, mean_address, rstd_address, 0)
     return y, mean, rstd
 
 

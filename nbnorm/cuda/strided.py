@@ -18,14 +18,22 @@ STORAGE_OF_INTEGERS = {integer.name: integer for integer in INTEGERS} | {"bool":
 
 def enqueue(source, destination, place):
     """Copy an array into one of the same shape, and of the same dtype or, from integers, float64."""
-    names = source.dtype.name, destination.dtype.name
     shape, *strides = joined(source.shape, source.strides, destination.strides)
+    if len(shape) > DIMENSIONS:
+        for i in range(shape[0]):
+            inner = [
+                view._replace(address=view.address + i * steps[0], shape=tuple(shape[1:]), strides=tuple(steps[1:]))
+                for view, steps in zip((source, destination), strides, strict=True)
+            ]
+            enqueue(inner[0], inner[1], place)
+        return
     missing = DIMENSIONS - len(shape)
     shape = [1] * missing + shape
     strides = [
         [0] * missing + [stride // view.itemsize for stride in steps]
         for steps, view in zip(strides, (source, destination), strict=True)
     ]
+    names = source.dtype.name, destination.dtype.name
     kernel = copy(place.capability, *names)
     blocks = -(-source.size // THREADS)
     run = launch.prepare(kernel, copy_signature(*names), place.device, blocks, THREADS)

@@ -180,7 +180,7 @@ def install():
     array_type = devicearray.FakeCUDAArray
     array_type.device_ctypes_pointer = property(lambda array: ctypes.c_void_p(array._ary.ctypes.data))
     array_type.view = lambda array, dtype: array_type(array._ary.view(dtype))
-    array_type.gpu_data = SimpleNamespace(context=SimpleNamespace(device=SimpleNamespace(id=0)))
+    array_type.gpu_data = SimpleNamespace(_view=SimpleNamespace(context=SimpleNamespace(device=SimpleNamespace(id=0))))
     cuda.to_device = lambda *arguments, **options: _known(to_device(*arguments, **options))
     cuda.device_array = lambda *arguments, **options: _known(_unwritten(device_array(*arguments, **options)))
     # what `device_array_like` calls

@@ -93,9 +93,10 @@ def test_torch_current_stream(rng, torch):
         y = nbnorm.layer_norm(late, 4096)
     stream.synchronize()
     assert torch.equal(y, wanted)
-    y = nbnorm.layer_norm(x, 4096, stream=stream)
-    stream.synchronize()
-    assert torch.equal(y, wanted)
+    for other in (stream, 0, torch.cuda.default_stream(), stream.cuda_stream):
+        y = nbnorm.layer_norm(x, 4096, stream=other)
+        torch.cuda.synchronize()
+        assert torch.equal(y, wanted)
 
 
 @pytest.mark.parametrize("cols", [COLS, 40_000])
@@ -125,6 +126,9 @@ def test_cupy(rng, cupy, dtype):
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         again = nbnorm.layer_norm(x, COLS, weight)
+    stream.synchronize()
+    assert (again == y).all()
+    again = nbnorm.layer_norm(x, COLS, weight, stream=stream)
     stream.synchronize()
     assert (again == y).all()
     assert (nbnorm.layer_norm(x[:, ::2], COLS // 2) == nbnorm.layer_norm(cupy.ascontiguousarray(x[:, ::2]), COLS // 2)).all()

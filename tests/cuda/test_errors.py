@@ -29,6 +29,7 @@ def no_kernel_runs(monkeypatch):
         ({"return_stats": 1}, TypeError, "return_stats: 1"),
         ({"stream": "main"}, TypeError, "stream: 'main' of type str; expected a stream, or its address"),
         ({"stream": True}, TypeError, "stream: True"),
+        ({"stream": -1}, TypeError, "stream: -1"),
     ],
 )
 def test_forward(arguments, error, message):
@@ -76,3 +77,9 @@ def test_the_backward_is_not_there_yet():
     x = cuda.to_device(X)
     with pytest.raises(TypeError, match="^dy: .* on a CUDA device; expected an array in CPU memory"):
         nbnorm.layer_norm_backward(x, x, 4)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:", "cuda:x", "cuda:-1"])
+def test_a_layer_on_no_device(device):
+    with pytest.raises(TypeError, match=f"^device: '{device}'; expected"):
+        nbnorm.LayerNorm(4, elementwise_affine=False, device=device)

@@ -174,3 +174,18 @@ def test_pitch(shape, strides, batch_ndim, wanted):
         cols = int(np.prod(normalized_shape))
 
     assert layout.pitch(View(0, shape, strides, np.dtype(np.float32), 0), Problem) == wanted
+
+
+def test_a_strided_bfloat16_weight_of_other_rows(rng):
+    x = rng.standard_normal((3, 8)).astype(np.float32)
+    weight = rng.standard_normal(16).astype(ml_dtypes.bfloat16)
+    for rows in (x, rng.integers(0, 9, (3, 8))):
+        y = nbnorm.layer_norm(to_device(rows), 8, to_device(weight)[::2])
+        np.testing.assert_array_equal(to_host(y), expected(rows, 8, to_device(weight[::2].copy())))
+
+
+def test_more_dimensions_than_a_copy_takes_at_once(rng):
+    x = rng.standard_normal((2,) * 11).astype(np.float32)
+    device = to_device(x)
+    y = nbnorm.layer_norm(strided(device, x.shape, x.strides[::-1]), 2)
+    np.testing.assert_array_equal(to_host(y), expected(x.transpose(), 2))

@@ -308,7 +308,7 @@ def test_a_stream_that_is_given(operands, checked, monkeypatch):
     streams = []
     stream_object = launch.stream_object
     monkeypatch.setattr(launch, "stream_object", lambda *stream: streams.append(stream) or stream_object(*stream))
-    for stream in (0, SimpleNamespace(ptr=0)):
+    for stream in (0, SimpleNamespace(cuda_stream=0)):
         out = cuda.device_array_like(x)
         assert_same_bits(values(nbnorm.layer_norm(x, COLS, weight, bias, out=out, stream=stream)), expected)
     assert len(checked) == 1
