@@ -1,7 +1,7 @@
 """How a row is shared out to threads: by its length and the dtypes alone, so that it has the same bits in any batch.
 
-Reasons are given for an H200 (132 multiprocessors, a copy moves 4.3 TB/s): to keep its memory busy, each multiprocessor needs
-some 32 KB of loads under way at any time, and it has registers for 256 KB.
+Reasons are given for an H200 (132 multiprocessors, a copy moves 4.3 TB/s): to keep its memory busy, each of them needs some
+32 KB of loads under way at any time, and it has registers for 256 KB.
 """
 
 from math import gcd
