@@ -96,11 +96,17 @@ def read(array):
     return to_numpy(array.cpu(), "torch")
 
 
+def torch_has_cuda():
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def library(dtype):
-    """The first that is there and has the dtype. All of them work on the default stream, which is one and the same."""
+    """The first that is there, can use the device and has the dtype. All work on the default stream, which is the same."""
     for candidate in (Torch, CuPy, Numba):
         if all(importlib.util.find_spec(module) for module in candidate.modules):
-            if candidate is CuPy and dtype == "bfloat16":
+            if (candidate is CuPy and dtype == "bfloat16") or (candidate is Torch and not torch_has_cuda()):
                 continue
             return candidate()
     raise AssertionError("Numba is always there")

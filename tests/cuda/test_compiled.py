@@ -21,6 +21,9 @@ import offline
 from nbnorm.cuda import instructions, kernels, sizes, strided
 from nbnorm.cuda.sizes import WARP
 
+# what compiles for devices is the same without the CPU's compiler
+pytestmark = pytest.mark.compiled
+
 if why := offline.missing():
     pytest.skip(f"CUDA kernels compile-only: {why}", allow_module_level=True)
 

@@ -49,6 +49,7 @@ ln(x)
 """
 
 
+@pytest.mark.compiled
 @pytest.mark.skipif(bool(numba.config.ENABLE_CUDASIM), reason="the simulator has no driver")
 @pytest.mark.skipif(offline.missing() is not None, reason=f"there is no compiler for kernels: {offline.missing()}")
 def test_every_way_of_a_call(tmp_path, python_environment):
