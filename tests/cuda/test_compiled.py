@@ -21,13 +21,13 @@ import offline
 from nbnorm.cuda import instructions, kernels, sizes, strided
 from nbnorm.cuda.sizes import WARP
 
-# what compiles for devices is the same without the CPU's compiler
-pytestmark = pytest.mark.compiled
-
 if why := offline.missing():
     pytest.skip(f"CUDA kernels compile-only: {why}", allow_module_level=True)
 
 from nbnorm.cuda import lowering
+
+# what compiles for devices is the same without the CPU's compiler
+pytestmark = pytest.mark.compiled
 
 FULL = (9, 0)
 # Turing is the oldest that CUDA 13 builds for; 8.0 is the first to round bfloat16 itself; 10.0 the newest of the servers'
