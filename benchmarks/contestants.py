@@ -48,9 +48,9 @@ def make_arrays(dtype, rows, cols):
     return Arrays(dy, x, out, weight, bias, flat)
 
 
-def installed():
-    """The names of the libraries beside NumPy that are there."""
-    return [name for name, modules in MODULES.items() if all(importlib.util.find_spec(module) for module in modules)]
+def installed(needed=MODULES):
+    """The names of the libraries beside NumPy that are there, with all modules that they need."""
+    return [name for name, modules in needed.items() if all(importlib.util.find_spec(module) for module in modules)]
 
 
 def prepare(peers, threads):

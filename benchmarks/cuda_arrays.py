@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 from numba import cuda
 
-from nbnorm.arrays import give_back, to_numpy
+from nbnorm.arrays import give_back, on_device
 
 
 class Torch:
@@ -68,7 +68,7 @@ class Numba:
     modules = ()
 
     def array(self, host):
-        return cuda.to_device(host.view(np.uint8)).view(host.dtype)
+        return on_device(host, "cuda")
 
     def empty_like(self, array):
         return cuda.device_array(array.shape, array.dtype)
@@ -85,15 +85,6 @@ class Numba:
 
     def milliseconds(self, start, end):
         return start.elapsed_time(end)
-
-
-def read(array):
-    """An array of any of these, in CPU memory."""
-    if hasattr(array, "get"):
-        return array.get()
-    if hasattr(array, "copy_to_host"):
-        return array.view(np.uint8).copy_to_host().view(array.dtype)
-    return to_numpy(array.cpu(), "torch")
 
 
 def torch_has_cuda():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import contestants
 import cuda_arrays
 import cuda_contestants
 import cuda_timing
@@ -19,6 +20,7 @@ from numba import cuda
 from tqdm import tqdm
 
 from nbnorm import reference
+from nbnorm.arrays import read
 
 COLS = (64, 256, 768, 1000, 1001, 1024, 2048, 4096, 4100, 8192, 16384, 32768, 131072)
 QUICK_COLS = (768, 4096)
@@ -34,7 +36,7 @@ def run(options):
     if not cuda.is_available():
         raise SystemExit(f"no CUDA device: {cuda.cuda_error() or 'the driver finds none'}")
     begin = time.perf_counter()
-    peers = cuda_contestants.installed()
+    peers = contestants.installed(cuda_contestants.MODULES)
     total = 0 if options.shapes and options.quick else cuda_contestants.BYTES
     timed, late = [], []
     problems = [(dtype, *shape) for dtype in options.dtypes for shape in options.shapes or shapes(dtype, options.quick)]
@@ -83,7 +85,7 @@ def check(name, call, library, arrays, x, weight, bias):
     del array
     y = call(arrays)
     cuda.synchronize()
-    y = cuda_arrays.read(arrays.out if y is None else y)
+    y = read(arrays.out if y is None else y)
     if np.any(y.view(f"u{y.itemsize}") == np.iinfo(f"u{y.itemsize}").max):
         raise SystemExit(f"{name}: {x.dtype} {x.shape} left elements unwritten")
     chosen = np.unique(np.linspace(0, len(x) - 1, CHECKED_ROWS).astype(int))

@@ -4,7 +4,6 @@ A library is imported only where it is called, so that any may be absent. torch'
 torch's arrays, where torch holds them.
 """
 
-import importlib.util
 import math
 from typing import Any, NamedTuple
 
@@ -26,11 +25,6 @@ class Set(NamedTuple):
     weight: Any
     bias: Any
     out: Any
-
-
-def installed():
-    """The names of the peers that are there."""
-    return [name for name, modules in MODULES.items() if all(importlib.util.find_spec(module) for module in modules)]
 
 
 def host_arrays(dtype, rows, cols):

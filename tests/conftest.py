@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 import nbnorm
 import offline
-from nbnorm import checks
+from nbnorm import report
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
@@ -37,7 +37,7 @@ def pytest_report_header(config):
 def cuda_level():
     if numba.config.ENABLE_CUDASIM:
         return "in the simulator"
-    fault = "numba-cuda is not installed" if not checks.has_numba_cuda() else checks.cuda_fault()
+    fault = report.cuda_fault()
     return f"in the simulator, by tests/cuda/test_levels; LEFT OUT on a device: {fault}" if fault else "on a device"
 
 

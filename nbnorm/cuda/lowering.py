@@ -3,8 +3,6 @@
 It is imported where a kernel is compiled, and by nothing that runs in the simulator.
 """
 
-import functools
-
 from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.core.targetconfig import ConfigStack
@@ -12,7 +10,7 @@ from numba.cuda.extending import lower_builtin, type_callable
 
 from nbnorm.cuda import instructions
 
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 HALF, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 FLOAT16, BFLOAT16 = types.uint16, types.int16
 LLVM_TYPES = {types.float32: F32, types.float64: F64, FLOAT16: I16, BFLOAT16: I16}
@@ -21,21 +19,25 @@ ARRAY_DATA = 4
 
 
 def accesses(function):
-    """Decorate a rule: from the types of the arguments to the code, or to None where the last two are no constants."""
+    """Decorate a rule: from the types of an element, computed and stored, and the constant width and access, to the code."""
 
     def register(rule):
+        def code_of(values, pointer, width, access):
+            if isinstance(width, types.IntegerLiteral) and isinstance(access, types.IntegerLiteral):
+                return rule(values.dtype, pointer.dtype, width.literal_value, access.literal_value)
+            return None
+
         @type_callable(function)
         def typing(context):
-            # Numba asks for the names of the arguments
-            @functools.wraps(rule)
             def typer(values, k, pointer, at, width, access):
-                return types.none if rule(values, k, pointer, at, width, access) else None
+                return types.none if code_of(values, pointer, width, access) else None
 
             return typer
 
         @lower_builtin(function, types.VarArg(types.Any))
         def lower(context, builder, signature, arguments):
-            rule(*signature.args)(builder, *arguments)
+            values, _, pointer, _, width, access = signature.args
+            code_of(values, pointer, width, access)(builder, *arguments)
             return context.get_dummy_value()
 
         return rule
@@ -44,11 +46,7 @@ def accesses(function):
 
 
 @accesses(instructions.load)
-def _load(values, k, source, at, width, access):
-    if not _are_constants(width, access):
-        return None
-    width, access = width.literal_value, access.literal_value
-    computed, stored = values.dtype, source.dtype
+def _load(computed, stored, width, access):
     # no access is wider than 16 bytes, which a vector of parameters wider than x may be
     access = min(access, 16 // _bytes(stored))
 
@@ -63,12 +61,7 @@ def _load(values, k, source, at, width, access):
 
 
 @accesses(instructions.store)
-def _store(values, k, destination, at, width, access):
-    if not _are_constants(width, access):
-        return None
-    width, access = width.literal_value, access.literal_value
-    computed, stored = values.dtype, destination.dtype
-
+def _store(computed, stored, width, access):
     def code(builder, values, k, destination, at, *_):
         elements = [builder.load(_element(builder, values, k, i)) for i in range(width)]
         for first in range(0, width, access):
@@ -119,10 +112,6 @@ def _inverse_power_of_two(builder, value):
 _computes(instructions.inverse, _inverse)
 _computes(instructions.inverse_root, _inverse_root)
 _computes(instructions.inverse_power_of_two, _inverse_power_of_two)
-
-
-def _are_constants(*argument_types):
-    return all(isinstance(t, types.IntegerLiteral) for t in argument_types)
 
 
 def _bytes(stored):
