@@ -8,8 +8,6 @@ The parallel build of a kernel gives the bits of the serial one: what is split, 
 """
 
 import functools
-import hashlib
-from pathlib import Path
 
 import numpy as np
 from numba import from_dtype, njit, prange, types
@@ -32,11 +30,11 @@ from nbnorm.cpu.rows import (
     split,
     statistics,
 )
+from nbnorm.sources import digest
 
 # Numba's disk cache tells kernels apart by their own source and what they close over, not by what they call or by their
 # options; a kernel closes over this and `parallel` for that reason alone
-SOURCES = sorted(Path(__file__).parent.glob("*.py"))
-DIGEST = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()
+DIGEST = digest(__file__)
 
 # where the variance is outside these bounds, a square or a deviation may be 0 or Inf in the type that the kernel computes in
 VARIANCE_BOUNDS = {"float32": (2.0**-220, 2.0**210), "float64": (2.0**-960, 2.0**960)}
