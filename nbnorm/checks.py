@@ -56,14 +56,18 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
 
 
 def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream):
-    """The problem, the operands as NumPy arrays or None, output_mask as bools, and out as three arrays or None."""
-    _stream(stream, CPU)
-    dy_array, dy_dtype = _operand("dy", dy)
-    x_array, dtype = _operand("x", x)
-    _can_be_given_back(x)
-    weight_array, weight_dtype = _optional("weight", weight)
-    mean_array, _ = _optional("mean", mean)
-    rstd_array, _ = _optional("rstd", rstd)
+    """The problem, the operands as in `forward` or None, output_mask as bools, and out as three of them or None."""
+    device = CUDA if arrays.is_cuda(x) else CPU
+    _stream(stream, device)
+    x_array, dtype = _operand("x", x, device)
+    if device == CUDA:
+        device = x_array.device
+    else:
+        _can_be_given_back(x)
+    dy_array, dy_dtype = _operand("dy", dy, device)
+    weight_array, weight_dtype = _optional("weight", weight, device)
+    mean_array, _ = _optional("mean", mean, device)
+    rstd_array, _ = _optional("rstd", rstd, device)
     problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (weight_dtype, dy_dtype))
     _shape("dy", dy_array, problem.shape, "the shape of x")
     _shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
@@ -73,7 +77,8 @@ def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rs
     _shape("mean", mean_array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
     _shape("rstd", rstd_array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
     mask = _mask(output_mask)
-    return problem, dy_array, x_array, weight_array, mean_array, rstd_array, mask, _outs(out, problem, mask)
+    outs = _outs(out, problem, mask, device)
+    return problem, dy_array, x_array, weight_array, mean_array, rstd_array, mask, outs
 
 
 def shape(normalized_shape):
@@ -364,7 +369,7 @@ def _is_apart(array):
     return True
 
 
-def _outs(out, problem, mask):
+def _outs(out, problem, mask, device):
     if out is None:
         return None, None, None
     if not isinstance(out, tuple | list):
@@ -376,7 +381,7 @@ def _outs(out, problem, mask):
     for i, wanted in enumerate(mask):
         if out[i] is not None and not wanted:
             raise ValueError(f"out[{i}]: {_type_name(out[i])}; expected None, since output_mask[{i}] is False")
-    result = tuple(_out(f"out[{i}]", out[i], shapes[i], dtypes[i]) for i in range(3))
+    result = tuple(_out(f"out[{i}]", out[i], shapes[i], dtypes[i], device) for i in range(3))
     for i, j in ((0, 1), (0, 2), (1, 2)):
         if result[i] is not None and result[j] is not None and _shares_memory(result[i], result[j]):
             raise ValueError(f"out[{j}]: shares memory with out[{i}]; expected arrays that do not overlap")

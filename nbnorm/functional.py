@@ -111,7 +111,9 @@ def layer_norm(
         if y is not None:
             return y
     if arrays.is_cuda(x):
-        y, mean, rstd = _on_cuda((x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream))
+        call = x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream
+        cuda = _cuda()
+        y, mean, rstd = cuda.quick.forward(*call) or cuda.forward(*checks.forward(*call), call)
         if y is None:
             y = _written(out)
         return LayerNormResult(y, mean, rstd) if return_stats else y
@@ -142,7 +144,7 @@ def layer_norm_backward(
     rstd: Array | None = None,
     output_mask: Sequence[bool] = (True, True, True),
     out: Sequence[Array | None] | None = None,
-    stream: None = None,
+    stream: Any = None,
 ) -> LayerNormGrads:
     """Gradients of `layer_norm` with respect to x, weight and bias.
 
@@ -167,8 +169,8 @@ def layer_norm_backward(
         Which of dx, dweight and dbias to compute. The others are None and cost nothing.
     out : tuple of three arrays or None, optional
         Where to write the gradients. dx may be dy or x itself, or overlap any input.
-    stream : None
-        For CUDA arrays only.
+    stream : stream or int, optional
+        As in `layer_norm`.
 
     Returns
     -------
@@ -192,8 +194,9 @@ def layer_norm_backward(
         dbias = sum over rows of dy
 
     Both variance modes have these same gradients, since they are the same function; where difference of squares had to be
-    clamped, its rstd is used as it is. dweight and dbias are float64 sums, rounded once; the order of every sum depends on
-    the shape alone, so the results have the same bits at any number of threads.
+    clamped, its rstd is used as it is. dweight and dbias are float64 sums, on CUDA float32 ones where no operand is float64,
+    rounded once; the order of every sum depends on the shape alone, so the results have the same bits at any number of
+    threads, and call after call.
 
     References
     ----------
@@ -214,6 +217,12 @@ def layer_norm_backward(
         grads = cpu.quick.backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, output_mask, out)
         if grads is not None:
             return LayerNormGrads(*grads)
+    if arrays.is_cuda(x):
+        call = dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream
+        cuda = _cuda()
+        grads = cuda.quick.backward(*call) or cuda.backward(*checks.backward(*call), call)
+        outs = (None, None, None) if out is None else out
+        return LayerNormGrads(*(grad if given is None else _written(given) for grad, given in zip(grads, outs, strict=True)))
     problem, dy_array, x_array, weight, mean, rstd, output_mask, out_arrays = checks.backward(
         dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream
     )
@@ -228,16 +237,6 @@ def layer_norm_backward(
             for grad, given in zip(grads, outs, strict=True)
         )
     )
-
-
-def _on_cuda(call):
-    """Returns y, or None where there is an `out`, and mean and rstd or None; `call` has the arguments of the checks."""
-    cuda = _cuda()
-    results = cuda.quick.forward(*call)
-    if results is None:
-        problem, x, weight, bias, out = checks.forward(*call)
-        results = cuda.forward(problem, x, weight, bias, out, call)
-    return results
 
 
 @functools.cache

@@ -102,8 +102,8 @@ class LayerNorm:
     def backward(self, dy: Array, x: Array) -> LayerNormGrads:
         """Gradients for dy at the input x, None for a parameter that is switched off; see `layer_norm_backward`.
 
-        They are of x's library, while the parameters are NumPy arrays. Nothing is kept from the forward pass, so that
-        several threads can use one layer.
+        They are of x's library, whatever the parameters are. Nothing is kept from the forward pass, so that several threads
+        can use one layer.
         """
         return layer_norm_backward(
             dy,

@@ -11,6 +11,7 @@ from numba import njit, prange
 
 import nbnorm
 from nbnorm import checks, reference
+from nbnorm.functional import LayerNormGrads
 
 # (shape, normalized_shape): a transformer's activations, a large one's, and a batch of images
 SHAPES = [((8192, 768), (768,)), ((4096, 4096), (4096,)), ((32, 64, 28, 28), (28, 28))]
@@ -50,9 +51,7 @@ def report():
     if cuda_fault() is None:
         print()
         print("On the CUDA device, by its clock:")
-        for _, x, weight, bias, backward, use_diff_of_squares in cases():
-            if not backward:
-                passed.append(check_on_cuda(x, weight, bias, use_diff_of_squares))
+        passed += [check_on_cuda(*case) for case in cases()]
     print()
     print(f"{sum(passed)} of {len(passed)} checks passed")
     return all(passed)
@@ -70,7 +69,7 @@ def cuda_devices():
         return f"none, {fault}"
     from numba import cuda
 
-    return ", ".join(device.name for device in cuda.gpus) + "; forward"
+    return ", ".join(device.name for device in cuda.gpus)
 
 
 def cases():
@@ -108,23 +107,29 @@ def check(dy, x, weight, bias, backward, use_diff_of_squares):
     return show(x, row, name, use_diff_of_squares, error, ALLOWED[name], times)
 
 
-def check_on_cuda(x, weight, bias, use_diff_of_squares):
-    """The same for the forward on the current CUDA device."""
+def check_on_cuda(dy, x, weight, bias, backward, use_diff_of_squares):
+    """The same on the current CUDA device."""
     from numba import cuda
 
     row = weight.shape
-    x_there, weight_there, bias_there = (cuda.to_device(array) for array in (x, weight, bias))
+    dy_there, x_there, weight_there, bias_there = (cuda.to_device(array) for array in (dy, x, weight, bias))
     # not what an earlier call left
-    out = cuda.to_device(np.full_like(x, np.nan))
-    destination = cuda.device_array_like(x_there)
+    out = [cuda.to_device(np.full_like(array, np.nan)) for array in (x, weight, weight)]
+    copied = cuda.device_array(x.size * 3 // 2 if backward else x.size, np.float32)
+    destination = cuda.device_array_like(copied)
 
     def ours():
-        nbnorm.layer_norm(x_there, row, weight_there, bias_there, 1e-5, use_diff_of_squares, out=out)
+        if backward:
+            nbnorm.layer_norm_backward(dy_there, x_there, row, weight_there, 1e-5, use_diff_of_squares, out=tuple(out))
+        else:
+            nbnorm.layer_norm(x_there, row, weight_there, bias_there, 1e-5, use_diff_of_squares, out=out[0])
 
     ours()
-    error = largest_error_of_y(out.copy_to_host(), x, weight, bias)
-    ours_time, copy_time = cuda_medians(ours, lambda: destination.copy_to_device(x_there))
-    return show(x, row, "forward", use_diff_of_squares, error, ALLOWED_ON_CUDA, (ours_time, None, copy_time), digits=3)
+    result = LayerNormGrads(*(array.copy_to_host() for array in out))
+    error = largest_error_of_gradients(result, dy, x, weight) if backward else largest_error_of_y(result.dx, x, weight, bias)
+    ours_time, copy_time = cuda_medians(ours, lambda: destination.copy_to_device(copied))
+    name = "backward" if backward else "forward"
+    return show(x, row, name, use_diff_of_squares, error, ALLOWED_ON_CUDA, (ours_time, None, copy_time), digits=3)
 
 
 def show(x, row, name, use_diff_of_squares, error, allowed, times, digits=2):

@@ -20,6 +20,7 @@ SQUARES_EPS = 4
 # CUDA kernels compute in float32 throughout: sums of up to 32 elements in a thread, then of pairs, and a mean in two parts
 CUDA_Y_EPS = 16
 CUDA_STATISTICS_EPS = 16
+CUDA_GRADIENT_EPS = 16
 
 
 @np.errstate(all="ignore")
@@ -52,15 +53,20 @@ def assert_statistics(mean, rstd, x, ndim, eps=1e-5, use_diff_of_squares=False, 
 
 
 @np.errstate(all="ignore")
-def assert_grads(grads, dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=False, cancels=True):
+def assert_grads(
+    grads, dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=False, cancels=True,
+    gradient_eps=GRADIENT_EPS, sums="float64",
+):  # fmt: skip
     """Within 8 eps: dx of |dx| + the row's largest |dx|, dweight and dbias of themselves + sqrt(rows), as random sums grow.
+
+    That is `gradient_eps`, where the sums that statistics come from are of the type `sums`.
 
     With `cancels`, dx may be small against the terms that it is a difference of, and is measured against the largest of
     them: no arithmetic in the dtype can do better for, say, rows of two elements, whose dx is nearly zero.
     """
     exact_dx, exact_dweight, exact_dbias = oracle.backward(dy, x, ndim, weight, eps)
     rows = np.prod(np.shape(x)[: np.ndim(x) - ndim])
-    rstd_error = _rstd_error(x, ndim, eps) if use_diff_of_squares else 0
+    rstd_error = _rstd_error(x, ndim, eps, sums) if use_diff_of_squares else 0
     if grads.dx is not None:
         axes = tuple(range(-ndim, 0))
         largest = np.abs(exact_dx).max(axes, keepdims=True, initial=0)
@@ -68,11 +74,11 @@ def assert_grads(grads, dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=
             _, _, rstd = oracle.forward(x, ndim, eps=eps)
             g = np.asarray(dy).astype(oracle.WIDE) * (1 if weight is None else np.asarray(weight).astype(oracle.WIDE))
             largest = largest + rstd * np.abs(g).max(axes, keepdims=True, initial=0)
-        relative = GRADIENT_EPS * EPS[grads.dx.dtype.name] + rstd_error
+        relative = gradient_eps * EPS[grads.dx.dtype.name] + rstd_error
         _assert_close("dx", grads.dx, exact_dx, relative * (np.abs(exact_dx) + largest))
     for name, value, exact in (("dweight", grads.dweight, exact_dweight), ("dbias", grads.dbias, exact_dbias)):
         if value is not None:
-            relative = GRADIENT_EPS * EPS[value.dtype.name] + np.max(rstd_error, initial=0)
+            relative = gradient_eps * EPS[value.dtype.name] + np.max(rstd_error, initial=0)
             _assert_close(name, value, exact, relative * (np.abs(exact) + np.sqrt(rows)))
 
 

@@ -1,12 +1,12 @@
 """Layer norm on CUDA arrays that `checks` has passed: allocate, bring the operands into rows, enqueue the kernels."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nbnorm.cuda import arrays, kernels, launch, layout, quick, sizes, strided
-from nbnorm.cuda.rows import STATE
+from nbnorm.cuda.rows import MEANS, STATE
 from nbnorm.problem import wide_dtype
 
 # it allows every access
@@ -38,8 +38,14 @@ class Place(NamedTuple):
         self.temporaries.append(self.empty(shape, np.dtype(np.float16) if dtype == arrays.BFLOAT16 else dtype))
         return self.view(self.temporaries[-1])._replace(dtype=dtype)
 
+    def workspace(self, counts, dtype):
+        """The addresses of so many elements each, in one temporary array."""
+        self.temporaries.append(arrays.workspace(sum(counts), dtype, self.like, self.kind, self.device, self.handle))
+        start = arrays.address(self.temporaries[-1], self.kind)
+        return [start + sum(counts[:i]) * dtype.itemsize for i in range(len(counts))]
+
     def view(self, array):
-        return arrays.view(array, self.kind)
+        return None if array is None else arrays.view(array, self.kind)
 
 
 def forward(problem, x, weight, bias, out, call):
@@ -48,45 +54,70 @@ def forward(problem, x, weight, bias, out, call):
     `call` has the arguments as they came, which `quick` will know such a call by.
     """
     like, return_stats, stream = call[0], call[-2], call[-1]
-    kind = arrays.kind(like)
-    handle = arrays.stream_handle(stream, like, kind, x.device)
-    with ExitStack() as stack:
-        stack.enter_context(launch.on(x.device))
-        stream_object = launch.stream_object(handle, x.device)
-        if stream is not None:
-            stack.enter_context(arrays.allocating_on(handle, stream_object, kind, x.device))
-        place = Place(like, kind, x.device, handle, stream_object, [])
+    with _placed(like, x.device, stream) as place:
         y = place.empty(problem.shape, problem.dtype) if out is None else None
         mean = rstd = None
         if return_stats:
             mean, rstd = (place.empty(problem.statistics_shape, problem.statistics_dtype) for _ in range(2))
         if problem.rows > 0 and problem.cols > 0:
-            views = [None if array is None else place.view(array) for array in (mean, rstd)]
-            plan = _enqueue(problem, x, weight, bias, out or place.view(y), views, place)
+            statistics = [place.view(array) for array in (mean, rstd)]
+            plan = _enqueue_forward(problem, x, weight, bias, out or place.view(y), statistics, place)
             if plan is not None:
-                quick.remember(plan, call)
+                quick.remember_forward(plan, call)
         elif return_stats and problem.rows > 0:
             # a row of no columns has no mean
             for array in (mean, rstd):
-                launch.fill_with_nan(place.view(array), place.stream)
+                launch.fill(place.view(array), 0xFF, place.stream)
     return y, mean, rstd
 
 
-def _enqueue(problem, x, weight, bias, target, statistics, place):
+def backward(problem, dy, x, weight, mean, rstd, output_mask, out, call):
+    """Returns dx, dweight and dbias, None where not asked for or where there is an `out`; `call` is as in `forward`."""
+    like, stream = call[1], call[-1]
+    with _placed(like, x.device, stream) as place:
+        shapes = problem.shape, problem.normalized_shape, problem.normalized_shape
+        dtypes = problem.dtype, problem.weight_dtype, problem.weight_dtype
+        grads = [
+            place.empty(shape, dtype) if wanted and target is None else None
+            for wanted, target, shape, dtype in zip(output_mask, out, shapes, dtypes, strict=True)
+        ]
+        targets = [target or place.view(grad) for target, grad in zip(out, grads, strict=True)]
+        if problem.rows > 0 and problem.cols > 0 and any(output_mask):
+            plan = _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place)
+            if plan is not None:
+                quick.remember_backward(plan, call)
+        elif problem.cols > 0:
+            # sums over no rows
+            for target in filter(None, targets[1:]):
+                zeros = _flat_target(target, place)
+                launch.fill(zeros, 0, place.stream)
+                _deliver(zeros, target, place)
+    return grads
+
+
+@contextmanager
+def _placed(like, device, stream):
+    """The place of a call, where its device is the current one and memory is allocated for its stream."""
+    kind = arrays.kind(like)
+    handle = arrays.stream_handle(stream, like, kind, device)
+    with ExitStack() as stack:
+        stack.enter_context(launch.on(device))
+        stream_object = launch.stream_object(handle, device)
+        if stream is not None:
+            stack.enter_context(arrays.allocating_on(handle, stream_object, kind, device))
+        yield Place(like, kind, device, handle, stream_object, [])
+
+
+def _enqueue_forward(problem, x, weight, bias, target, statistics, place):
     """Returns how the same is done again, where it is one kernel on the arrays as they are, else None."""
-    y, y_pitch, x_pitch = target, layout.pitch(target, problem), layout.pitch(x, problem)
-    if y_pitch is None or layout.may_overwrite(y, y_pitch, x, x_pitch, problem):
-        y = place.temporary(problem.shape, problem.dtype)
-        y_pitch = layout.pitch(y, problem)
-    if x_pitch is None or x.dtype != problem.dtype:
-        x = _copied(x, problem.dtype, place)
-        x_pitch = layout.pitch(x, problem)
+    y, y_pitch = _row_target(target, (x,), problem, place)
+    x, x_pitch = _rows(x, problem, place)
     weight, bias = (_parameter(array, y, place) for array in (weight, bias))
 
     dtype, itemsize = problem.compute_dtype, x.itemsize
-    segments = sizes.segments(problem.cols, dtype.itemsize)
-    tile = sizes.tile(problem.cols, itemsize, dtype.itemsize)
-    names = tuple(None if array is None else array.dtype.name for array in (x, weight, bias))
+    segments = sizes.segments(problem.cols, dtype.itemsize, "forward")
+    tile = sizes.tile(problem.cols, itemsize, dtype.itemsize, "forward")
+    names = _names(x, weight, bias)
     access = layout.access(itemsize, tile.width, x.address, x_pitch, y.address, y_pitch)
     parameter_access = min(layout.access(p.itemsize, tile.piece, p.address) for p in (weight, bias, ABSENT) if p is not None)
 
@@ -97,41 +128,151 @@ def _enqueue(problem, x, weight, bias, target, statistics, place):
 
     inputs = [_address(array) for array in (x, weight, bias)]
     eps = launch.number(problem.eps, dtype)
-    fixed = (problem.rows, problem.cols, segments, x_pitch // itemsize, y_pitch // itemsize, eps, statistics[0] is not None)
+    pitches = x_pitch // itemsize, y_pitch // itemsize
+    fixed = (problem.rows, problem.cols, *segments, *pitches, eps, statistics[0] is not None)
     results = [_address(array) for array in (y, *statistics)]
     plan = None
-    if segments == 1:
+    if segments.number == 1:
         enqueue = prepare("whole", -(-problem.rows // tile.teams))
         enqueue(place.stream, *inputs, *fixed, *results, 0)
         if not place.temporaries:
             input_sizes = [layout.extent(array) for array in (x, weight, bias)]
-            plan = quick.Plan(enqueue, fixed, problem, place.device, input_sizes, layout.extent(y))
+            plan = quick.Forward(enqueue, fixed, problem, place.device, input_sizes, layout.extent(y))
     else:
-        blocks = problem.rows * segments
-        parts, whole = (place.temporary((count, STATE), dtype).address for count in (blocks, problem.rows))
+        blocks = problem.rows * segments.number
+        parts, whole = place.workspace((blocks * STATE, problem.rows * STATE), dtype)
         prepare("states", blocks)(place.stream, *inputs, *fixed, *results, parts)
-        merge, signature = kernels.merge(place.capability, dtype.name), kernels.merge_signature(dtype.name)
-        enqueue = launch.prepare(merge, signature, place.device, problem.rows, kernels.MERGE_THREADS)
-        enqueue(place.stream, parts, problem.cols, segments, whole)
+        _merge(problem, dtype, segments, (parts, 0), (whole, 0), place)
         prepare("normalise", blocks)(place.stream, *inputs, *fixed, *results, whole)
-    if y is not target:
-        strided.enqueue(y, target, place)
+    _deliver(y, target, place)
     return plan
+
+
+def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
+    """As `_enqueue_forward`, with the sum over the groups of rows behind it."""
+    output_mask = with_dx, with_dweight, with_dbias = tuple(target is not None for target in targets)
+    dx, dx_pitch = _row_target(targets[0], (dy, x), problem, place) if with_dx else (None, 0)
+    dy, dy_pitch = _rows(dy, problem, place)
+    x, x_pitch = _rows(x, problem, place)
+    # what is not read is none of the kernel's choices
+    weight = weight if with_dx else None
+    mean, rstd = (mean, rstd) if with_dx or with_dweight else (None, None)
+    weight, mean, rstd = (_parameter(array, dx, place) for array in (weight, mean, rstd))
+
+    is_given = mean is not None
+    dtype = np.result_type(problem.compute_dtype, *(wide_dtype(array.dtype) for array in (mean, rstd) if is_given))
+    segments = sizes.segments(problem.cols, dtype.itemsize, "backward")
+    tile = sizes.tile(problem.cols, x.itemsize, dtype.itemsize, "backward")
+    groups = sizes.groups(problem.rows, segments.number, tile)
+    names = _names(dy, x, weight, mean, rstd)
+    access = layout.access(x.itemsize, tile.width, x.address, x_pitch, _address(dx), dx_pitch)
+    accesses = layout.access(dy.itemsize, tile.width, dy.address, dy_pitch), access
+    parameter_access = tile.piece if weight is None else layout.access(weight.itemsize, tile.piece, weight.address)
+    options = dtype.name, "given" if is_given else problem.variance, output_mask, tile, accesses, parameter_access
+
+    def prepare(step):
+        kernel = kernels.backward(place.capability, names, *options, step)
+        signature = kernels.backward_signature(names, dtype.name)
+        return launch.prepare(kernel, signature, place.device, groups * segments.number, tile.threads)
+
+    inputs = [_address(array) for array in (dy, x, weight, mean, rstd)]
+    eps = launch.number(problem.eps, dtype)
+    pitches = dy_pitch // dy.itemsize, x_pitch // x.itemsize, dx_pitch // x.itemsize
+    fixed = (problem.rows, problem.cols, groups, *segments, *pitches, eps)
+    is_plain = segments.number == 1 and not place.temporaries
+    sums_size = (with_dweight + with_dbias) * groups * problem.cols
+    states = means = sums = 0
+    if segments.number > 1:
+        rows, parts = problem.rows, problem.rows * segments.number
+        counts = sums_size, rows * STATE, rows * MEANS, parts * STATE, parts * MEANS
+        sums, states, means, *parts = place.workspace(counts, dtype)
+        if with_dx or (with_dweight and not is_given):
+            prepare("means")(place.stream, *inputs, *fixed, _address(dx), *parts, 0)
+            _merge(problem, dtype, segments, parts, (states, means), place, has_states=not is_given, has_means=with_dx)
+    elif sums_size:
+        (sums,) = place.workspace((sums_size,), dtype)
+    enqueue = prepare("whole" if segments.number == 1 else "gradients")
+    enqueue(place.stream, *inputs, *fixed, _address(dx), states, means, sums)
+
+    wanted = [target for target in targets[1:] if target is not None]
+    results = [_flat_target(target, place) for target in wanted]
+    add = _add_groups(problem, dtype, groups, sums, results, place) if wanted else None
+    for result, target in ((dx, targets[0]), *zip(results, wanted, strict=True)):
+        _deliver(result, target, place)
+    if not is_plain or results != wanted:
+        return None
+    extents = [[layout.extent(array) for array in views] for views in ((dy, x, weight, mean, rstd), targets)]
+    return quick.Backward(enqueue, fixed, add, problem, dtype, sums_size, place.device, *extents)
+
+
+def _add_groups(problem, dtype, groups, sums, results, place):
+    """Enqueue the sums over the groups, of which there are one or two; returns how it is done again."""
+    warps = sizes.adding_warps(groups)
+    kernel = kernels.add_groups(place.capability, dtype.name, problem.weight_dtype.name, warps)
+    signature = kernels.add_groups_signature(dtype.name, problem.weight_dtype.name)
+    blocks = -(-problem.cols // sizes.WARP) * len(results)
+    enqueue = launch.prepare(kernel, signature, place.device, blocks, warps * sizes.WARP)
+    enqueue(place.stream, sums, groups, problem.cols, results[0].address, results[-1].address)
+    return enqueue
+
+
+def _merge(problem, dtype, segments, parts, whole, place, has_states=True, has_means=False):
+    """Enqueue what makes the states and means of rows from those of their segments."""
+    kernel = kernels.merge(place.capability, dtype.name, has_states, has_means)
+    signature = kernels.merge_signature(dtype.name)
+    enqueue = launch.prepare(kernel, signature, place.device, problem.rows, kernels.MERGE_THREADS)
+    enqueue(place.stream, *parts, problem.cols, *segments, *whole)
 
 
 def _address(array):
     return 0 if array is None else array.address
 
 
+def _names(*operands):
+    return tuple(None if array is None else array.dtype.name for array in operands)
+
+
+def _row_target(target, inputs, problem, place):
+    """Where rows are written, and their pitch: the target, or a temporary array where it has none or is still to be read."""
+    pitch = layout.pitch(target, problem)
+    if pitch is not None and not any(
+        layout.may_overwrite(target, pitch, x, layout.pitch(x, problem), problem) for x in inputs
+    ):
+        return target, pitch
+    temporary = place.temporary(problem.shape, problem.dtype)
+    return temporary, layout.pitch(temporary, problem)
+
+
+def _flat_target(target, place):
+    return target if layout.is_flat(target) else place.temporary(target.shape, target.dtype)
+
+
+def _deliver(result, target, place):
+    """Enqueue the copy of a result into where it belongs, if it is not there."""
+    if result is not target:
+        strided.enqueue(result, target, place)
+
+
+def _rows(array, problem, place):
+    """An input as floats in rows, and their pitch."""
+    pitch = layout.pitch(array, problem)
+    if pitch is None or array.dtype.kind in "biu":
+        array = _copied(array, place)
+        pitch = layout.pitch(array, problem)
+    return array, pitch
+
+
 def _parameter(array, y, place):
-    """Weight or bias as floats in C order, apart from y, of which a row may be written before another one reads it."""
-    if array is None or (layout.is_flat(array) and array.dtype.kind == "f" and not layout.share_memory(array, y)):
+    """An operand as floats in C order, apart from y, of which a row may be written before another one reads it."""
+    if array is None or (
+        layout.is_flat(array) and array.dtype.kind == "f" and (y is None or not layout.share_memory(array, y))
+    ):
         return array
-    return _copied(array, wide_dtype(array.dtype) if array.dtype.kind in "biu" else array.dtype, place)
+    return _copied(array, place)
 
 
-def _copied(array, dtype, place):
-    """The array in C order, of this dtype."""
-    result = place.temporary(array.shape, dtype)
+def _copied(array, place):
+    """The array in C order, as floats."""
+    result = place.temporary(array.shape, wide_dtype(array.dtype) if array.dtype.kind in "biu" else array.dtype)
     strided.enqueue(array, result, place)
     return result

@@ -15,8 +15,21 @@ def load(values, k, source, at, width, access):
     values[k : k + width] = source[at : at + width]
 
 
-def store(values, k, destination, at, width, access):
-    """destination[at : at + width] = values[k : k + width], each rounded to nearest even."""
+def fetch(ahead, k, source, at, width, access):
+    """Begin a `load`, of which `unpack` is the end: elements stay as they are in memory, so that nothing waits for them."""
+    ahead[k : k + width] = source[at : at + width]
+
+
+def unpack(values, k, source, ahead, width, access):
+    """values[k : k + width] = what was fetched into ahead[k : k + width] from there, in such accesses."""
+    values[k : k + width] = ahead[k : k + width]
+
+
+def store(values, k, destination, at, width, access, rounds_pairs):
+    """destination[at : at + width] = values[k : k + width], each rounded to nearest even.
+
+    `rounds_pairs` is 1 where the device can round two elements to 16 bits in one instruction, else 0.
+    """
     destination[at : at + width] = values[k : k + width]
 
 

@@ -7,26 +7,41 @@ and bias: at most a vector, fewer where an address does not allow it. Neither ch
 """
 
 import functools
-import hashlib
-from pathlib import Path
 
 import numpy as np
 from numba import cuda, types
 
-from nbnorm.cuda.instructions import inverse, inverse_power_of_two, inverse_root, load, store
-from nbnorm.cuda.reduce import ALL_LANES, team_sum, thread_index
-from nbnorm.cuda.rows import SHARED, keep_state, not_negative, rescaling, state_of, statistics, subtract
-from nbnorm.cuda.sizes import SEGMENT, WARP
+from nbnorm.cuda.instructions import inverse, inverse_power_of_two, load, store
+from nbnorm.cuda.reduce import add_teams, team_sum, team_sums, thread_index
+from nbnorm.cuda.rows import (
+    ROW_SHARED,
+    fetch_row,
+    gradient_sums,
+    inverse_deviation,
+    keep_means,
+    keep_state,
+    load_row,
+    means_of,
+    not_negative,
+    row_statistics,
+    state_of,
+    store_row,
+    subtract,
+    unpack_row,
+)
+from nbnorm.cuda.sizes import WARP
+from nbnorm.sources import digest
 
 # Numba's disk cache tells kernels apart by their own source and what they close over, not by what they call or by their
 # options; a kernel closes over this and those for that reason alone
-SOURCES = sorted(Path(__file__).parent.glob("*.py"))
-DIGEST = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()
+DIGEST = digest(__file__)
 
 # what an element is in memory; numba-cuda has no bfloat16 that its arrays or pointers could be of
 STORAGE = {"float16": types.uint16, "bfloat16": types.int16, "float32": types.float32, "float64": types.float64}
 # where the variance is outside these bounds, a square may be 0 or Inf where the deviation is not
 VARIANCE_BOUNDS = {"float32": (2.0**-80, 2.0**120), "float64": (2.0**-960, 2.0**960)}
+# from which on a device can round two elements to 16 bits in one instruction
+ROUNDS_PAIRS = (8, 0)
 MERGE_THREADS = 256
 
 
@@ -46,6 +61,7 @@ def forward_signature(operand_dtypes, dtype):
         types.int64,  # rows
         types.int64,  # cols
         types.int64,  # segments
+        types.int64,  # segment_cols
         types.int64,  # x_pitch: elements from one row to the next
         types.int64,  # y_pitch
         computed,  # eps
@@ -57,9 +73,47 @@ def forward_signature(operand_dtypes, dtype):
     )
 
 
-def merge_signature(dtype):
+def backward_signature(operand_dtypes, dtype):
+    dy_dtype, x_dtype, weight_dtype, mean_dtype, rstd_dtype = operand_dtypes
     computed = pointer(dtype).dtype
-    return types.void(types.CPointer(computed), types.int64, types.int64, types.CPointer(computed))
+    return types.void(
+        pointer(dy_dtype),  # dy
+        pointer(x_dtype),  # x
+        pointer(weight_dtype),  # weight
+        pointer(mean_dtype),  # mean
+        pointer(rstd_dtype),  # rstd
+        types.int64,  # rows
+        types.int64,  # cols
+        types.int64,  # groups
+        types.int64,  # segments
+        types.int64,  # segment_cols
+        types.int64,  # dy_pitch: elements from one row to the next
+        types.int64,  # x_pitch
+        types.int64,  # dx_pitch
+        computed,  # eps
+        pointer(x_dtype),  # dx
+        types.CPointer(computed),  # states
+        types.CPointer(computed),  # means
+        types.CPointer(computed),  # sums
+    )
+
+
+def merge_signature(dtype):
+    numbers = types.CPointer(pointer(dtype).dtype)
+    return types.void(
+        numbers,  # segment_states
+        numbers,  # segment_means
+        types.int64,  # cols
+        types.int64,  # segments
+        types.int64,  # segment_cols
+        numbers,  # states
+        numbers,  # means
+    )
+
+
+def add_groups_signature(dtype, result_dtype):
+    result = pointer(result_dtype)
+    return types.void(types.CPointer(pointer(dtype).dtype), types.int64, types.int64, result, result)
 
 
 @functools.cache
@@ -73,26 +127,27 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, p
     x_dtype, weight_dtype, bias_dtype = operand_dtypes
     element = getattr(np, dtype)
     statistic = np.float64 if x_dtype == "float64" else np.float32
-    width, team, held, teams = tile
+    width, team, held, teams = tile[:4]
     size = held * width
     piece = tile.piece
     bounds = tile.launch_bounds
+    rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
     cache_key = f"{DIGEST} {bounds} {compute_capability}"
     is_whole, is_states, is_normalise = (step == name for name in ("whole", "states", "normalise"))
     complete = held - 1 if is_whole else 0
-    segment_cols = SEGMENT[np.dtype(dtype).itemsize]
     is_centred = variance == "centred"
     has_weight, has_bias = weight_dtype is not None, bias_dtype is not None
     smallest, largest = map(element, VARIANCE_BOUNDS[dtype])
-    shared_size = 2 * SHARED + WARP
 
     @cuda.jit(launch_bounds=bounds, cache=True)
-    def kernel(x, weight, bias, rows, cols, segments, x_pitch, y_pitch, eps, has_statistics, y, mean, rstd, states):
+    def kernel(
+        x, weight, bias, rows, cols, segments, segment_cols, x_pitch, y_pitch, eps, has_statistics, y, mean, rstd, states
+    ):  # fmt: skip
         cache_key  # noqa: B018  closed over, for the disk cache
         values = cuda.local.array(size, element)
         scales = cuda.local.array(piece, element)
         shifts = cuda.local.array(piece, element)
-        shared = cuda.shared.array(shared_size, element)
+        shared = cuda.shared.array(ROW_SHARED, element)
         lane = thread_index() % team
         row = np.int64(cuda.blockIdx.x) * teams + thread_index() // team
         first = np.int64(0)
@@ -101,53 +156,34 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, p
             segment = row % segments
             row = row // segments
             first = segment * segment_cols
-            count = min(segment_cols, cols - first)
+            # the mask tells the compiler that it is small, which spares 64-bit work
+            count = min(segment_cols, cols - first) & 0xFFFF
         # threads without a row do the last one's work, since all of a warp must take part in a sum, and store nothing
         is_mine = teams == 1 or row < rows
         if teams > 1:
             row = min(row, rows - 1)
 
-        # a row whose squares overflow or vanish is read once more, and scaled; NaN fails the comparison too
-        factor = element(1)
-        is_extreme = False
-        for attempt in range(2):
-            # load
-            for k in range(held):
-                j = (lane + k * team) * width
-                if k < complete or j < count:
-                    load(values, k * width, x, row * x_pitch + first + j, width, access)
-                else:
-                    for i in range(width):
-                        values[k * width + i] = element(0)
+        # load
+        x_at = row * x_pitch + first
+        load_row(values, x, x_at, lane, team, held, width, complete, count, access, element)
 
-            # statistics
-            if is_normalise:
-                factor, hi, lo, var = state_of(states, row)
-                subtract(values, size, factor, hi)
-                break
-            at = attempt * (SHARED + WARP)
-            if attempt > 0:
-                power = rescaling(values, count, eps, team, size, shared, SHARED, element)
-                # the other rows of a warp are not changed by one that is extreme
-                factor = power if is_extreme else element(1)
-                for i in range(size):
-                    values[i] *= factor
-            hi, lo, var = statistics(values, count, lane, team, held, width, complete, is_centred, shared, at, element)
-            is_extreme = not smallest <= var + eps <= largest
-            if not cuda.any_sync(ALL_LANES, is_extreme):
-                break
+        # statistics
+        if is_normalise:
+            factor, hi, lo, var = state_of(states, row)
+            subtract(values, size, factor, hi)
+        else:
+            factor, hi, lo, var = row_statistics(
+                values, x, x_at, count, eps, lane, team, held, width, complete, access, is_centred, smallest, largest,
+                shared, 0, element,
+            )  # fmt: skip
         if is_states:
             if lane == 0:
                 keep_state(states, row * segments + segment, factor, hi, lo, var * element(count))
             return
-        scale = inverse_root(var + eps * factor * factor)
-        row_rstd = scale * factor
-        if var == element(0):
-            # where every deviation is 0, the product of eps may vanish
-            scale = row_rstd = inverse_root(eps)
+        scale, larger = inverse_deviation(var, eps, factor, element)
         if has_statistics and is_mine and lane == 0 and first == 0:
             mean[row] = statistic((hi + lo) * inverse_power_of_two(factor))
-            rstd[row] = statistic(row_rstd)
+            rstd[row] = statistic(scale * larger)
 
         # normalise and store
         y_at = row * y_pitch + first
@@ -167,61 +203,292 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, p
                         if has_bias:
                             normalised += shifts[n]
                         values[at] = normalised
-                store(values, k * width, y, y_at + j, width, access)
+                store(values, k * width, y, y_at + j, width, access, rounds_pairs)
 
     return kernel
 
 
 @functools.cache
-def merge(compute_capability, dtype):
-    """One block owns a long row, and makes its state of those of its segments, in their order, by Chan's formula.
+def backward(
+    compute_capability, operand_dtypes, dtype, statistics_from, output_mask, tile, accesses, parameter_access, step="whole"
+):
+    """Gradients of layer norm: a block takes row after row of its group, while the next one is on its way from memory.
 
-    Formula: Chan, Golub and LeVeque 1983, eq. 2.1.
+    `statistics_from` is "given" or the variance to recompute them by; `accesses` are those of dy, and of x and dx. A team
+    writes dx[row], and adds dy * x_hat and dy to sums of its own. In the end the block adds up those of its teams, and
+    writes sums[0, group] and sums[1, group], of which there is only the one that is asked for where the other is not. Row r
+    is of group r // teams % groups.
+    Of a long row a block owns a segment, in two steps: "means" writes states[row, segment] and means[row, segment], from
+    which `merge` makes states[row] and means[row] for "gradients".
+    Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
     """
     element = getattr(np, dtype)
-    segment_cols = SEGMENT[np.dtype(dtype).itemsize]
+    width, team, held, teams = tile[:4]
+    size = held * width
+    piece = tile.piece
+    bounds = tile.launch_bounds
+    threads = tile.threads
+    dy_access, access = accesses
+    rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
+    cache_key = f"{DIGEST} {bounds} {compute_capability}"
+    is_whole, is_means, is_gradients = (step == name for name in ("whole", "means", "gradients"))
+    complete = held - 1 if is_whole else 0
+    is_given = statistics_from == "given"
+    is_centred = statistics_from == "centred"
+    with_dx = output_mask[0]
+    with_dweight, with_dbias = (wanted and not is_means for wanted in output_mask[1:])
+    has_x = with_dx or output_mask[1]
+    has_dy = with_dx or not is_means
+    with_weight = with_dx and operand_dtypes[2] is not None
+    has_shift = with_dx and not is_given
+    smallest, largest = map(element, VARIANCE_BOUNDS[dtype])
+    # every other row has the sums of its team elsewhere, so that none overwrites what another warp still reads
+    row_shared = ROW_SHARED + 2 * WARP
+    shared_size = 2 * row_shared if teams == 1 else threads // 2 * size
+    sums_access = min(width, 16 // np.dtype(dtype).itemsize)
+
+    @cuda.jit(launch_bounds=bounds, cache=True)
+    def kernel(
+        dy, x, weight, mean, rstd, rows, cols, groups, segments, segment_cols, dy_pitch, x_pitch, dx_pitch, eps,
+        dx, states, means, sums,
+    ):  # fmt: skip
+        cache_key  # noqa: B018  closed over, for the disk cache
+        values = cuda.local.array(size, element)
+        dys = cuda.local.array(size, element)
+        next_values = cuda.local.array(size, element)
+        next_dys = cuda.local.array(size, element)
+        dweights = cuda.local.array(size, element)
+        dbiases = cuda.local.array(size, element)
+        scales = cuda.local.array(piece, element)
+        pair = cuda.local.array(2, element)
+        shared = cuda.shared.array(shared_size, element)
+        lane = thread_index() % team
+        member = thread_index() // team
+        group = np.int64(cuda.blockIdx.x)
+        first = np.int64(0)
+        count = cols
+        if not is_whole:
+            segment = group % segments
+            group = group // segments
+            first = segment * segment_cols
+            # the mask tells the compiler that it is small, which spares 64-bit work
+            count = min(segment_cols, cols - first) & 0xFFFF
+        per_element = inverse(element(cols))
+        for i in range(size):
+            dweights[i] = element(0)
+            dbiases[i] = element(0)
+
+        # the first row
+        start = group * teams
+        row = min(start + member, rows - 1)
+        if has_x:
+            fetch_row(next_values, x, row * x_pitch + first, lane, team, held, width, complete, count, access)
+        if has_dy:
+            fetch_row(next_dys, dy, row * dy_pitch + first, lane, team, held, width, complete, count, dy_access)
+        shared_at = 0
+        while start < rows:
+            row = min(start + member, rows - 1)
+            is_mine = teams == 1 or start + member < rows
+
+            # load, while the next row comes
+            if has_x:
+                unpack_row(values, x, next_values, lane, team, held, width, complete, count, access, element)
+            if has_dy:
+                unpack_row(dys, dy, next_dys, lane, team, held, width, complete, count, dy_access, element)
+            start += groups * teams
+            if start < rows:
+                at = min(start + member, rows - 1)
+                if has_x:
+                    fetch_row(next_values, x, at * x_pitch + first, lane, team, held, width, complete, count, access)
+                if has_dy:
+                    fetch_row(next_dys, dy, at * dy_pitch + first, lane, team, held, width, complete, count, dy_access)
+
+            # statistics
+            lo = element(0)
+            scale = element(1)
+            larger = element(1)
+            if has_x:
+                if is_given:
+                    load(pair, 0, mean, row, 1, 1)
+                    load(pair, 1, rstd, row, 1, 1)
+                    subtract(values, size, element(1), pair[0])
+                    scale = pair[1]
+                else:
+                    if is_gradients:
+                        factor, hi, lo, var = state_of(states, row)
+                        subtract(values, size, factor, hi)
+                    else:
+                        factor, hi, lo, var = row_statistics(
+                            values, x, row * x_pitch + first, count, eps, lane, team, held, width, complete, access,
+                            is_centred, smallest, largest, shared, shared_at, element,
+                        )  # fmt: skip
+                    if not is_means:
+                        scale, larger = inverse_deviation(var, eps, factor, element)
+
+            # x_hat, g, their means over the row, and the sums over rows
+            shift = element(0)
+            if is_gradients and with_dx:
+                mean_g, mean_gx, shift = means_of(means, row)
+                if not is_given:
+                    mean_gx *= scale
+            elif has_shift:
+                # the mean of x_hat is 0: what g has beyond its first element has the same gradient, and keeps its digits
+                load(pair, 0, dy, row * dy_pitch, 1, 1)
+                shift = pair[0]
+                if with_weight:
+                    load(pair, 1, weight, 0, 1, 1)
+                    shift *= pair[1]
+            part_g, part_gx = gradient_sums(
+                values, dys, dweights, dbiases, weight, scales, first, lo, scale, shift, per_element,
+                is_mine, lane, team, held, width, piece, complete, count, parameter_access,
+                with_weight, with_dweight, with_dbias, element,
+            )  # fmt: skip
+            if with_dx and not is_gradients:
+                mean_g, mean_gx = team_sums(part_g, part_gx, team, shared, shared_at + ROW_SHARED, element)
+            if is_means and lane == 0:
+                at = row * segments + segment
+                if not is_given:
+                    keep_state(states, at, factor, hi, lo, var * element(count))
+                if with_dx:
+                    keep_means(means, at, mean_g, mean_gx, shift)
+
+            # dx
+            if with_dx and not is_means:
+                for i in range(size):
+                    dys[i] = (dys[i] - mean_g - values[i] * mean_gx) * scale * larger
+                if is_mine:
+                    at = row * dx_pitch + first
+                    store_row(dys, dx, at, lane, team, held, width, complete, count, access, rounds_pairs)
+            shared_at = row_shared - shared_at
+
+        # the sums of the block's teams
+        if with_dweight:
+            add_teams(dweights, size, team, threads, shared)
+            if member == 0:
+                at = group * cols + first
+                store_row(dweights, sums, at, lane, team, held, width, complete, count, sums_access, rounds_pairs)
+        if with_dbias:
+            add_teams(dbiases, size, team, threads, shared)
+            if member == 0:
+                at = (groups + group if with_dweight else group) * cols + first
+                store_row(dbiases, sums, at, lane, team, held, width, complete, count, sums_access, rounds_pairs)
+
+    return kernel
+
+
+@functools.cache
+def merge(compute_capability, dtype, has_states=True, has_means=False):
+    """One block owns a long row, and makes its state and its means of those of its segments, in their order.
+
+    Without states, which statistics that are given need not, the means are sums.
+    Formula: Chan, Golub and LeVeque 1983, eq. 2.1, and the same for g times the deviation.
+    """
+    element = getattr(np, dtype)
     team = MERGE_THREADS
+    shared_size = 5 * WARP
     cache_key = f"{DIGEST} {compute_capability}"
 
     @cuda.jit(launch_bounds=team, cache=True)
-    def kernel(segment_states, cols, segments, states):
+    def kernel(segment_states, segment_means, cols, segments, segment_cols, states, means):
         cache_key  # noqa: B018  closed over, for the disk cache
-        shared = cuda.shared.array(SHARED, element)
+        shared = cuda.shared.array(shared_size, element)
         lane = thread_index()
         row = np.int64(cuda.blockIdx.x)
         start = row * segments
+        factor = element(1)
+        origin = element(0)
+        distance = element(0)
 
-        # the power of two for the whole row
-        per_segment = inverse(element(segments))
+        if has_states:
+            # the power of two for the whole row
+            per_segment = inverse(element(segments))
+            total = element(0)
+            for s in range(lane, segments, team):
+                segment_factor, _, _, _ = state_of(segment_states, start + s)
+                total += per_segment * inverse_power_of_two(segment_factor)
+            factor = inverse_power_of_two(team_sum(total, team, shared, 0, element))
+
+            # the mean, as its distance from the first segment's
+            per_element = inverse(element(cols))
+            segment_factor, origin, _, _ = state_of(segment_states, start)
+            origin *= factor * inverse_power_of_two(segment_factor)
+            total = element(0)
+            for s in range(lane, segments, team):
+                segment_factor, hi, lo, _ = state_of(segment_states, start + s)
+                ratio = factor * inverse_power_of_two(segment_factor)
+                count = element(min(segment_cols, cols - s * segment_cols))
+                total += count * per_element * (hi * ratio - origin + lo * ratio)
+            distance = team_sum(total, team, shared, WARP, element)
+
+            # the variance
+            total = element(0)
+            for s in range(lane, segments, team):
+                segment_factor, hi, lo, squares = state_of(segment_states, start + s)
+                ratio = factor * inverse_power_of_two(segment_factor)
+                count = element(min(segment_cols, cols - s * segment_cols))
+                d = hi * ratio - origin + lo * ratio - distance
+                total += (squares * ratio * ratio + count * d * d) * per_element
+            var = team_sum(total, team, shared, 2 * WARP, element)
+            if lane == 0:
+                keep_state(states, row, factor, origin, distance, not_negative(var, element))
+
+        # the means of g, and of g times the deviation
+        if has_means:
+            mean_g = element(0)
+            mean_gd = element(0)
+            shift = element(0)
+            for s in range(lane, segments, team):
+                segment_g, segment_gd, shift = means_of(segment_means, start + s)
+                if has_states:
+                    segment_factor, hi, lo, _ = state_of(segment_states, start + s)
+                    ratio = factor * inverse_power_of_two(segment_factor)
+                    segment_gd = segment_gd * ratio + segment_g * (hi * ratio - origin + lo * ratio - distance)
+                mean_g += segment_g
+                mean_gd += segment_gd
+            mean_g, mean_gd = team_sums(mean_g, mean_gd, team, shared, 3 * WARP, element)
+            if lane == 0:
+                # thread 0 has read a segment, and the shift is the same in each
+                keep_means(means, row, mean_g, mean_gd, shift)
+
+    return kernel
+
+
+@functools.cache
+def add_groups(compute_capability, dtype, result_dtype, warps):
+    """One block owns a warp's width of columns of dweight, or of dbias behind it, and adds up the groups' sums.
+
+    Each warp adds up every so manieth group, and the first one then what the warps have, in their order.
+    """
+    element = getattr(np, dtype)
+    threads = warps * WARP
+    rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
+    cache_key = f"{DIGEST} {compute_capability} {result_dtype}"
+
+    @cuda.jit(launch_bounds=threads, cache=True)
+    def kernel(sums, groups, cols, dweight, dbias):
+        cache_key  # noqa: B018  closed over, for the disk cache
+        shared = cuda.shared.array(threads, element)
+        value = cuda.local.array(1, element)
+        lane = thread_index() % WARP
+        warp = thread_index() // WARP
+        blocks = (cols + WARP - 1) // WARP
+        is_second = cuda.blockIdx.x >= blocks
+        j = (cuda.blockIdx.x - (blocks if is_second else 0)) * WARP + lane
         total = element(0)
-        for s in range(lane, segments, team):
-            segment_factor, _, _, _ = state_of(segment_states, start + s)
-            total += per_segment * inverse_power_of_two(segment_factor)
-        factor = inverse_power_of_two(team_sum(total, team, shared, 0, element))
-
-        # the mean, as its distance from the first segment's
-        per_element = inverse(element(cols))
-        segment_factor, origin, _, _ = state_of(segment_states, start)
-        origin *= factor * inverse_power_of_two(segment_factor)
-        total = element(0)
-        for s in range(lane, segments, team):
-            segment_factor, hi, lo, _ = state_of(segment_states, start + s)
-            ratio = factor * inverse_power_of_two(segment_factor)
-            count = element(min(segment_cols, cols - s * segment_cols))
-            total += count * per_element * (hi * ratio - origin + lo * ratio)
-        distance = team_sum(total, team, shared, WARP, element)
-
-        # the variance
-        total = element(0)
-        for s in range(lane, segments, team):
-            segment_factor, hi, lo, squares = state_of(segment_states, start + s)
-            ratio = factor * inverse_power_of_two(segment_factor)
-            count = element(min(segment_cols, cols - s * segment_cols))
-            d = hi * ratio - origin + lo * ratio - distance
-            total += (squares * ratio * ratio + count * d * d) * per_element
-        var = team_sum(total, team, shared, 2 * WARP, element)
-
-        if lane == 0:
-            keep_state(states, row, factor, origin, distance, not_negative(var, element))
+        if j < cols:
+            group = np.int64(warp)
+            while group < groups:
+                total += sums[((groups if is_second else 0) + group) * cols + j]
+                group += warps
+        shared[thread_index()] = total
+        cuda.syncthreads()
+        if warp == 0 and j < cols:
+            value[0] = total
+            for i in range(1, warps):
+                value[0] += shared[i * WARP + lane]
+            if is_second:
+                store(value, 0, dbias, j, 1, 1, rounds_pairs)
+            else:
+                store(value, 0, dweight, j, 1, 1, rounds_pairs)
 
     return kernel

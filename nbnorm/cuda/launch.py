@@ -71,10 +71,10 @@ def number(value, dtype):
     return ctypes.c_float(min(max(value, TINY), MAX) if value > 0 else 0.0)
 
 
-def fill_with_nan(view, stream):
-    """Enqueue the writing of NaN, of which every bit may be set."""
+def fill(view, byte, stream):
+    """Enqueue the writing of one byte to all of an array in C order: 0 makes zeros, 0xFF NaN."""
     from cuda.bindings import driver
 
-    (error,) = driver.cuMemsetD8Async(view.address, 0xFF, view.size * view.itemsize, int(stream.handle))
+    (error,) = driver.cuMemsetD8Async(view.address, byte, view.size * view.itemsize, int(stream.handle))
     if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"cuMemsetD8Async: {error.name}")

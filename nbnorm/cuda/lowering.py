@@ -3,9 +3,10 @@
 It is imported where a kernel is compiled, and by nothing that runs in the simulator.
 """
 
+import functools
+
 from llvmlite import ir
 from numba.cuda import types
-from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import lower_builtin, type_callable
 
 from nbnorm.cuda import instructions
@@ -19,25 +20,27 @@ ARRAY_DATA = 4
 
 
 def accesses(function):
-    """Decorate a rule: from the types of an element, computed and stored, and the constant width and access, to the code."""
+    """Decorate a rule: from the types of an element, computed and stored, and the constants behind them, to the code."""
 
     def register(rule):
-        def code_of(values, pointer, width, access):
-            if isinstance(width, types.IntegerLiteral) and isinstance(access, types.IntegerLiteral):
-                return rule(values.dtype, pointer.dtype, width.literal_value, access.literal_value)
+        def code_of(values, pointer, constants):
+            if all(isinstance(constant, types.IntegerLiteral) for constant in constants):
+                return rule(values.dtype, pointer.dtype, *(constant.literal_value for constant in constants))
             return None
 
         @type_callable(function)
         def typing(context):
-            def typer(values, k, pointer, at, width, access):
-                return types.none if code_of(values, pointer, width, access) else None
+            # Numba asks for the names of the arguments
+            @functools.wraps(function)
+            def typer(values, k, pointer, at, *constants):
+                return types.none if code_of(values, pointer, constants) else None
 
             return typer
 
         @lower_builtin(function, types.VarArg(types.Any))
         def lower(context, builder, signature, arguments):
-            values, _, pointer, _, width, access = signature.args
-            code_of(values, pointer, width, access)(builder, *arguments)
+            values, _, pointer, _, *constants = signature.args
+            code_of(values, pointer, constants)(builder, *arguments)
             return context.get_dummy_value()
 
         return rule
@@ -54,18 +57,52 @@ def _load(computed, stored, width, access):
         for first in range(0, width, access):
             kind = _words(stored, access)
             raw = builder.load(_address(builder, source, at, first, kind), align=_bytes(stored) * access)
-            for i, element in enumerate(_decoded(builder, raw, access, stored, computed)):
+            for i, element in enumerate(_decoded(builder, _parts(builder, raw), stored, computed)):
                 builder.store(element, _element(builder, values, k, first + i))
 
     return code
 
 
+@accesses(instructions.fetch)
+def _fetch(computed, stored, width, access):
+    if not _is_kept_packed(computed, stored):
+        return _load(computed, stored, width, access)
+
+    def code(builder, ahead, k, source, at, *_):
+        for first in range(0, width, access):
+            kind = _words(stored, access)
+            raw = builder.load(_address(builder, source, at, first, kind), align=_bytes(stored) * access)
+            for i, part in enumerate(_parts(builder, raw)):
+                word = builder.zext(part, I32) if part.type == I16 else part
+                builder.store(builder.bitcast(word, F32), _element(builder, ahead, k, first + i))
+
+    return code
+
+
+@accesses(instructions.unpack)
+def _unpack(computed, stored, width, access):
+    is_packed = _is_kept_packed(computed, stored)
+
+    def code(builder, values, k, source, ahead, *_):
+        for first in range(0, width, access):
+            count = max(1, access // 2) if is_packed else access
+            parts = [builder.load(_element(builder, ahead, k, first + i)) for i in range(count)]
+            if is_packed:
+                parts = [builder.bitcast(part, I32) for part in parts]
+                parts = parts if access > 1 else [builder.trunc(part, I16) for part in parts]
+                parts = _decoded(builder, parts, stored, computed)
+            for i, part in enumerate(parts):
+                builder.store(part, _element(builder, values, k, first + i))
+
+    return code
+
+
 @accesses(instructions.store)
-def _store(computed, stored, width, access):
+def _store(computed, stored, width, access, rounds_pairs):
     def code(builder, values, k, destination, at, *_):
         elements = [builder.load(_element(builder, values, k, i)) for i in range(width)]
         for first in range(0, width, access):
-            words = _encoded(builder, elements[first : first + access], computed, stored)
+            words = _encoded(builder, elements[first : first + access], stored, rounds_pairs)
             builder.store(words, _address(builder, destination, at, first, words.type), align=_bytes(stored) * access)
 
     return code
@@ -114,6 +151,11 @@ _computes(instructions.inverse_root, _inverse_root)
 _computes(instructions.inverse_power_of_two, _inverse_power_of_two)
 
 
+def _is_kept_packed(computed, stored):
+    """Whether an array of the computed type holds what is fetched as it is in memory: two elements of 16 bits, or one."""
+    return computed == types.float32 and stored in (FLOAT16, BFLOAT16)
+
+
 def _bytes(stored):
     return stored.bitwidth // 8
 
@@ -139,11 +181,15 @@ def _element(builder, values, k, i):
     return builder.gep(builder.extract_value(values, ARRAY_DATA), [builder.add(k, k.type(i))])
 
 
-def _decoded(builder, raw, count, stored, computed):
+def _parts(builder, raw):
+    """What one access reads: elements, or words of two."""
+    if not isinstance(raw.type, ir.VectorType):
+        return [raw]
+    return [builder.extract_element(raw, I32(i)) for i in range(raw.type.count)]
+
+
+def _decoded(builder, parts, stored, computed):
     """The elements of one access, in the type that a kernel computes in."""
-    parts = [raw]
-    if isinstance(raw.type, ir.VectorType):
-        parts = [builder.extract_element(raw, I32(i)) for i in range(raw.type.count)]
     if stored == BFLOAT16:
         elements = []
         for part in parts:
@@ -164,14 +210,14 @@ def _decoded(builder, raw, count, stored, computed):
     return [_cast(builder, element, LLVM_TYPES[computed]) for element in elements]
 
 
-def _encoded(builder, elements, computed, stored):
+def _encoded(builder, elements, stored, rounds_pairs):
     """What one access writes."""
     if stored in (FLOAT16, BFLOAT16):
         elements = [_cast(builder, element, F32) for element in elements]
-        pack = _packed_float16 if stored == FLOAT16 else _packed_bfloat16
         if len(elements) == 1:
-            return builder.trunc(pack(builder, elements[0], F32(0)), I16)
-        elements = [pack(builder, *elements[i : i + 2]) for i in range(0, len(elements), 2)]
+            return builder.trunc(_packed(builder, elements[0], F32(0), stored, rounds_pairs), I16)
+        pairs = zip(elements[::2], elements[1::2], strict=True)
+        elements = [_packed(builder, low, high, stored, rounds_pairs) for low, high in pairs]
     else:
         elements = [_cast(builder, element, LLVM_TYPES[stored]) for element in elements]
     if len(elements) == 1:
@@ -188,16 +234,14 @@ def _cast(builder, element, wanted):
     return builder.fpext(element, wanted) if wanted == F64 else builder.fptrunc(element, wanted)
 
 
-def _packed_float16(builder, low, high):
-    if ConfigStack().top().compute_capability >= (8, 0):
-        return _assembled(builder, "cvt.rn.f16x2.f32 $0, $2, $1;", I32, low, high)
-    bits = [builder.zext(builder.bitcast(builder.fptrunc(e, HALF), I16), I32) for e in (low, high)]
-    return builder.or_(bits[0], builder.shl(bits[1], I32(16)))
-
-
-def _packed_bfloat16(builder, low, high):
-    if ConfigStack().top().compute_capability >= (8, 0):
-        return _assembled(builder, "cvt.rn.bf16x2.f32 $0, $2, $1;", I32, low, high)
+def _packed(builder, low, high, stored, rounds_pairs):
+    """Two float32 as two elements of 16 bits in a word."""
+    if rounds_pairs:
+        name = "f16x2" if stored == FLOAT16 else "bf16x2"
+        return _assembled(builder, f"cvt.rn.{name}.f32 $0, $2, $1;", I32, low, high)
+    if stored == FLOAT16:
+        low, high = (builder.zext(builder.bitcast(builder.fptrunc(e, HALF), I16), I32) for e in (low, high))
+        return builder.or_(low, builder.shl(high, I32(16)))
     low, high = (_rounded_to_bfloat16(builder, element) for element in (low, high))
     return builder.or_(builder.lshr(low, I32(16)), builder.and_(high, I32(0xFFFF0000)))
 

@@ -1,21 +1,23 @@
 """Calls that were made before, without the cost of the checks: what they say depends on nothing but what is asked here.
 
 A call is known by its arrays' shapes, strides, dtypes, devices and alignment, and its options. The long way remembers it
-where it was one kernel on the arrays as they are. With `out` and without what the driver takes, that is 6.5 us of the host
-for Numba's and CuPy's arrays and 8.5 for torch's, 1 of them `cuda.core.launch`, where the long way takes 250
-(`benchmarks/host_cost.py`).
+where its kernels work on the arrays as they are, each row whole. With `out` and without what the driver takes, a call is
+7 us of the host for Numba's and CuPy's arrays and 9 for torch's, backward 12, 15 and 19, of which `cuda.core.launch` takes 1
+each time; the long way takes 250 (`benchmarks/host_cost.py`).
 """
 
+import operator
 from typing import Any, NamedTuple
 
 from nbnorm.cuda import arrays, launch
 
 # bounded, since a program may make calls of ever new shapes
 MOST = 1024
-FORWARD: dict[tuple, "Plan"] = {}
+FORWARD: dict[tuple, "Forward"] = {}
+BACKWARD: dict[tuple, "Backward"] = {}
 
 
-class Plan(NamedTuple):
+class Forward(NamedTuple):
     """A kernel that is ready to be enqueued, and what stays the same; sizes in bytes, from an array's first to its last."""
 
     enqueue: Any
@@ -26,12 +28,33 @@ class Plan(NamedTuple):
     y_size: int
 
 
-def remember(plan, call):
-    known = _known(*call[:-1])
+class Backward(NamedTuple):
+    """As `Forward`; `add` is the second kernel, or None, and `sums_size` the elements of what it adds up."""
+
+    enqueue: Any
+    fixed: tuple
+    add: Any
+    problem: Any
+    dtype: Any
+    sums_size: int
+    device: int
+    input_sizes: list
+    result_sizes: list
+
+
+def remember_forward(plan, call):
+    _remember(FORWARD, plan, _known_forward(*call[:-1]))
+
+
+def remember_backward(plan, call):
+    _remember(BACKWARD, plan, _known_backward(*call[:-1]))
+
+
+def _remember(plans, plan, known):
     if known is not None:
-        if len(FORWARD) >= MOST:
-            FORWARD.clear()
-        FORWARD[known[0]] = plan
+        if len(plans) >= MOST:
+            plans.clear()
+        plans[known[0]] = plan
 
 
 def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream):
@@ -39,7 +62,7 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
     # what is allocated for a stream other than the library's current one is the long way's matter
     if stream is not None and (out is None or return_stats or arrays.handle_of(stream) is None):
         return None
-    known = _known(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    known = _known_forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
     if known is None:
         return None
     key, (*inputs, y_address) = known
@@ -54,7 +77,7 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
     if out is None:
         y = arrays.empty(problem.shape, problem.dtype, x, kind, handle)
         y_address = arrays.address(y, kind)
-    elif not _is_apart(y_address, inputs, plan, out is x):
+    elif not _is_apart(y_address, plan.y_size, inputs, plan.input_sizes, (out is x, False, False)):
         return None
     if return_stats:
         shape, dtype = problem.statistics_shape, problem.statistics_dtype
@@ -64,31 +87,97 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
     return y, mean, rstd
 
 
-def _is_apart(y, inputs, plan, is_in_place):
-    """Whether what is at the address y shares no memory with an input, but for an x that is written over row by row."""
-    x, weight, bias = inputs
-    x_size, weight_size, bias_size = plan.input_sizes
-    end = y + plan.y_size
-    return (
-        ((is_in_place and x == y) or x >= end or y >= x + x_size)
-        and (weight >= end or y >= weight + weight_size)
-        and (bias >= end or y >= bias + bias_size)
-    )
-
-
-def _known(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats):
-    """What a plan is remembered by, and the addresses of x, weight, bias and out; None for what has to be checked."""
-    # equal keys must be equally right, which True and 1.0 for 1 are not
-    if type(eps) is not float or type(use_diff_of_squares) is not bool or type(return_stats) is not bool:
+def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream):
+    """As the long way does, or None where the call is not known."""
+    # temporary memory for a stream other than the library's current one is the long way's matter
+    if stream is not None:
         return None
+    known = _known_backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
+    if known is None:
+        return None
+    key, addresses = known
+    plan = BACKWARD.get(key)
+    if plan is None or launch.current_device() != plan.device:
+        return None
+    inputs, results = addresses[:5], addresses[5:]
+    if out is not None and not _are_apart(results, plan.result_sizes, inputs, plan.input_sizes, (out[0] is dy, out[0] is x)):
+        return None
+    problem = plan.problem
+    kind = arrays.kind(x)
+    handle = arrays.stream_handle(None, x, kind, plan.device)
+    stream_object = launch.stream_object(handle, plan.device)
+    grads: list[Any] = [None, None, None]
+    for i, wanted in enumerate(output_mask):
+        if wanted and (out is None or out[i] is None):
+            shape, dtype = (problem.normalized_shape, problem.weight_dtype) if i else (problem.shape, problem.dtype)
+            grads[i] = arrays.empty(shape, dtype, x, kind, handle)
+            results[i] = arrays.address(grads[i], kind)
+    sums_address = 0
+    if plan.add is not None:
+        sums = arrays.workspace(plan.sums_size, plan.dtype, x, kind, plan.device, handle)
+        sums_address = arrays.address(sums, kind)
+    dx, dweight, dbias = results
+    plan.enqueue(stream_object, *inputs, *plan.fixed, dx, 0, 0, sums_address)
+    if plan.add is not None:
+        first, last = dweight if output_mask[1] else dbias, dbias if output_mask[2] else dweight
+        plan.add(stream_object, sums_address, *plan.fixed[2:0:-1], first, last)
+    return grads
+
+
+def _are_apart(results, result_sizes, inputs, input_sizes, in_place):
+    """Whether gradients share no memory with each other, nor dx with an input, but for one that is written over by rows.
+
+    What is not given has the address 0.
+    """
+    dx, dweight, dbias = results
+    dx_end, dweight_end, dbias_end = map(operator.add, results, result_sizes)
+    if (
+        (dx and dx < dweight_end and dweight < dx_end)
+        or (dx and dx < dbias_end and dbias < dx_end)
+        or (dweight and dweight < dbias_end and dbias < dweight_end)
+    ):
+        return False
+    return not dx or _is_apart(dx, result_sizes[0], inputs, input_sizes, (*in_place, False, False, False))
+
+
+def _is_apart(result, result_size, inputs, input_sizes, in_place):
+    """Whether a result shares no memory with an input, but for one that it is written over row by row."""
+    end = result + result_size
+    for address, size, is_result in zip(inputs, input_sizes, in_place, strict=False):
+        if address < end and result < address + size and not (is_result and address == result):
+            return False
+    return True
+
+
+def _known_forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats):
+    """What a plan is remembered by, and the addresses of x, weight, bias and out; None for what has to be checked."""
+    return _known(normalized_shape, eps, (use_diff_of_squares, return_stats), (x, weight, bias, out))
+
+
+def _known_backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out):
+    """The same, with the addresses of the inputs and then of the results."""
+    if out is None:
+        out = (None, None, None)
+    if type(output_mask) is not tuple or type(out) is not tuple or len(output_mask) != 3 or len(out) != 3:
+        return None
+    return _known(normalized_shape, eps, (use_diff_of_squares, *output_mask), (dy, x, weight, mean, rstd, *out))
+
+
+def _known(normalized_shape, eps, flags, operands):
+    # equal keys must be equally right, which True and 1.0 for 1 are not
+    if type(eps) is not float:
+        return None
+    for flag in flags:
+        if type(flag) is not bool:
+            return None
     for size in normalized_shape if isinstance(normalized_shape, tuple) else (normalized_shape,):
         if type(size) is not int:
             return None
-    key: list[Any] = [normalized_shape, eps, use_diff_of_squares, return_stats]
+    key: list[Any] = [normalized_shape, eps, *flags]
     addresses = []
     is_torch = False
     try:
-        for array in (x, weight, bias, out):
+        for array in operands:
             if array is None:
                 addresses.append(0)
                 key.append(None)

@@ -34,6 +34,23 @@ def team_sum(value, team, shared, at, element):
 
 
 @inlined
+def team_sums(first, second, team, shared, at, element):
+    """The sums of two values, as two of `team_sum` with one barrier: shared[at : at + 2 * WARP]."""
+    if team <= WARP:
+        return warp_sum(first, team), warp_sum(second, team)
+    first = warp_sum(first, WARP)
+    second = warp_sum(second, WARP)
+    lane = thread_index() % WARP
+    if lane == 0:
+        shared[at + thread_index() // WARP] = first
+        shared[at + WARP + thread_index() // WARP] = second
+    cuda.syncthreads()
+    is_warp = lane < cuda.blockDim.x // WARP
+    first = warp_sum(shared[at + lane] if is_warp else element(0), WARP)
+    return first, warp_sum(shared[at + WARP + lane] if is_warp else element(0), WARP)
+
+
+@inlined
 def warp_sum(value, team):
     """The sum over `team` neighbouring threads of a warp, a power of two. All threads of the warp take part."""
     cuda.syncwarp()
@@ -42,3 +59,28 @@ def warp_sum(value, team):
         value += cuda.shfl_xor_sync(ALL_LANES, value, step)
         step //= 2
     return value
+
+
+@inlined
+def add_teams(values, size, team, threads, shared):
+    """Add to the values of a block's first team those of the others, half of them to the other half again and again.
+
+    Several warps use shared[: threads // 2 * size].
+    """
+    thread = thread_index()
+    step = threads // 2
+    while step >= max(team, WARP):
+        cuda.syncthreads()
+        if step <= thread < 2 * step:
+            for i in range(size):
+                shared[i * step + thread - step] = values[i]
+        cuda.syncthreads()
+        if thread < step:
+            for i in range(size):
+                values[i] += shared[i * step + thread]
+        step //= 2
+    cuda.syncwarp()
+    while step >= team:
+        for i in range(size):
+            values[i] += cuda.shfl_xor_sync(ALL_LANES, values[i], step)
+        step //= 2

@@ -4,15 +4,86 @@ Vector k of a thread is vector lane + k * team of the row, of `width` elements. 
 vector `complete` on can there be any.
 """
 
-from nbnorm.cuda.instructions import inverse, inverse_power_of_two, inverse_root
-from nbnorm.cuda.reduce import inlined, team_sum
+from numba import cuda
+
+from nbnorm.cuda.instructions import fetch, inverse, inverse_power_of_two, inverse_root, load, store, unpack
+from nbnorm.cuda.reduce import ALL_LANES, inlined, team_sum, team_sums
 from nbnorm.cuda.sizes import WARP
 
-# elements of shared memory that `statistics` takes
+# elements of shared memory that `statistics` takes, and `row_statistics`
 SHARED = 3 * WARP
+ROW_SHARED = 2 * SHARED + WARP
 # numbers of a state, which a segment of a long row is known by: a power of two that x was multiplied by, the mean in two
 # parts, and the sum of squared deviations. The row's own has the variance instead
 STATE = 4
+# numbers of the means of a segment, as parts of the row's, or of a row: of g without its shift, of that times the deviation,
+# and the shift
+MEANS = 3
+
+
+@inlined
+def load_row(values, x, at, lane, team, held, width, complete, cols, access, element):
+    """The row that starts at x[at]."""
+    for k in range(held):
+        j = (lane + k * team) * width
+        if k < complete or j < cols:
+            load(values, k * width, x, at + j, width, access)
+        else:
+            for i in range(width):
+                values[k * width + i] = element(0)
+
+
+@inlined
+def fetch_row(ahead, x, at, lane, team, held, width, complete, cols, access):
+    """Begin to load a row, of which `unpack_row` is the end."""
+    for k in range(held):
+        j = (lane + k * team) * width
+        if k < complete or j < cols:
+            fetch(ahead, k * width, x, at + j, width, access)
+
+
+@inlined
+def unpack_row(values, x, ahead, lane, team, held, width, complete, cols, access, element):
+    for k in range(held):
+        if k < complete or (lane + k * team) * width < cols:
+            unpack(values, k * width, x, ahead, width, access)
+        else:
+            for i in range(width):
+                values[k * width + i] = element(0)
+
+
+@inlined
+def store_row(values, y, at, lane, team, held, width, complete, cols, access, rounds_pairs):
+    """Write the row to y[at] and on."""
+    for k in range(held):
+        j = (lane + k * team) * width
+        if k < complete or j < cols:
+            store(values, k * width, y, at + j, width, access, rounds_pairs)
+
+
+@inlined
+def row_statistics(
+    values, x, at, cols, eps, lane, team, held, width, complete, access, is_centred, smallest, largest,
+    shared, shared_at, element,
+):  # fmt: skip
+    """The power of two by which the row was scaled, the mean in two parts, of which the first is subtracted, the variance.
+
+    A row whose squares overflow or vanish is read once more, and scaled.
+    """
+    hi, lo, var = statistics(values, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element)
+    factor = element(1)
+    # NaN fails the comparison too
+    is_extreme = not smallest <= var + eps <= largest
+    if cuda.any_sync(ALL_LANES, is_extreme):
+        load_row(values, x, at, lane, team, held, width, complete, cols, access, element)
+        power = rescaling(values, cols, eps, team, held * width, shared, shared_at + SHARED, element)
+        # the other rows of a warp are not changed by one that is extreme
+        factor = power if is_extreme else element(1)
+        for i in range(held * width):
+            values[i] *= factor
+        shared_at += SHARED + WARP
+        hi, lo, var = statistics(values, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element)
+    return factor, hi, lo, var
 
 
 @inlined
@@ -44,9 +115,9 @@ def centred(values, cols, lane, team, held, width, complete, per_element, shared
                 values[k * width + i] = d
                 total += d
                 squares += d * d
-    lo = team_sum(total, team, shared, at + WARP, element) * per_element
-    var = team_sum(squares, team, shared, at + 2 * WARP, element) * per_element - lo * lo
-    return hi, lo, not_negative(var, element)
+    total, squares = team_sums(total, squares, team, shared, at + WARP, element)
+    lo = total * per_element
+    return hi, lo, not_negative(squares * per_element - lo * lo, element)
 
 
 @inlined
@@ -57,10 +128,9 @@ def diff_of_squares(values, team, held, width, per_element, shared, at, element)
     for i in range(held * width):
         total += values[i] * per_element
         squares += values[i] * values[i]
-    mean = team_sum(total, team, shared, at, element)
-    var = team_sum(squares, team, shared, at + WARP, element) * per_element - mean * mean
+    mean, squares = team_sums(total, squares, team, shared, at, element)
     subtract(values, held * width, element(1), mean)
-    return mean, element(0), not_negative(var, element)
+    return mean, element(0), not_negative(squares * per_element - mean * mean, element)
 
 
 @inlined
@@ -84,6 +154,63 @@ def rescaling(values, cols, eps, team, size, shared, at, element):
         total += abs(values[i]) * per_element
     scale = max(team_sum(total, team, shared, at, element), inverse(inverse_root(eps)))
     return inverse_power_of_two(scale)
+
+
+@inlined
+def inverse_deviation(var, eps, factor, element):
+    """What brings deviations, which were multiplied by `factor`, to a variance of 1; and by what more rstd is larger."""
+    if var == element(0):
+        # where every deviation is 0, the product of eps may vanish
+        return inverse_root(eps), element(1)
+    return inverse_root(var + eps * factor * factor), factor
+
+
+@inlined
+def gradient_sums(
+    values, dys, dweights, dbiases, weight, scales, first, lo, scale, shift, per_element,
+    is_mine, lane, team, held, width, piece, complete, cols, access, with_weight, with_dweight, with_dbias, element,
+):  # fmt: skip
+    """Make x_hat of the deviations, and of dy what g = dy * weight has beyond the shift, and return a thread's part of the
+    means of that and of that times x_hat. The row's part of dweight and dbias is added to them.
+    """
+    mean_g = element(0)
+    mean_gx = element(0)
+    for k in range(held):
+        j = (lane + k * team) * width
+        if is_mine and (k < complete or j < cols):
+            for i in range(0, width, piece):
+                if with_weight:
+                    load(scales, 0, weight, first + j + i, piece, access)
+                for n in range(piece):
+                    at = k * width + i + n
+                    x_hat = (values[at] - lo) * scale
+                    g = dys[at]
+                    if with_dweight:
+                        dweights[at] += g * x_hat
+                    if with_dbias:
+                        dbiases[at] += g
+                    if with_weight:
+                        g *= scales[n]
+                    g -= shift
+                    values[at] = x_hat
+                    dys[at] = g
+                    # divided before it is added, so that no sum overflows
+                    g *= per_element
+                    mean_g += g
+                    mean_gx += g * x_hat
+    return mean_g, mean_gx
+
+
+@inlined
+def keep_means(means, at, mean_g, mean_gx, shift):
+    means[at * MEANS] = mean_g
+    means[at * MEANS + 1] = mean_gx
+    means[at * MEANS + 2] = shift
+
+
+@inlined
+def means_of(means, at):
+    return means[at * MEANS], means[at * MEANS + 1], means[at * MEANS + 2]
 
 
 @inlined

@@ -8,31 +8,44 @@ from math import gcd
 from typing import NamedTuple
 
 WARP = 32
-# elements in the registers of one thread, by their size there: 32 float32 are all that leaves room for weight, bias and
-# addresses within the 64 registers that let 1024 threads run at once
-HELD_ELEMENTS = {4: 32, 8: 8}
+# elements of a row in the registers of one thread, by their size there: usually, and at most. 32 float32 are all that leaves
+# room for weight, bias and addresses within the 64 registers that let 1024 threads run at once. Backward, a thread holds as
+# many of dy, dweight and dbias, and has as many of the next row on their way
+HELD = {"forward": {4: (16, 32), 8: (4, 8)}, "backward": {4: (16, 16), 8: (4, 4)}}
 # vectors of weight and bias are read in pieces of so many elements at most
 PIECE = 4
-# threads of a multiprocessor that must have room at once; with fewer, too few loads are under way
+# threads of a multiprocessor that must have room at once; with fewer, too few loads are under way. Backward, by the bytes of
+# x that a thread holds
 RESIDENT_THREADS = 1024
+RESIDENT_BACKWARD = {4: {16: 1024, 32: 768, 64: 512}, 8: {16: 768, 32: 512, 64: 256}}
 # threads of a block whose teams are no larger than a warp
 SHARED_BLOCK = 128
-# threads that one row is given, before they are given more than half of the elements that they can hold
+# threads that one row is given, before they are given more than they usually hold
 MODERATE_TEAM = 512
-MAX_TEAM = 1024
+# threads of the largest team
+MOST_THREADS = {"forward": 1024, "backward": 512}
 # neighbouring threads for a short row: fewer would read less than the 128 bytes of a cache line at once
 SHORT_TEAM = 8
-# a longer row than a team of 1024 threads can hold is cut into segments of these
-SEGMENT = {4: 1 << 13, 8: 1 << 12}
+# a longer row than the largest team can hold is cut into segments of at most these, in multiples of a cache line
+SEGMENT = {"forward": {4: 1 << 13, 8: 1 << 12}, "backward": {4: 1 << 13, 8: 1 << 11}}
+LINE = 64
+# backward, blocks stay and take row after row: as many as an H200 has room for
+MULTIPROCESSORS = 132
+# the sums of the groups are then added up by blocks of so many warps at most
+MOST_ADDING_WARPS = 32
 
 
 class Tile(NamedTuple):
-    """A team of `team` threads holds a row: `held` vectors a thread, of `width` elements. A block has `teams` of them."""
+    """A team of `team` threads holds a row: `held` vectors a thread, of `width` elements. A block has `teams` of them.
+
+    A multiprocessor must have room for so many `blocks`.
+    """
 
     width: int
     team: int
     held: int
     teams: int
+    blocks: int
 
     @property
     def threads(self):
@@ -45,33 +58,64 @@ class Tile(NamedTuple):
     @property
     def launch_bounds(self):
         """Threads of a block, and blocks that a multiprocessor must have room for."""
-        return self.threads, max(1, RESIDENT_THREADS // self.threads)
+        return self.threads, self.blocks
 
 
-def segments(cols, compute_itemsize):
-    """How many segments a row is cut into: 1 up to 32,768 elements, 8,192 in float64; longer rows are read twice."""
-    if cols <= MAX_TEAM * HELD_ELEMENTS[compute_itemsize]:
-        return 1
-    return -(-cols // SEGMENT[compute_itemsize])
+class Segments(NamedTuple):
+    """What a row is cut into: so many, of so many columns but for the last."""
+
+    number: int
+    cols: int
 
 
-def tile(cols, itemsize, compute_itemsize):
+def segments(cols, compute_itemsize, direction):
+    """A single one for what a team can hold; longer rows are read twice."""
+    if cols <= MOST_THREADS[direction] * HELD[direction][compute_itemsize][1]:
+        return Segments(1, cols)
+    count = -(-cols // longest_segment(cols, compute_itemsize, direction))
+    return Segments(count, -(-cols // (count * LINE)) * LINE)
+
+
+def longest_segment(cols, compute_itemsize, direction):
+    """Columns of a segment at most; backward fewer where elements are read one by one, whose ends take registers."""
+    most = SEGMENT[direction][compute_itemsize]
+    return most * 3 // 4 if direction == "backward" and cols % 2 else most
+
+
+def tile(cols, itemsize, compute_itemsize, direction):
     """The tile for a row, or for a segment of a long one, of `itemsize` bytes an element.
 
-    >>> tile(4096, 2, 4), tile(1001, 4, 4)
-    (Tile(width=8, team=256, held=2, teams=1), Tile(width=1, team=32, held=32, teams=4))
+    >>> tile(4096, 2, 4, "forward"), tile(1001, 4, 4, "forward")
+    (Tile(width=8, team=256, held=2, teams=1, blocks=4), Tile(width=1, team=32, held=32, teams=4, blocks=8))
     """
     width = gcd(cols, 16 // itemsize)
-    most = HELD_ELEMENTS[compute_itemsize] // width
-    elements = cols if segments(cols, compute_itemsize) == 1 else SEGMENT[compute_itemsize]
+    usual, most = (max(1, elements // width) for elements in HELD[direction][compute_itemsize])
+    is_whole = segments(cols, compute_itemsize, direction).number == 1
+    elements = cols if is_whole else longest_segment(cols, compute_itemsize, direction)
     vectors = elements // width
     if vectors <= WARP * most:
-        team = min(WARP, max(_power_of_two(-(-vectors // most) * 2), min(SHORT_TEAM, _power_of_two(vectors))))
-        return Tile(width, team, -(-vectors // team), SHARED_BLOCK // team)
-    team = _warps(vectors, max(1, most // 2))
-    if team > MODERATE_TEAM:
-        team = _warps(vectors, most)
-    return Tile(width, team, -(-vectors // team), 1)
+        team = min(WARP, max(_power_of_two(-(-vectors // usual)), min(SHORT_TEAM, _power_of_two(vectors))))
+        teams = SHARED_BLOCK // team
+    else:
+        team = _warps(vectors, usual)
+        team = team if team <= MODERATE_TEAM else _warps(vectors, most)
+        teams = 1
+    held = -(-vectors // team)
+    resident = RESIDENT_THREADS
+    if direction == "backward":
+        size = held * width * compute_itemsize
+        resident = next(n for most, n in RESIDENT_BACKWARD[compute_itemsize].items() if size <= most)
+    return Tile(width, team, held, teams, max(1, resident // (team * teams)))
+
+
+def groups(rows, segment_count, tile):
+    """Into how many groups the rows are divided backward, each of which a block goes through."""
+    return min(-(-rows // tile.teams), max(1, MULTIPROCESSORS * tile.blocks // segment_count))
+
+
+def adding_warps(groups):
+    """Warps of a block that adds up so many groups."""
+    return min(MOST_ADDING_WARPS, _power_of_two(groups))
 
 
 def _warps(vectors, held):

@@ -1,6 +1,7 @@
 """The CUDA tests run on a device or in the simulator, for which a test starts a process of its own."""
 
 import ctypes
+import itertools
 from contextlib import nullcontext
 
 import numba
@@ -15,7 +16,7 @@ if IS_SIMULATED:
     simulator.install()
 
     from nbnorm import checks
-    from nbnorm.cuda import kernels, launch
+    from nbnorm.cuda import arrays, kernels, launch, rows
 
     def prepare(kernel, signature, device, blocks, threads):
         return lambda stream, *arguments: simulator.run(kernel, signature, blocks, threads, *arguments)
@@ -23,22 +24,24 @@ if IS_SIMULATED:
     def aligned(access_memory):
         """As the operation, where the addresses are what accesses of that many elements need: a device faults elsewhere."""
 
-        def checked(values, k, memory, at, width, access):
+        def checked(values, k, memory, at, width, access, *rounds_pairs):
             itemsize = memory.array.itemsize
             address = memory.array.ctypes.data + (memory.origin + at) * itemsize
             assert address % min(16, access * itemsize) == 0, f"{access} elements at {address:#x}"
             assert width % access == 0, f"{width} elements by {access}"
-            access_memory(values, k, memory, at, width, access)
+            access_memory(values, k, memory, at, width, access, *rounds_pairs)
 
         return checked
 
-    kernels.load, kernels.store = aligned(kernels.load), aligned(kernels.store)
+    for module, name in itertools.product((kernels, rows), ("load", "fetch", "store")):
+        if hasattr(module, name):
+            setattr(module, name, aligned(getattr(module, name)))
     launch.prepare = prepare
     launch.compute_capability = lambda device: (9, 0)
     launch.stream_object = lambda handle, device: handle
     launch.on = lambda device: nullcontext()
     launch.current_device = lambda: 0
-    launch.fill_with_nan = lambda view, stream: ctypes.memset(view.address, 0xFF, view.size * view.itemsize)
+    launch.fill = lambda view, byte, stream: ctypes.memset(view.address, byte, view.size * view.itemsize)
     checks.has_numba_cuda = lambda: True
 
 
@@ -61,3 +64,5 @@ def arrays_of_one_test():
     yield
     if IS_SIMULATED:
         simulator.forget()
+        # the memory that calls work in is of that test too
+        vars(arrays._kept).clear()

@@ -21,32 +21,67 @@ import numpy as np
 INSTALL = "pip install '.[test,cuda13]' nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 TOOLS = ("cuobjdump", "nvdisasm")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
-USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 # of a multiprocessor, of any compute capability; a warp is given them in portions
 REGISTERS = 1 << 16
 REGISTERS_OF_WARP = 256
+# in bytes, of 7.5, which has the least of those that kernels are built for
+SHARED_MEMORY = 1 << 16
+# the kernels of a row that no block holds
+STEPS = {"forward": ("states", "normalise"), "backward": ("means", "gradients")}
 # modifiers of an access; without one it is of 4 bytes
 BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 
 class Variant(NamedTuple):
-    """A forward kernel: the dtypes of x, weight and bias, the columns of a row, and the rest as `kernels.forward` has it."""
+    """A kernel: the dtypes of its operands, in the order of `kernels`, the columns of a row, and what else it is made for.
 
+    None for an access is the widest; `access` is that of x and of y or dx.
+    """
+
+    direction: str
     operands: tuple
     cols: int
     variance: str = "centred"
     step: str = "whole"
+    output_mask: tuple = (True, True, True)
     access: int | None = None
+    dy_access: int | None = None
     parameter_access: int | None = None
 
     def __str__(self):
-        chosen = [part for part in self[2:] if part not in ("centred", "whole", None)]
-        return "-".join(map(str, [*(name or "absent" for name in self.operands), self.cols, *chosen]))
+        mask = "".join(name for name, wanted in zip("xwb", self.output_mask, strict=True) if wanted)
+        accesses = [f"{name}{n}" for name, n in zip(("a", "dy", "p"), self[-3:], strict=True) if n is not None]
+        chosen = [part for part in (self.variance, self.step, mask) if part not in ("centred", "whole", "xwb")]
+        operands = [name or "absent" for name in self.operands]
+        return "-".join([self.direction, *operands, str(self.cols), *chosen, *accesses])
+
+    @property
+    def x_dtype(self):
+        return self.operands[0 if self.direction == "forward" else 1]
 
     @property
     def dtype(self):
         """What it computes in."""
         return "float64" if "float64" in self.operands else "float32"
+
+    @property
+    def is_given(self):
+        """Whether it is handed mean and rstd."""
+        return self.direction == "backward" and self.operands[3] is not None
+
+    @property
+    def tile(self):
+        from nbnorm.cuda import sizes
+
+        return sizes.tile(self.cols, itemsize(self.x_dtype), itemsize(self.dtype), self.direction)
+
+    @property
+    def accesses(self):
+        """Elements that one access to dy has, to x, and to weight and bias."""
+        tile = self.tile
+        dy_most = min(tile.width, 16 // itemsize(self.operands[0]))
+        return self.dy_access or dy_most, self.access or tile.width, self.parameter_access or tile.piece
 
 
 class Build(NamedTuple):
@@ -56,6 +91,7 @@ class Build(NamedTuple):
     instructions: Counter
     registers: int
     stack: int
+    shared: int
 
     def count(self, *operations):
         """Instructions of these operations, whatever follows after a dot."""
@@ -97,15 +133,30 @@ def itemsize(name):
     return 2 if name == "bfloat16" else np.dtype(name).itemsize
 
 
-def forward(capability, variant):
-    """The tile of a row, and the kernel that takes it, built."""
-    from nbnorm.cuda import kernels, sizes
+def steps(direction, operands, cols, **choices):
+    """The kernels that a row takes: one, or two where no block holds it."""
+    from nbnorm.cuda import sizes
 
-    operands, dtype = variant.operands, variant.dtype
-    tile = sizes.tile(variant.cols, itemsize(operands[0]), itemsize(dtype))
-    accesses = variant.access or tile.width, variant.parameter_access or tile.piece
-    kernel = kernels.forward(capability, operands, dtype, variant.variance, tile, *accesses, variant.step)
-    return tile, build(kernel, kernels.forward_signature(operands, dtype), capability)
+    whole = Variant(direction, operands, cols, **choices)
+    is_long = sizes.segments(cols, itemsize(whole.dtype), direction)[0] > 1
+    return [whole._replace(step=step) for step in STEPS[direction]] if is_long else [whole]
+
+
+def kernel(capability, variant):
+    """The kernel that a variant is, built."""
+    from nbnorm.cuda import kernels
+
+    tile, operands, dtype = variant.tile, variant.operands, variant.dtype
+    *dy_and_x, of_parameters = variant.accesses
+    if variant.direction == "forward":
+        choices = variant.variance, tile, dy_and_x[1]
+        signature = kernels.forward_signature(operands, dtype)
+    else:
+        statistics_from = "given" if variant.is_given else variant.variance
+        choices = statistics_from, variant.output_mask, tile, tuple(dy_and_x)
+        signature = kernels.backward_signature(operands, dtype)
+    make = getattr(kernels, variant.direction)
+    return build(make(capability, operands, dtype, *choices, of_parameters, variant.step), signature, capability)
 
 
 def registers_of_block(registers, threads):
@@ -133,9 +184,9 @@ def build(kernel, signature, capability):
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(bytes(built.library.get_cubin().code))
         ptx = built.library.get_asm_str()
-        ((registers, stack, local),) = USAGE.findall(_output("cuobjdump", "--dump-resource-usage", cubin))
+        ((registers, stack, shared, local),) = USAGE.findall(_output("cuobjdump", "--dump-resource-usage", cubin))
         instructions = INSTRUCTION.findall(_output("nvdisasm", "--print-code", cubin))
-    return Build(ptx, Counter(instructions), int(registers), int(stack) + int(local))
+    return Build(ptx, Counter(instructions), int(registers), int(stack) + int(local), int(shared))
 
 
 def _output(name, *arguments):

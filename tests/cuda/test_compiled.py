@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from types import SimpleNamespace
 
 import llvmlite.binding as llvm
 import ml_dtypes
@@ -19,7 +18,9 @@ from numba import types
 
 import offline
 from nbnorm.cuda import instructions, kernels, sizes, strided
+from nbnorm.cuda.rows import MEANS, STATE
 from nbnorm.cuda.sizes import WARP
+from offline import steps
 
 if why := offline.missing():
     pytest.skip(f"CUDA kernels compile-only: {why}", allow_module_level=True)
@@ -31,61 +32,142 @@ pytestmark = pytest.mark.compiled
 
 FULL = (9, 0)
 # Turing is the oldest that CUDA 13 builds for; 8.0 is the first to round bfloat16 itself; 10.0 the newest of the servers'
-THIRDS = ((7, 5), (8, 0), (10, 0))
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-COLS = (
-    5,  # odd: elements one by one, a part of a warp
-    64,  # one or two vectors a thread, a part of a warp
-    256,  # the same with more, in float64 a warp
-    768,  # a warp, which is full, a model's usual size; in float64 of 16-bit rows one vector a thread
-    1000,  # the last vector is there for some of the threads
-    1001,  # the most elements of a thread, one by one
-    1024,  # the longest row of a warp
-    4096,  # several warps, full
-    4100,  # several warps, the last vector for few of the threads; 16-bit vectors of 8 bytes
-    8192,  # the longest row in float64: 1024 threads
-    16384,  # 512 threads, which hold all that they can; in float64 two steps
-    32768,  # the longest row: 1024 threads
-    32767,  # and one by one, which takes the most addresses
-)
+OTHERS = ((7, 5), (8, 0), (10, 0))
+# the tiles of float16 are those of bfloat16, from which it differs by conversions alone: it has variants of its own
+DTYPES = ("float32", "bfloat16", "float64")
+COLS = {
+    "forward": (
+        5,  # odd: elements one by one, a part of a warp
+        64,  # one or two vectors a thread, a part of a warp
+        256,  # the same with more, in float64 a warp
+        768,  # a warp, which is full, a model's usual size
+        1000,  # the last vector is there for some of the threads
+        1001,  # the most elements of a thread, one by one
+        4096,  # several warps, full
+        4100,  # several warps, the last vector for few of the threads; 16-bit vectors of 8 bytes
+        8192,  # the longest row in float64: 1024 threads
+        32768,  # the longest row: 1024 threads, which hold all that they can; in float64 two steps
+        32767,  # and one by one, which takes the most addresses
+    ),
+    "backward": (
+        5,
+        64,  # a part of a warp, whose teams add up by shuffles too
+        127,  # the same with the most elements of a thread, one by one
+        500,  # the most rows of a warp, the last vector for some of its threads; 16-bit vectors of 8 bytes
+        1001,  # two warps, one by one
+        2048,  # several warps, full; the longest row in float64
+        2047,
+        4100,
+        8192,  # the longest row: 512 threads
+        8191,
+    ),
+}
 # a long row in full segments and vectors, and one by one with a rest
 LONG_COLS = (131072, 131073)
 # weight and bias where they are not both of x's dtype; float64 makes all float64
 PARAMETERS = ((None, None), ("float32", "float32"), ("float64", "float64"), ("float32", None), (None, "float64"))
+# dy, x and weight where they are not of one dtype; a 16-bit vector in float64 takes the most registers
+MIXED = (
+    ("float32", "bfloat16", "float32"),
+    ("bfloat16", "float32", None),
+    ("float64", "bfloat16", "float16"),
+    ("float16", "float64", "float32"),
+    ("bfloat16", "float16", "float64"),
+)
+# an instruction that rounds two elements
+PAIRS = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
+MASKS = [mask for mask in itertools.product((True, False), repeat=3) if any(mask) and not all(mask)]
 
 
-def steps(operands, cols, variance="centred"):
-    """The kernels that a row takes: one, or two for a row that no block holds."""
-    whole = offline.Variant(operands, cols, variance)
-    is_long = sizes.segments(cols, offline.itemsize(whole.dtype)) > 1
-    return [whole._replace(step=step) for step in ("states", "normalise")] if is_long else [whole]
+def forward_variants():
+    def of(dtype, cols, *parameters, **choices):
+        return steps("forward", (dtype, *(parameters or (dtype, dtype))), cols, **choices)
 
-
-def all_variants():
-    for cols, dtype in itertools.product((*COLS, *LONG_COLS), DTYPES):
-        yield from steps((dtype,) * 3, cols)
+    for cols, dtype in itertools.product((*COLS["forward"], *LONG_COLS), DTYPES):
+        yield from of(dtype, cols)
     for parameters, dtype in itertools.product(PARAMETERS, DTYPES):
-        yield from steps((dtype, *parameters), 4096)
+        yield from of(dtype, 4096, *parameters)
+    for cols in (64, 1001, 131072):
+        yield from of("float16", cols)
     # wide parameters beside as much of a row as a thread holds leave the fewest registers
-    for cols, dtype in itertools.product((32768, 32767), DTYPES):
-        yield from steps((dtype, "float32", "float32"), cols)
-    yield from steps(("float32", "float64", "float64"), 8192)
-    # one sum less: in a part of a warp, in a warp, in a block, in the first step of a long row
-    for cols, dtype in itertools.product((64, 1001, 4096, 32768, 131072), DTYPES):
-        yield from (v for v in steps((dtype,) * 3, cols, "diff_of_squares") if v.step != "normalise")
+    for cols, dtype in itertools.product((32768, 32767), ("float32", "float16")):
+        yield from of(dtype, cols, "float32", "float32")
+    yield from of("float32", 8192, "float64", "float64")
+    # one sum less: in a part of a warp, in a block, in the first step of a long row
+    for cols, dtype in itertools.product((64, 4096, 131072), DTYPES):
+        yield from (v for v in of(dtype, cols, variance="diff_of_squares") if v.step != "normalise")
     # addresses of x and y, or of weight and bias, that do not allow the whole of a vector
     for dtype, most in (("float32", 4), ("bfloat16", 8), ("float16", 8), ("float64", 2)):
         for access in (most // 2, 1):
-            yield offline.Variant((dtype,) * 3, 4096, access=access)
-            yield offline.Variant((dtype,) * 3, 4096, parameter_access=min(access, 2))
+            yield from of(dtype, 4096, access=access)
+            yield from of(dtype, 4096, parameter_access=min(access, 2))
 
 
-VARIANTS = list(dict.fromkeys(all_variants()))
+def backward_variants():
+    def of(dtype, cols, statistics=(None, None), **choices):
+        return steps("backward", (dtype, dtype, dtype, *statistics), cols, **choices)
+
+    def returned(dtype):
+        """The dtype of mean and rstd as the forward pass returns them."""
+        return ("float64" if dtype == "float64" else "float32",) * 2
+
+    for cols, dtype in itertools.product((*COLS["backward"], *LONG_COLS), DTYPES):
+        # in float64 these are long too
+        if dtype != "float64" or not 2048 < cols < 100000:
+            yield from of(dtype, cols)
+    for cols in (64, 1001, 131072):
+        yield from of("float16", cols)
+    # given statistics, which spare sums: where a row has the fewest threads, the most, and in both steps
+    for cols, dtype in itertools.product((64, 2048, 8191, *LONG_COLS), DTYPES):
+        if dtype != "float64" or cols != 8191:
+            yield from of(dtype, cols, returned(dtype))
+    yield from of("bfloat16", 4096, ("float16", "bfloat16"))
+    yield from of("float32", 2048, ("float64", "float32"))
+    for cols, dtype in itertools.product((64, 2048, 131072), DTYPES):
+        yield from (v for v in of(dtype, cols, variance="diff_of_squares") if v.step != "gradients")
+    # what is not asked for is neither read nor computed: in teams that add up, in a block, with given statistics, and in
+    # the steps of a long row
+    for mask in MASKS:
+        with_dx, with_dweight, _ = mask
+        for statistics in ((None, None), returned("float32")):
+            # as a call chooses them: weight is read for dx alone, and nothing but dy for dbias alone
+            weight = "float32" if with_dx else None
+            is_given = statistics[0] is not None
+            if is_given and not (with_dx or with_dweight):
+                continue
+            operands = ("float32", "float32", weight, *statistics)
+            for cols in (2048, 131072) if is_given else (64, 2048, 131072):
+                for variant in steps("backward", operands, cols, output_mask=mask):
+                    # the first step is left out where it would have nothing to do
+                    if variant.step != "means" or with_dx or (with_dweight and not is_given):
+                        yield variant
+    for mask, dtype in itertools.product(((True, False, False), (False, True, True)), ("bfloat16", "float64")):
+        yield from steps("backward", (dtype, dtype, dtype if mask[0] else None, None, None), 2048, output_mask=mask)
+    for operands, cols in itertools.product(MIXED, (2048, 131072)):
+        yield from steps("backward", (*operands, None, None), cols)
+    # the most of a row, beside wide operands
+    for cols in (8192, 8191):
+        yield from steps("backward", ("float32", "bfloat16", "float32", None, None), cols)
+    # addresses of x and dx, of dy, or of weight, that do not allow the whole of a vector
+    for dtype, most in (("float32", 4), ("bfloat16", 8), ("float64", 2)):
+        for access in (most // 2, 1):
+            yield from of(dtype, 2048, access=access)
+            yield from of(dtype, 2048, dy_access=access)
+        yield from of(dtype, 2048, parameter_access=1)
+    yield from of("float16", 2048, access=1, dy_access=2)
+
+
+VARIANTS = list(dict.fromkeys([*forward_variants(), *backward_variants()]))
 PROBLEMS = [(FULL, variant) for variant in VARIANTS]
-PROBLEMS += [(capability, v) for first, capability in enumerate(THIRDS) for v in VARIANTS[first :: len(THIRDS)]]
-every_variant = pytest.mark.parametrize(
-    "problem", PROBLEMS, ids=lambda problem: "sm_{}{}-{}".format(*problem[0], problem[1])
-)
+# each of the others gets a tenth, with every dtype: the source is the same but for rounding
+PROBLEMS += [(capability, v) for first, capability in enumerate(OTHERS) for v in VARIANTS[first::10]]
+
+
+def with_problem(problems):
+    return pytest.mark.parametrize("problem", problems, ids=lambda problem: "sm_{}{}-{}".format(*problem[0], problem[1]))
+
+
+every_variant = with_problem(PROBLEMS)
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +176,18 @@ def builds(request):
     selected = {item.callspec.params.get("problem"): None for item in request.session.items if hasattr(item, "callspec")}
     workers = min(8, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        yield {problem: pool.submit(offline.forward, *problem) for problem in selected if problem in PROBLEMS}
+        yield {problem: pool.submit(offline.kernel, *problem) for problem in selected if problem in PROBLEMS}
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
 def built(problem, builds):
-    """The tile, and what was built for it."""
     return builds[problem].result()
 
 
 @every_variant
 def test_the_row_stays_in_registers(built):
-    assert_no_stack(built[1])
+    assert_no_stack(built)
 
 
 def assert_no_stack(build):
@@ -118,106 +199,228 @@ def assert_no_stack(build):
 
 @every_variant
 def test_so_many_blocks_have_room(problem, built):
-    tile, build = built
+    tile = problem[1].tile
     threads, blocks = tile.launch_bounds
     assert threads == tile.threads <= 1024
     assert threads % WARP == 0
-    assert re.search(rf"\.maxntid {threads}\b", build.ptx)
-    assert re.search(rf"\.minnctapersm {blocks}\b", build.ptx)
-    assert offline.registers_of_block(build.registers, threads) * blocks <= offline.REGISTERS
+    assert re.search(rf"\.maxntid {threads}\b", built.ptx)
+    assert re.search(rf"\.minnctapersm {blocks}\b", built.ptx)
+    assert offline.registers_of_block(built.registers, threads) * blocks <= offline.REGISTERS
+    assert built.shared * blocks <= offline.SHARED_MEMORY
+
+
+class Counts:
+    """How many accesses of each size in bytes the code of a kernel has, and how many elements of each dtype they are of."""
+
+    def __init__(self):
+        self.accesses = Counter()
+        self.elements = Counter()
+
+    def add(self, dtype, elements, access=1):
+        if dtype is not None and elements > 0:
+            itemsize = offline.itemsize(dtype)
+            access = min(access, 16 // itemsize)
+            self.accesses[itemsize * access] += elements // access
+            self.elements[dtype] += elements
+
+
+def has_statistics(variant):
+    """Whether it computes those of a row, and those of an extreme one again."""
+    if variant.direction == "forward":
+        return variant.step != "normalise"
+    return not variant.is_given and variant.step != "gradients" and any(variant.output_mask[:2])
+
+
+def loads(variant):
+    counts = Counts()
+    size = variant.tile.held * variant.tile.width
+    dy_access, access, parameter_access = variant.accesses
+    # an extreme row is read again
+    attempts = 1 + has_statistics(variant)
+    if variant.direction == "forward":
+        x, *parameters = variant.operands
+        counts.add(x, attempts * size, access)
+        if variant.step == "normalise":
+            counts.add(variant.dtype, STATE)
+        if variant.step != "states":
+            for parameter in parameters:
+                counts.add(parameter, size, parameter_access)
+        return counts
+    dy, x, weight, mean, rstd = variant.operands
+    with_dx, with_dweight, _ = variant.output_mask
+    if with_dx or with_dweight:
+        # the first row, the next one
+        counts.add(x, (1 + attempts) * size, access)
+        counts.add(mean, 1)
+        counts.add(rstd, 1)
+        if variant.step == "gradients" and not variant.is_given:
+            counts.add(variant.dtype, STATE)
+    if with_dx or variant.step != "means":
+        counts.add(dy, 2 * size, dy_access)
+    if with_dx:
+        counts.add(weight, size, parameter_access)
+        if variant.step == "gradients":
+            counts.add(variant.dtype, MEANS)
+        elif not variant.is_given:
+            # the row's first g
+            counts.add(dy, 1)
+            counts.add(weight, 1)
+    return counts
+
+
+def stores(variant):
+    counts = Counts()
+    size = variant.tile.held * variant.tile.width
+    access = variant.accesses[1]
+    if variant.direction == "forward":
+        if variant.step == "states":
+            counts.add(variant.dtype, STATE)
+        else:
+            counts.add(variant.x_dtype, size, access)
+            # mean and rstd
+            counts.add("float64" if variant.x_dtype == "float64" else "float32", 2)
+        return counts
+    with_dx, *parameters = variant.output_mask
+    if variant.step == "means":
+        counts.add(variant.dtype, STATE * (not variant.is_given) + MEANS * with_dx)
+    else:
+        counts.add(variant.x_dtype, size * with_dx, access)
+        counts.add(variant.dtype, size * sum(parameters), variant.tile.width)
+    return counts
 
 
 @every_variant
 def test_accesses(problem, built):
     """Every access to global memory is one that the tile says, of the size it says."""
-    variant, (tile, build) = problem[1], built
-    x, *parameters = (name and offline.itemsize(name) for name in variant.operands)
-    computed = offline.itemsize(variant.dtype)
-    access = variant.access or tile.width
-    once = Counter()
-    stores = Counter()
-    if variant.step == "states":
-        stores[computed] += 4
-    else:
-        stores[x * access] += tile.held * tile.width // access
-        # mean and rstd
-        stores[max(4, x)] += 2
-        for itemsize in filter(None, parameters):
-            # at most 16 bytes
-            size = min(variant.parameter_access or tile.piece, 16 // itemsize)
-            once[itemsize * size] += tile.held * tile.width // size
-    if variant.step == "normalise":
-        once[computed] += 4
-    row = Counter({x * access: tile.held * tile.width // access})
-    # small kernels have the code of the second attempt apart from that of the first
-    assert build.accesses("LDG") in (once + row, once + row + row)
-    assert build.accesses("STG") == stores
+    assert built.accesses("LDG") == loads(problem[1]).accesses
+    assert built.accesses("STG") == stores(problem[1]).accesses
 
 
 @every_variant
 def test_sums(problem, built):
     """A team's threads meet as often as its sums need: in shuffles, and at barriers where the team is a block."""
-    variant, (tile, build) = problem[1], built
-    sums = {"centred": 3, "diff_of_squares": 2}[variant.variance]
-    # of both attempts in one, and of a second one apart; one more sum is for its scale
-    possible = [0] if variant.step == "normalise" else [sums + 1, 2 * sums + 1]
+    variant = problem[1]
+    tile = variant.tile
+    sums = barriers = 0
+    if has_statistics(variant):
+        # both attempts, and between them the sum for the scale of the second
+        sums, barriers = {"centred": (3 + 1 + 3, 2 + 1 + 2), "diff_of_squares": (2 + 1 + 2, 1 + 1 + 1)}[variant.variance]
+    is_backward = variant.direction == "backward"
+    if is_backward and variant.output_mask[0] and variant.step != "gradients":
+        sums, barriers = sums + 2, barriers + 1
     is_block = tile.team > WARP
-    shuffles = 2 * int(np.log2(WARP)) if is_block else int(np.log2(tile.team))
     words = offline.itemsize(variant.dtype) // 4
-    assert build.count("SHFL") in [shuffles * words * n for n in possible]
-    assert build.count("BAR") in [is_block * n for n in possible]
-    assert (build.count("VOTE") > 0) == (variant.step != "normalise")
+    shuffles = sums * words * (2 * log2(WARP) if is_block else log2(tile.team))
+    possible = [(shuffles, barriers * is_block)]
+    if is_backward and not is_block and variant.step != "means":
+        # the teams of a block add up in halves: two barriers for those of its warps, and for those of a warp shuffles of all
+        # that a thread holds. Where that is 16 elements, the compiler keeps the loops
+        halves = [(log2(WARP // tile.team), log2(tile.threads // WARP))]
+        halves.append(tuple(min(n, 1) for n in halves[0]))
+        parameters = sum(variant.output_mask[1:])
+        held = tile.held * tile.width * words
+        possible = [(shuffles + parameters * held * in_warp, parameters * 2 * of_warps) for in_warp, of_warps in halves]
+    assert (built.count("SHFL"), built.count("BAR")) in possible
+    assert built.count("VOTE") == has_statistics(variant)
+
+
+def log2(power):
+    return power.bit_length() - 1
 
 
 @every_variant
 def test_what_float32_kernels_have_not(problem, built):
     """float64, exact divisions and roots, which are calls, and subnormals flushed to 0."""
-    build = built[1]
-    if problem[1].dtype == "float64":
-        return
-    assert_only_float32(build)
+    if problem[1].dtype == "float32":
+        assert_only_float32(built)
+
+
+def assert_only_float32(build):
+    assert ".f64" not in build.ptx
+    assert not [name for name in build.instructions if re.search(r"^D(ADD|MUL|FMA|SETP|MNMX)|F64|64H", name)]
     assert not re.search(r"\b(div|sqrt|rcp|rsqrt)\.r[nzmp]\.", build.ptx)
     assert ".ftz" not in build.ptx
     # an integer division has one beside F2I
     assert not [name for name in build.instructions if re.search(r"^(F(ADD|MUL|FMA|SETP|MNMX)|MUFU)\..*FTZ", name)]
 
 
-def assert_only_float32(build):
-    assert ".f64" not in build.ptx
-    assert not [name for name in build.instructions if re.search(r"^D(ADD|MUL|FMA|SETP|MNMX)|F64|64H", name)]
-
-
 @every_variant
 def test_rounding_to_16_bits(problem, built):
     """Two elements in one instruction, or one beside a 0, from compute capability 8.0 on."""
-    (capability, variant), (tile, build) = problem, built
+    capability, variant = problem
+    assert_rounds_pairs(built, capability, stores(variant).elements, variant.accesses[1])
+
+
+def assert_rounds_pairs(build, capability, elements, access):
     expected = Counter()
-    if variant.step != "states" and capability >= (8, 0):
-        pairs = tile.held * -(-tile.width // (1 if variant.access == 1 else 2))
-        expected = Counter({name: pairs for name in ("float16", "bfloat16") if name == variant.operands[0]})
-    found = Counter({"float16": build.ptx.count("cvt.rn.f16x2.f32"), "bfloat16": build.ptx.count("cvt.rn.bf16x2.f32")})
-    assert found == expected
+    if capability >= kernels.ROUNDS_PAIRS:
+        expected = Counter({name: elements.get(name, 0) // min(access, 2) for name in PAIRS})
+    assert Counter({name: build.ptx.count(instruction) for name, instruction in PAIRS.items()}) == expected
 
 
-@pytest.mark.parametrize("capability", [FULL, *THIRDS])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_merge(dtype, capability):
-    build = offline.build(kernels.merge(capability, dtype), kernels.merge_signature(dtype), capability)
+@with_problem(
+    [p for p in PROBLEMS if p[1].direction == "backward" and "float16" in p[1].operands and p[1].dtype == "float32"]
+)
+def test_the_next_row_stays_packed(problem, built):
+    """What is fetched is converted once, where it is unpacked, and not where the first row and the next one are loaded."""
+    variant = problem[1]
+    counts = loads(variant)
+    twice = variant.operands[:2].count("float16")
+    elements = counts.elements["float16"] - twice * variant.tile.held * variant.tile.width
+    assert built.ptx.count("cvt.f32.f16") == elements
+
+
+# a forward pass, a backward one, and one with given statistics
+MERGES = ((True, False), (True, True), (False, True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_states", "has_means", "capability"),
+    [(dtype, *flags, FULL) for dtype in ("float32", "float64") for flags in MERGES]
+    + [("float32", True, True, capability) for capability in OTHERS],
+)
+def test_merge(dtype, has_states, has_means, capability):
+    kernel = kernels.merge(capability, dtype, has_states, has_means)
+    build = offline.build(kernel, kernels.merge_signature(dtype), capability)
     words = offline.itemsize(dtype) // 4
     assert_no_stack(build)
     if dtype == "float32":
         assert_only_float32(build)
     assert offline.registers_of_block(build.registers, kernels.MERGE_THREADS) <= offline.REGISTERS
-    # three sums of a block
-    assert (build.count("SHFL"), build.count("BAR")) == (3 * 10 * words, 3)
-    assert build.accesses("STG") == {4 * words: 4}
+    # three sums of a block for a state, and two at one barrier for the means
+    assert build.count("SHFL") == (3 * has_states + 2 * has_means) * 10 * words
+    assert build.count("BAR") == 3 * has_states + has_means
+    assert build.accesses("STG") == {4 * words: STATE * has_states + MEANS * has_means}
+
+
+# the most warps of a block; one, which has no others to add; and 7.5, which rounds in several instructions
+@pytest.mark.parametrize(
+    ("dtype", "result", "warps", "capability"),
+    [(dtype, result, sizes.MOST_ADDING_WARPS, FULL) for dtype in ("float32", "float64") for result in (*DTYPES, "float16")]
+    + [("float32", "float32", 1, FULL)]
+    + [("float32", result, sizes.MOST_ADDING_WARPS, (7, 5)) for result in PAIRS],
+)
+def test_add_groups(dtype, result, warps, capability):
+    kernel = kernels.add_groups(capability, dtype, result, warps)
+    build = offline.build(kernel, kernels.add_groups_signature(dtype, result), capability)
+    assert_no_stack(build)
+    if dtype == "float32" and result != "float64":
+        assert_only_float32(build)
+    assert offline.registers_of_block(build.registers, warps * WARP) <= offline.REGISTERS
+    # how often the loop over the groups is unrolled is the compiler's choice
+    assert set(build.accesses("LDG")) == {offline.itemsize(dtype)}
+    # dweight or dbias
+    assert build.accesses("STG") == {offline.itemsize(result): 2}
+    # once for both
+    assert_rounds_pairs(build, capability, {result: 1}, 1)
+    assert (build.count("BAR"), build.count("LDS")) == (1, warps - 1)
 
 
 # each size of an element, and numbers with and without a sign
 @pytest.mark.parametrize(
     ("source", "dtype", "capability"),
     [("float64", "float64", FULL), ("bfloat16", "bfloat16", FULL), ("uint64", "float64", FULL), ("bool", "float64", FULL)]
-    + [("float32", "float32", capability) for capability in THIRDS],
+    + [("float32", "float32", capability) for capability in OTHERS],
 )
 def test_copy(source, dtype, capability):
     build = offline.build(strided.copy(capability, source, dtype), strided.copy_signature(source, dtype), capability)
@@ -268,24 +471,19 @@ def test_inverse_power_of_two(rng, dtype):
 
 
 @pytest.mark.parametrize(("stored", "name"), [(lowering.BFLOAT16, "bfloat16"), (lowering.FLOAT16, "float16")])
-def test_words_of_16_bits(monkeypatch, stored, name):
+def test_words_of_16_bits(stored, name):
     """Two numbers in a word are decoded and, for 7.5, rounded and packed as ml_dtypes and NumPy do it."""
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     if name == "float16" and is_x86 and not llvm.get_host_cpu_features().get("f16c"):
         pytest.skip("this machine has no instructions for float16, which LLVM's rules need")
     dtype = np.dtype(getattr(ml_dtypes, name, name))
-    monkeypatch.setattr(
-        lowering, "ConfigStack", lambda: SimpleNamespace(top=lambda: SimpleNamespace(compute_capability=(7, 5)))
-    )
     word, single = ir.IntType(32), ir.FloatType()
     # one element of the pair at a time
     low, high = (
-        on_the_host(lambda builder, raw, i=i: lowering._decoded(builder, raw, 2, stored, types.float32)[i], single, word)
+        on_the_host(lambda builder, raw, i=i: lowering._decoded(builder, [raw], stored, types.float32)[i], single, word)
         for i in range(2)
     )
-    packed = on_the_host(
-        lambda builder, *pair: lowering._encoded(builder, pair, types.float32, stored), word, single, single
-    )
+    packed = on_the_host(lambda builder, *pair: lowering._encoded(builder, pair, stored, 0), word, single, single)
     bits = np.arange(1 << 16, dtype=np.uint16)
     numbers = bits.view(dtype).astype(np.float32)
     pairs = bits.astype(np.uint32) | bits[::-1].astype(np.uint32) << 16

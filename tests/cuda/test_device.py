@@ -1,9 +1,11 @@
 """What only a device can show: other libraries' arrays, streams, graphs, sizes beyond 32 bits, and the memory checker."""
 
 import gc
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,13 @@ import pytest
 from numba import cuda
 
 import nbnorm
-from tolerances import CUDA_Y_EPS, assert_y
+from tolerances import CUDA_GRADIENT_EPS, CUDA_Y_EPS, assert_grads, assert_y
 
 pytestmark = [pytest.mark.hardware, pytest.mark.device]
 
 ROWS, COLS = 64, 1000
+TRAINING = Path(nbnorm.__file__).parent.parent / "docs" / "training.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", TRAINING.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture
@@ -58,6 +62,60 @@ def test_torch(rng, torch, dtype):
     assert ((y.double() - wanted).abs() <= eps * (wanted.abs() + bias.double().abs() + 1)).all()
     # and again, as a call that is known
     assert torch.equal(nbnorm.layer_norm(x, COLS, weight, bias), y)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize(("rows", "cols"), [(100_000, 64), (4096, 1000), (1024, 8192), (40, 100_000)])
+def test_torch_backward(rng, torch, dtype, rows, cols):
+    dy, x = (torch.from_numpy(numbers(rng, (rows, cols))).cuda().to(getattr(torch, dtype)) for _ in range(2))
+    weight, bias = (torch.from_numpy(numbers(rng, cols)).cuda() for _ in range(2))
+    wide = [array.double().requires_grad_() for array in (x, weight, bias)]
+    torch.nn.functional.layer_norm(wide[0], (cols,), *wide[1:]).backward(dy.double())
+    wanted = [array.grad for array in wide]
+    del wide
+    _, mean, rstd = nbnorm.layer_norm(x, cols, return_stats=True)
+    for statistics in ({}, {"mean": mean, "rstd": rstd}):
+        grads = nbnorm.layer_norm_backward(dy, x, cols, weight, **statistics)
+        assert {type(grad) for grad in grads} == {torch.Tensor}
+        assert [grad.dtype for grad in grads] == [x.dtype, weight.dtype, weight.dtype]
+        largest = wanted[0].abs().amax(1, keepdim=True)
+        sizes = wanted[0].abs() + largest, *(grad.abs() + rows**0.5 for grad in wanted[1:])
+        for grad, exact, size in zip(grads, wanted, sizes, strict=True):
+            assert ((grad.double() - exact).abs() <= CUDA_GRADIENT_EPS * torch.finfo(grad.dtype).eps * size).all()
+        # and again, as a call that is known, to the bit
+        for grad, again in zip(grads, nbnorm.layer_norm_backward(dy, x, cols, weight, **statistics), strict=True):
+            assert torch.equal(grad, again)
+
+
+def test_torch_backward_into_its_operands(rng, torch):
+    dy, x = (torch.from_numpy(numbers(rng)).cuda() for _ in range(2))
+    weight = torch.from_numpy(numbers(rng, COLS)).cuda()
+    wanted = nbnorm.layer_norm_backward(dy, x, COLS, weight)
+    for _ in range(2):
+        operands = dy.clone(), x.clone()
+        out = operands[0], torch.empty_like(weight), torch.empty_like(weight)
+        grads = nbnorm.layer_norm_backward(*operands, COLS, weight, out=out)
+        for grad, given, expected in zip(grads, out, wanted, strict=True):
+            assert grad is given
+            assert torch.equal(grad, expected)
+    strided = nbnorm.layer_norm_backward(dy.t().contiguous().t(), x.t().contiguous().t(), COLS, weight)
+    assert all(torch.equal(grad, expected) for grad, expected in zip(strided, wanted, strict=True))
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_training_examples(request, i):
+    """The code of docs/training.md: a layer learns, with Numba's arrays, CuPy's and torch's."""
+    if i:
+        request.getfixturevalue(["cupy", "torch"][i - 1])
+    names = {"nbnorm": nbnorm}
+    exec(EXAMPLES[i], names)
+    if i == 0:
+        wanted = names["wanted"].copy_to_host()
+        for parameter in (names["ln"].weight, names["ln"].bias):
+            np.testing.assert_allclose(parameter.copy_to_host(), wanted, atol=1e-3)
+    else:
+        weight = names["weight"] if i == 1 else names["parameters"][0].detach()
+        assert ((weight != 1).sum() == weight.size if i == 1 else (weight != 1).all()).item()
 
 
 def test_torch_tensors_that_require_grad(torch):
@@ -104,15 +162,20 @@ def test_torch_graph(rng, torch, cols):
     x = torch.from_numpy(numbers(rng, (ROWS, cols))).cuda()
     out = torch.empty_like(x)
     nbnorm.layer_norm(x, cols, out=out)
+    grads = nbnorm.layer_norm_backward(out, x, cols)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         nbnorm.layer_norm(x, cols, out=out)
         allocated = nbnorm.layer_norm(x, cols)
+        nbnorm.layer_norm_backward(out, x, cols, out=tuple(grads))
+        allocated_grads = nbnorm.layer_norm_backward(out, x, cols)
     x.copy_(torch.from_numpy(numbers(rng, (ROWS, cols))))
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, nbnorm.layer_norm(x, cols))
     assert torch.equal(allocated, out)
+    for results in zip(grads, allocated_grads, nbnorm.layer_norm_backward(out, x, cols), strict=True):
+        assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
@@ -132,6 +195,14 @@ def test_cupy(rng, cupy, dtype):
     stream.synchronize()
     assert (again == y).all()
     assert (nbnorm.layer_norm(x[:, ::2], COLS // 2) == nbnorm.layer_norm(cupy.ascontiguousarray(x[:, ::2]), COLS // 2)).all()
+    grads = nbnorm.layer_norm_backward(y, x, COLS, weight)
+    assert {type(grad) for grad in grads} == {cupy.ndarray}
+    host = nbnorm.functional.LayerNormGrads(*(grad.get() for grad in grads))
+    assert_grads(host, y.get(), x.get(), 1, weight.get(), gradient_eps=CUDA_GRADIENT_EPS)
+    for other in (None, stream):
+        again = nbnorm.layer_norm_backward(y, x, COLS, weight, stream=other)
+        stream.synchronize()
+        assert all((grad == expected).all() for grad, expected in zip(again, grads, strict=True))
 
 
 def test_any_object_with_the_interface(rng):
@@ -151,6 +222,23 @@ def test_streams_of_numba(rng):
     device = cuda.to_device(x, stream=stream)
     y = nbnorm.layer_norm(device, COLS, stream=stream)
     assert_y(y.copy_to_host(stream=stream), x, 1, y_eps=CUDA_Y_EPS)
+    grads = nbnorm.layer_norm_backward(y, device, COLS, stream=stream)
+    host = nbnorm.functional.LayerNormGrads(*(grad.copy_to_host(stream=stream) for grad in grads))
+    assert_grads(host, y.copy_to_host(stream=stream), x, 1, gradient_eps=CUDA_GRADIENT_EPS)
+
+
+def test_threads_share_a_stream(rng):
+    """Each thread has a workspace of its own for the sums over rows."""
+    dy, x = (cuda.to_device(numbers(rng, (4096, 512))) for _ in range(2))
+    wanted = [grad.copy_to_host() for grad in nbnorm.layer_norm_backward(dy, x, 512)]
+
+    def call(_):
+        return [grad.copy_to_host() for grad in nbnorm.layer_norm_backward(dy, x, 512)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for grads in pool.map(call, range(100)):
+            for grad, expected in zip(grads, wanted, strict=True):
+                np.testing.assert_array_equal(grad, expected)
 
 
 def test_the_host_does_not_wait():
@@ -159,9 +247,12 @@ def test_the_host_does_not_wait():
     start, end = cuda.event(), cuda.event()
     nbnorm.layer_norm(x, 4096, out=out)
     cuda.synchronize()
+    nbnorm.layer_norm_backward(x, x, 4096, out=(out, None, None))
+    cuda.synchronize()
     start.record()
     for _ in range(8):
         nbnorm.layer_norm(x, 4096, out=out)
+        nbnorm.layer_norm_backward(x, x, 4096, out=(out, None, None))
     end.record()
     assert not end.query(), "the device was done when the host returned"
     end.synchronize()
@@ -177,6 +268,10 @@ def test_more_than_2_to_the_31_elements(large, cols):
     x[rows - 3 :].copy_to_device(last)
     nbnorm.layer_norm(x, cols, out=y)
     assert_y(y[rows - 3 :].copy_to_host(), last, 1, y_eps=1)
+    # dx of the last rows alone, and of all
+    wanted = nbnorm.layer_norm_backward(y[rows - 3 :], x[rows - 3 :], cols).dx.copy_to_host()
+    grads = nbnorm.layer_norm_backward(y, x, cols, output_mask=(True, False, False), out=(y, None, None))
+    np.testing.assert_array_equal(grads.dx[rows - 3 :].copy_to_host(), wanted)
 
 
 def test_a_row_of_more_than_2_to_the_31_elements(large):
@@ -190,6 +285,12 @@ def test_a_row_of_more_than_2_to_the_31_elements(large):
     assert abs(mean.copy_to_host().item()) < 1e-6
     assert abs(rstd.copy_to_host().item() - 1) < 1e-4
     assert set(y[0, cols - 1000 :].copy_to_host().tolist()) == {1.0, -1.0}
+    # dy is y itself: dbias is dy, and dx is next to 0
+    grads = nbnorm.layer_norm_backward(y, x, cols, output_mask=(False, False, True))
+    np.testing.assert_array_equal(grads.dbias[cols - 1000 :].copy_to_host(), y[0, cols - 1000 :].copy_to_host())
+    del grads
+    dx = nbnorm.layer_norm_backward(y, x, cols, output_mask=(True, False, False), out=(y, None, None)).dx
+    assert np.abs(dx[0, cols - 1000 :].copy_to_host()).max() < 1e-3
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -207,6 +308,9 @@ for dtype in (np.float32, np.float16):
         x, w = cuda.to_device(rng.standard_normal((5, cols)).astype(dtype)), cuda.to_device(np.ones(cols, np.float32))
         nbnorm.layer_norm(x, cols, w, w, return_stats=True)
         nbnorm.layer_norm(x[:, : cols // 2 + 1], cols // 2 + 1, out=cuda.device_array((5, cols), dtype)[:, : cols // 2 + 1])
+        nbnorm.layer_norm_backward(x, x, cols, w)
+        _, mean, rstd = nbnorm.layer_norm(x, cols, return_stats=True)
+        nbnorm.layer_norm_backward(x, x, cols, w, mean=mean, rstd=rstd)
 cuda.synchronize()
 """
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", grid]

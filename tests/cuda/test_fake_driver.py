@@ -1,6 +1,7 @@
 """Does the way to the driver fit numba-cuda and cuda.core, up to a driver whose every call succeeds and does nothing?"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import pytest
 
 import offline
 
-DRIVER = Path(__file__).parent.parent.parent / "benchmarks" / "fake_driver.c"
+ROOT = Path(__file__).parent.parent.parent
+DRIVER = ROOT / "benchmarks" / "fake_driver.c"
 CALLS = """
 import ml_dtypes
 import numpy as np
-from numba import cuda
+from numba import config, cuda
 
 import nbnorm
 from nbnorm import arrays
@@ -36,17 +38,32 @@ for dtype in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int32):
         assert y.dtype == (np.float64 if dtype is np.int32 else dtype)
         # the driver does nothing, so that every stream has the address 0
         nbnorm.layer_norm(x, 64, stream=cuda.stream())
+        grads = nbnorm.layer_norm_backward(x, x, 64, weight)
+        assert {type(grad) for grad in grads} == {type(x)}
+        assert [grad.dtype for grad in grads] == [y.dtype, np.float32, np.float32]
+        nbnorm.layer_norm_backward(y, x, 64, mean=mean, rstd=rstd, output_mask=(True, False, False), stream=cuda.stream())
+        nbnorm.layer_norm_backward(y, x, 64, out=(y, weight if y.dtype == np.float32 else None, None))
     nbnorm.layer_norm(x[:, ::2], 32, out=y[:, ::2])
+    nbnorm.layer_norm_backward(x[:, ::2], x[:, 1::2], 32, weight[::2], out=(y[:, ::2], None, None))
 x = cuda.device_array((3, 40000), np.float32)
 nbnorm.layer_norm(x, 40000, stream=0)
+_, mean, rstd = nbnorm.layer_norm(x, 40000, return_stats=True)
+for statistics in ({}, {"mean": mean, "rstd": rstd}):
+    nbnorm.layer_norm_backward(x, x, 40000, **statistics)
+empty = cuda.device_array((0, 8), np.float32)
+nbnorm.layer_norm_backward(empty, empty, 8)
 nbnorm.layer_norm(cuda.device_array((3, 0), np.float32), 0, return_stats=True)
 for foreign in (Foreign(x), cuda.as_cuda_array(Foreign(x))):
     assert type(nbnorm.layer_norm(foreign, 40000)) is type(x)
 ln = nbnorm.LayerNorm(40000, device="cuda", dtype=ml_dtypes.bfloat16)
 ln.load_state_dict({"weight": np.ones(40000), "bias": x[0]})
 assert arrays.read(ln.weight).dtype == ml_dtypes.bfloat16
-ln(x)
+ln.backward(ln(x), x)
+# the example has a grid of one block, of which Numba warns
+config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 """
+# what the documentation shows runs up to the driver too
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.mark.compiled
@@ -59,7 +76,7 @@ def test_every_way_of_a_call(tmp_path, python_environment):
     subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", DRIVER], check=True)
     paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("LD_LIBRARY_PATH")]))
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CALLS],
+        [sys.executable, "-W", "error", "-c", CALLS + EXAMPLES[0]],
         env=python_environment | {"LD_LIBRARY_PATH": paths, "NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS": "1"},
         capture_output=True,
         text=True,

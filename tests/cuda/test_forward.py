@@ -7,23 +7,13 @@ import numpy as np
 import pytest
 
 import nbnorm
-from device import to_device, to_host
+from device import DTYPES, SHAPES, normal, to_device, to_host
 from tolerances import CUDA_STATISTICS_EPS, CUDA_Y_EPS, assert_statistics, assert_y
 
 pytestmark = pytest.mark.hardware
 
-DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
-
-# (rows, cols) and what there is one of: a single element; a team of two; rows that share warps, the last one not full; a
-# team of a whole warp; odd rows, read one by one; two warps, an odd one, three and a rest; a segment and a rest
-SHAPES = [(1, 1), (3, 5), (70, 9), (5, 64), (3, 1000), (2, 1001), (2, 2052), (2, 2500), (1, 4100)]
 # the first that a block cannot hold; vectors and single elements
 LONG_SHAPES = [(2, 32776), (1, 32769)]
-
-
-def normal(rng, shape, dtype):
-    with np.errstate(under="ignore"):
-        return rng.standard_normal(shape).astype(dtype)
 
 
 def layer_norm(x, cols, weight=None, bias=None, *arguments, **options):

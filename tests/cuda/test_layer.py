@@ -23,6 +23,34 @@ def test_a_layer(rng, dtype):
     np.testing.assert_allclose(to_host(y), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, np.float16])
+def test_the_backward_of_a_layer(rng, dtype):
+    dy, x = rng.standard_normal((2, 3, 16)).astype(np.float32)
+    for options in ({}, {"bias": False}, {"elementwise_affine": False}, {"use_diff_of_squares": True}):
+        ln = nbnorm.LayerNorm(16, device="cuda", dtype=dtype, **options)
+        on_cpu = nbnorm.LayerNorm(16, dtype=dtype, **options)
+        for grad, wanted in zip(ln.backward(to_device(dy), to_device(x)), on_cpu.backward(dy, x), strict=True):
+            assert (grad is None) == (wanted is None)
+            if grad is not None:
+                assert grad.dtype == wanted.dtype
+                grad, wanted = to_host(grad).astype(np.float64), wanted.astype(np.float64)
+                np.testing.assert_allclose(grad, wanted, rtol=2e-3 if dtype else 1e-5, atol=1e-4)
+
+
+def test_training(rng):
+    """A layer learns a scale and a shift from its gradients; `test_device` does so without a way to the host."""
+    scale, shift = rng.standard_normal((2, 16)).astype(np.float32)
+    ln = nbnorm.LayerNorm(16, device="cuda")
+    for _ in range(30):
+        x = rng.standard_normal((24, 16)).astype(np.float32)
+        dy = to_host(ln(to_device(x))) - nbnorm.layer_norm(x, 16, scale, shift)
+        grads = ln.backward(to_device(dy), to_device(x))
+        for parameter, grad in ((ln.weight, grads.dweight), (ln.bias, grads.dbias)):
+            parameter.copy_to_device(to_host(parameter) - to_host(grad) / 24)
+    np.testing.assert_allclose(to_host(ln.weight), scale, atol=1e-3)
+    np.testing.assert_allclose(to_host(ln.bias), shift, atol=1e-3)
+
+
 def test_without_parameters():
     ln = nbnorm.LayerNorm(4, elementwise_affine=False, device="cuda")
     assert ln.weight is None
