@@ -24,6 +24,7 @@ import tables
 from timing import measure
 from tqdm import tqdm
 
+PASSES = ["forward", "backward"]
 RESULTS = Path(__file__).parent / "results"
 LARGE = (
     (8192, 768),
@@ -71,11 +72,11 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=shapes, help="ROWSxCOLS,... for every dtype and pass")
     parser.add_argument("--dtypes", type=one_of(*TOLERANCE), default=["float32", "float16", "bfloat16"])
-    parser.add_argument("--passes", type=one_of("forward", "backward"), help="default: all that the device has")
+    parser.add_argument("--passes", type=one_of(*PASSES), default=PASSES, help="default: both")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each problem, about (default: 1.5)")
     parser.add_argument("--threads", type=int, default=numba.get_num_threads(), help="for everybody (default: %(default)s)")
     parser.add_argument("--keep-memory", action="store_true", help="allocations reuse what was freed (glibc): kernels alone")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: forward alone")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="STEM", help="default: compare-cpu in results/ beside this file")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs; saved only with --output")
     parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing, render saved results")
@@ -83,9 +84,6 @@ def parse():
     options = parser.parse_args()
     if options.markdown and not options.render:
         parser.error("Markdown files are for --render")
-    if options.device == "cuda" and options.passes not in (None, ["forward"]):
-        parser.error("--device cuda has the pass forward alone")
-    options.passes = options.passes or ["forward", "backward"]
     if options.quick and options.device == "cuda":
         options.seconds = QUICK_SECONDS
     elif options.quick:

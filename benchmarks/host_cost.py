@@ -1,4 +1,4 @@
-"""What a call of nbnorm.layer_norm with CUDA arrays costs the host, in microseconds, by kind of array, and where it goes.
+"""What a call of nbnorm with CUDA arrays costs the host, in microseconds, by kind of array, and where it goes.
 
 Where there is a CUDA device, that is the time until the call returns, with the libraries' own arrays. Elsewhere the driver
 is `fake_driver.c`, whose every call succeeds and does nothing (it takes a C compiler): Numba's arrays, its allocation, and
@@ -64,47 +64,88 @@ def run_with_fake_driver(batches):
 
 
 def report(is_fake, batches):
-    """A line for each kind of array that there is a library for."""
-    from nbnorm.cuda import quick
-
+    """A line for each pass and each kind of array that there is a library for."""
     lines = [
         f"us a call, {ROWS} x {COLS} float32, weight and bias; {'a driver that does nothing' if is_fake else 'a device'}",
-        f"{'arrays':<8} {'out=':>6} {'y new':>6} {'stats':>6}   where a call with out= spends it",
+        "stats: forward returns mean and rstd, in new arrays; backward is given them, with out=",
+        f"{'arrays':<8} {'pass':<8} {'out=':>6} {'new':>6} {'stats':>6}   where a call with out= spends it",
     ]
     for kind in KINDS:
         if importlib.util.find_spec(kind) is None:
             lines.append(f"{kind:<8} not installed")
             continue
-        x, weight, bias, out = arrays(kind, is_fake)
-        calls = {
-            "out=": lambda a=(x, COLS, weight, bias), out=out: nbnorm.layer_norm(*a, out=out),
-            "y new": lambda a=(x, COLS, weight, bias): nbnorm.layer_norm(*a),
-            "stats": lambda a=(x, COLS, weight, bias): nbnorm.layer_norm(*a, return_stats=True),
-        }
-        quick.FORWARD.clear()
-        took = {name: microseconds(call, batches) for name, call in calls.items()}
-        if len(quick.FORWARD) != len(calls):
-            raise SystemExit(f"{kind}: {len(quick.FORWARD)} of {len(calls)} calls were remembered")
-        plan = next(iter(quick.FORWARD.values()))
-        spent = {name: microseconds(part, batches) for name, part in parts(kind, x, out, plan).items()}
-        spent["the rest"] = took["out="] - sum(spent.values())
-        where = ", ".join(f"{name} {value:.2f}" for name, value in spent.items())
-        lines.append(f"{kind:<8} {' '.join(f'{value:6.2f}' for value in took.values())}   {where}")
+        operands = arrays(kind, is_fake)
+        for pass_, costs in (("forward", forward), ("backward", backward)):
+            took, spent = costs(kind, operands, batches)
+            spent["the rest"] = took[0] - sum(spent.values())
+            where = ", ".join(f"{name} {value:.2f}" for name, value in spent.items())
+            lines.append(f"{kind:<8} {pass_:<8} {' '.join(f'{value:6.2f}' for value in took)}   {where}")
     return "\n".join(lines)
 
 
-def parts(kind, x, out, plan):
-    """Of a call that is remembered: what `quick` calls."""
-    from nbnorm.cuda import arrays, launch
+def forward(kind, operands, batches):
+    """The times of a call with out=, without, and with statistics; and the parts of the first, by what `quick` calls."""
+    from nbnorm.cuda import arrays, launch, quick
 
+    _, x, weight, bias, out, *_ = operands
+    calls = (
+        lambda: nbnorm.layer_norm(x, COLS, weight, bias, out=out),
+        lambda: nbnorm.layer_norm(x, COLS, weight, bias),
+        lambda: nbnorm.layer_norm(x, COLS, weight, bias, return_stats=True),
+    )
+    took, plan = remembered(calls, quick.FORWARD, kind, batches)
     address = arrays.address(x, kind)
     stream = launch.stream_object(0, plan.device)
-    arguments = (stream, address, address, address, *plan.fixed, arrays.address(out, kind), 0, 0, 0)
-    return {
+    arguments = (stream, address, address, address, *plan.fixed, address, 0, 0, 0)
+    parts = {
         "launch": lambda: plan.enqueue(*arguments),
+        **common_parts(kind, plan.device, (x, weight, bias, out)),
+    }
+    return took, {name: microseconds(part, batches) for name, part in parts.items()}
+
+
+def backward(kind, operands, batches):
+    """The same, where what the parts write into x does not matter."""
+    from nbnorm.cuda import arrays, launch, quick
+
+    dy, x, weight, _, dx, dweight, dbias, mean, rstd = operands
+    out = dx, dweight, dbias
+    calls = (
+        lambda: nbnorm.layer_norm_backward(dy, x, COLS, weight, out=out),
+        lambda: nbnorm.layer_norm_backward(dy, x, COLS, weight),
+        lambda: nbnorm.layer_norm_backward(dy, x, COLS, weight, mean=mean, rstd=rstd, out=out),
+    )
+    took, plan = remembered(calls, quick.BACKWARD, kind, batches)
+    address = arrays.address(x, kind)
+    stream = launch.stream_object(0, plan.device)
+    workspace = arrays.workspace(plan.sums_size, plan.dtype, x, kind, plan.device, 0)
+    sums = arrays.address(workspace, kind)
+    arguments = (stream, *5 * [address], *plan.fixed, address, 0, 0, sums)
+    parts = {
+        "launch": lambda: plan.enqueue(*arguments),
+        "launch of the sums": lambda: plan.add(stream, sums, *plan.fixed[2:0:-1], address, address),
+        "workspace": lambda: arrays.workspace(plan.sums_size, plan.dtype, x, kind, plan.device, 0),
+        **common_parts(kind, plan.device, (dy, x, weight, *out)),
+    }
+    return took, {name: microseconds(part, batches) for name, part in parts.items()}
+
+
+def remembered(calls, plans, kind, batches):
+    """The time of each call, all of which are to be remembered, and the plan of the first one."""
+    plans.clear()
+    took = [microseconds(call, batches) for call in calls]
+    if len(plans) != len(calls):
+        raise SystemExit(f"{kind}: {len(plans)} of {len(calls)} calls were remembered")
+    return took, next(iter(plans.values()))
+
+
+def common_parts(kind, device, operands):
+    from nbnorm.cuda import arrays, launch
+
+    return {
         "current device": launch.current_device,
-        "stream": lambda: launch.stream_object(arrays.stream_handle(None, x, kind, plan.device), plan.device),
-        "4 arrays": lambda: [arrays.signature(array, kind) for array in (x, x, x, out)],
+        "stream": lambda: launch.stream_object(arrays.stream_handle(None, operands[0], kind, device), device),
+        f"{len(operands)} arrays": lambda: [arrays.signature(array, kind) for array in operands],
     }
 
 
@@ -122,8 +163,8 @@ def microseconds(call, batches):
 
 
 def arrays(kind, is_fake):
-    """x, weight, bias and out."""
-    shapes = (SHAPE, (COLS,), (COLS,), SHAPE)
+    """dy, x, weight, bias, then y or dx, dweight and dbias, and mean and rstd."""
+    shapes = (SHAPE, SHAPE, (COLS,), (COLS,), SHAPE, (COLS,), (COLS,), (ROWS, 1), (ROWS, 1))
     hosts = [np.random.default_rng(0).standard_normal(shape, np.float32) for shape in shapes]
     if kind == "numba":
         return [cuda.to_device(host) for host in hosts]

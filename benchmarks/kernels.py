@@ -1,4 +1,4 @@
-"""The launch table and the register table of the CUDA kernels, put into docs/kernels.md. No GPU is needed.
+"""The launch tables and the register tables of the CUDA kernels, put into docs/kernels.md. No GPU is needed.
 
 The kernels are compiled as a launch would compile them, so numba-cuda and NVIDIA's cuobjdump and nvdisasm are needed:
 
@@ -22,15 +22,23 @@ MOST_THREADS = 2048
 MOST_BLOCKS = 32
 # 16-bit types share a tile
 TILED = {"float32": "float32", "16-bit": "bfloat16", "float64": "float64"}
-TILED_COLS = (5, 32, 64, 256, 768, 1001, 1024, 2048, 4096, 4100, 8192, 16384, 32768, 131072)
+TILED_COLS = {
+    "forward": (5, 32, 64, 256, 768, 1001, 1024, 2048, 4096, 4100, 8192, 16384, 32768, 131072),
+    "backward": (5, 32, 64, 256, 512, 768, 1001, 1024, 2048, 4096, 4100, 8192, 131072),
+}
 BUILT = ("float32", "bfloat16", "float64")
-BUILT_COLS = (64, 256, 768, 1001, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
+BUILT_COLS = {
+    "forward": (64, 256, 768, 1001, 1024, 2048, 4096, 8192, 16384, 32768, 131072),
+    "backward": (64, 256, 512, 1001, 1024, 2048, 4096, 8192, 131072),
+}
 
 
 def main():
     if why := offline.missing():
         raise SystemExit(why)
-    rewrite(DOCUMENT, {"launch": launch_table(), "registers": register_table()})
+    texts = {f"launch {direction}": launch_table(direction) for direction in TILED_COLS}
+    texts |= {f"registers {direction}": register_table(direction) for direction in BUILT_COLS}
+    rewrite(DOCUMENT, texts)
 
 
 def by_path(path):
@@ -46,58 +54,63 @@ def by_path(path):
 offline = by_path(ROOT / "tests" / "cuda" / "offline.py")
 
 
-def launch_table():
+def launch_table(direction):
     """Of each row length and type the tile, in words, and the reason for its team."""
     from nbnorm.cuda import sizes
 
-    header = ["columns", "type", "elements a vector", "threads a row", "vectors a thread", "rows a block", "why"]
+    header = ["columns", "type", "elements a vector", "threads a row", "vectors a thread", "rows a block", "room for", "why"]
     rows = []
-    for cols in TILED_COLS:
+    for cols in TILED_COLS[direction]:
         for title, name in TILED.items():
             itemsize = offline.itemsize(name)
             computed = max(4, itemsize)
-            tile = sizes.tile(cols, itemsize, computed)
-            segments = sizes.segments(cols, computed)
+            tile = sizes.tile(cols, itemsize, computed, direction)
+            segments, _ = sizes.segments(cols, computed, direction)
             rows_of_block = str(tile.teams) if segments == 1 else f"1 of {segments} segments"
+            room = f"{tile.blocks} block" + "s" * (tile.blocks > 1)
             numbers = (tile.width, tile.team, tile.held)
-            rows.append([f"{cols}", title, *map(str, numbers), rows_of_block, reason(tile, segments, computed, sizes)])
+            why = reason(tile, segments, computed, direction)
+            rows.append([f"{cols}", title, *map(str, numbers), rows_of_block, room, why])
     return markdown(header, rows)
 
 
-def reason(tile, segments, computed, sizes):
+def reason(tile, segments, computed, direction):
+    from nbnorm.cuda import sizes
+
+    usual, most = sizes.HELD[direction][computed]
     if segments > 1:
-        return f"no block can hold more than {sizes.MAX_TEAM * sizes.HELD_ELEMENTS[computed]}"
+        return f"no block can hold more than {sizes.MOST_THREADS[direction] * most}"
     if tile.team < sizes.WARP:
         return "a part of a warp"
     if tile.team == sizes.WARP:
         return "a warp: no barrier"
-    if tile.held * tile.width <= sizes.HELD_ELEMENTS[computed] // 2 or tile.held == 1:
-        return "at most half of what the threads can hold"
-    return "all that they can hold: else more than 512 threads"
+    if tile.held * tile.width <= usual:
+        return f"at most {usual} elements a thread"
+    return f"at most {most} elements a thread: else more than {sizes.MODERATE_TEAM} threads"
 
 
-def register_table():
-    """Of the kernels with weight and bias, what they take of a multiprocessor."""
+def register_table(direction):
+    """Of the kernels with weight and bias, or of all three gradients, what they take of a multiprocessor."""
     header = ["columns", "type", "step", "registers", "threads", "blocks by registers", "blocks by threads", "occupancy"]
     rows = []
-    for cols, dtype, step in tqdm(list(steps()), file=sys.stderr, unit=" kernels", leave=False, disable=None):
-        tile, build = offline.forward(CAPABILITY, offline.Variant((dtype,) * 3, cols, step=step))
-        by_registers = offline.REGISTERS // offline.registers_of_block(build.registers, tile.threads)
-        by_threads = min(MOST_THREADS // tile.threads, MOST_BLOCKS)
-        occupancy = min(by_registers, by_threads) * tile.threads / MOST_THREADS
-        numbers = (build.registers, tile.threads, by_registers, by_threads)
-        rows.append([f"{cols}", dtype, step, *map(str, numbers), f"{occupancy:.0%}"])
+    for variant in tqdm(variants(direction), file=sys.stderr, unit=" kernels", leave=False, disable=None):
+        build, threads = offline.kernel(CAPABILITY, variant), variant.tile.threads
+        by_registers = offline.REGISTERS // offline.registers_of_block(build.registers, threads)
+        by_threads = min(MOST_THREADS // threads, MOST_BLOCKS)
+        occupancy = min(by_registers, by_threads) * threads / MOST_THREADS
+        numbers = (build.registers, threads, by_registers, by_threads)
+        rows.append([f"{variant.cols}", variant.x_dtype, variant.step, *map(str, numbers), f"{occupancy:.0%}"])
     return markdown(header, rows)
 
 
-def steps():
-    from nbnorm.cuda import sizes
-
-    for cols in BUILT_COLS:
-        for dtype in BUILT:
-            is_long = sizes.segments(cols, max(4, offline.itemsize(dtype))) > 1
-            for step in ("states", "normalise") if is_long else ("whole",):
-                yield cols, dtype, step
+def variants(direction):
+    """Those with a weight of x's dtype, and a bias; backward without mean and rstd."""
+    return [
+        variant
+        for cols in BUILT_COLS[direction]
+        for dtype in BUILT
+        for variant in offline.steps(direction, (dtype,) * 3 + (None, None) * (direction == "backward"), cols)
+    ]
 
 
 def rewrite(path, texts):

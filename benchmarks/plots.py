@@ -13,6 +13,7 @@ STYLES = {
     "torch": {"color": "#D55E00", "marker": "s"},
     "torch.compile": {"color": "#E69F00", "marker": "P", "linestyle": "none"},
     "Triton": {"color": "#009E73", "marker": "^"},
+    "Liger": {"color": "#000000", "marker": "*"},
     "CuPy": {"color": "#CC79A7", "marker": "D"},
     "ONNX Runtime": {"color": "#009E73", "marker": "^"},
     "JAX": {"color": "#CC79A7", "marker": "D"},
@@ -37,9 +38,11 @@ def bandwidth(problems, dtype, path):
 
 
 def bandwidth_by_dtype(problems, path):
-    """The same, a panel for each dtype."""
-    dtypes = dict.fromkeys(p["dtype"] for p in problems)
-    draw_panels({f"forward, {dtype}": [p for p in problems if p["dtype"] == dtype] for dtype in dtypes}, path)
+    """The same, a panel for each pass and dtype."""
+    titled = {}
+    for problem in problems:
+        titled.setdefault(f"{problem['pass']}, {problem['dtype']}", []).append(problem)
+    draw_panels(titled, path)
 
 
 def draw_panels(titled, path):

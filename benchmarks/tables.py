@@ -7,7 +7,7 @@ The markers are `<!-- compare -->` for everything or, say, `<!-- compare: forwar
 
 import re
 
-PEERS = ("NumPy", "torch", "torch.compile", "Triton", "CuPy", "ONNX Runtime", "JAX")
+PEERS = ("NumPy", "torch", "torch.compile", "Triton", "Liger", "CuPy", "ONNX Runtime", "JAX")
 # nbnorm's variants that are shown beside the limit
 OF_THE_LIMIT = ("nbnorm out=", "difference of squares", "statistics given")
 # problems of up to this many elements have a table in microseconds: calls cost more than memory there
@@ -64,10 +64,11 @@ def cuda_machine(results):
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     left_out = f" Left out, not installed: {', '.join(results['left_out'])}." if results["left_out"] else ""
     late = f" Left out for want of time: {', '.join(results['late'])}." if results["late"] else ""
+    failed = f" Failed: {', '.join(results['failed'])}." if results["failed"] else ""
     return (
         f"Measured on {results['date']} on {where['gpu']} ({where['multiprocessors']} multiprocessors, "
         f"L2 {where['l2_bytes'] / (1 << 20):g} MiB, driver {where['driver']}; host {where['cpu']}): "
-        f"{versions}.{left_out}{late}"
+        f"{versions}.{left_out}{late}{failed}"
     )
 
 

@@ -7,9 +7,15 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+
+import nbnorm
+from nbnorm import reference
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 MODULES = {"torch": ["torch"], "ONNX Runtime": ["onnxruntime", "onnx"], "JAX": ["jax"]}
@@ -123,6 +129,8 @@ def test_compare_runs_without_any_other_library(tmp_path, python_environment):
 def simulate(environment, *arguments, kernels="right"):
     if not is_installed("numba_cuda", "greenlet"):
         pytest.skip("needs the simulator: numba-cuda and greenlet")
+    if is_installed("torch") or is_installed("cupy"):
+        pytest.skip("in the simulator Numba alone has arrays")
     paths = [(BENCHMARKS.parent / "tests" / "cuda").as_posix(), (BENCHMARKS / "compare.py").as_posix()]
     command = [sys.executable, "-c", SIMULATOR, *paths, "--device", "cuda", "--quick", *map(str, arguments), kernels]
     environment = environment | {"NUMBA_ENABLE_CUDASIM": "1"}
@@ -130,45 +138,222 @@ def simulate(environment, *arguments, kernels="right"):
 
 
 def test_compare_on_a_device(tmp_path, python_environment):
-    if is_installed("torch") or is_installed("cupy"):
-        pytest.skip("in the simulator Numba alone has arrays")
     problems = ["--shapes", "4x64,3x100", "--dtypes", "float32,bfloat16"]
     result = simulate(python_environment, *problems, "--output", tmp_path / "compare-cuda")
     assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "compare-cuda.json").read_text())
-    keys = {"date", "device", "machine", "versions", "left_out", "late", "seconds", "problems"}
+    keys = {"date", "device", "machine", "versions", "left_out", "late", "failed", "seconds", "problems"}
     assert set(saved) == keys
     assert set(saved["machine"]) == {"gpu", "driver", "multiprocessors", "l2_bytes", "cpu"}
     assert {"Python", "nbnorm", "NumPy", "numba", "numba-cuda", "cuda-core"} == set(saved["versions"])
-    assert saved["left_out"] == ["torch", "torch.compile", "Triton", "CuPy"]
-    assert [(p["dtype"], p["rows"], p["cols"], p["bytes"], p["sets"], p["arrays"]) for p in saved["problems"]] == [
-        (dtype, rows, cols, 2 * rows * cols * size, 1, "Numba")
+    assert saved["left_out"] == ["torch", "torch.compile", "Triton", "Liger", "CuPy"]
+    assert (saved["late"], saved["failed"]) == ([], {})
+    assert [
+        (p["pass"], p["dtype"], p["rows"], p["cols"], p["bytes"], p["sets"], p["arrays"]) for p in saved["problems"]
+    ] == [
+        (pass_, dtype, rows, cols, moved * rows * cols * size, 1, "Numba")
+        for pass_, moved in (("forward", 2), ("backward", 3))
         for dtype, size in (("float32", 4), ("bfloat16", 2))
         for rows, cols in ((4, 64), (3, 100))
     ]
+    variants = {"forward": "difference of squares", "backward": "statistics given"}
     for problem in saved["problems"]:
-        assert set(problem["contestants"]) == {"limit", "nbnorm out=", "difference of squares", "nbnorm"}
+        assert list(problem["contestants"]) == ["limit", "nbnorm out=", variants[problem["pass"]], "nbnorm"]
         assert {timing["median"] for timing in problem["contestants"].values()} == {1e-3}
-    assert "\nCUDA forward float32 small:\n" in result.stdout
-    assert "\nCUDA forward bfloat16 small:\n" in result.stdout
+    for pass_ in ("forward", "backward"):
+        assert f"\nCUDA {pass_} float32 small:\n" in result.stdout
+        assert f"\nCUDA {pass_} bfloat16 small:\n" in result.stdout
 
 
-def test_kernels_that_write_nothing_are_not_timed(tmp_path, python_environment):
-    result = simulate(python_environment, "--shapes", "4x64", "--output", tmp_path / "none", kernels="wrong")
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_kernels_that_write_nothing_are_not_timed(tmp_path, python_environment, pass_):
+    problem = ["--shapes", "4x64", "--dtypes", "float32", "--passes", pass_]
+    result = simulate(python_environment, *problem, "--output", tmp_path / "none", kernels="wrong")
     assert result.returncode == 1
-    assert result.stderr.strip().endswith("nbnorm out=: float32 (4, 64) left elements unwritten")
+    assert result.stderr.strip().endswith(f"nbnorm out=: {pass_} float32 4x64 left elements unwritten")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_problems_of_a_device(monkeypatch):
+@pytest.fixture
+def cuda_compare(monkeypatch):
     pytest.importorskip("numba_cuda")
     monkeypatch.syspath_prepend(BENCHMARKS)
-    cuda_compare = importlib.import_module("cuda_compare")
+    return importlib.import_module("cuda_compare")
+
+
+@pytest.fixture
+def cuda_contestants(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("cuda_contestants")
+
+
+def test_the_problems_of_a_device(cuda_compare):
+    options = SimpleNamespace(shapes=None, quick=False, dtypes=["float16", "float32", "bfloat16"])
+    problems = cuda_compare.problems(options)
+    first = len(cuda_compare.COLS) + len(cuda_compare.SHAPES)
+    assert {dtype for dtype, _, _ in problems[: 2 * first]} == {"float32", "bfloat16"}
+    for dtype in ("float32", "bfloat16"):
+        cols = [p[2] for p in problems[: 2 * first] if p[0] == dtype]
+        assert cols == [256, 1024, 2048, 4096, 8192, 16384, 64, 1 << 20]
+        assert {(dtype, 1 << 20, 64), (dtype, 8, 1 << 20)} < set(problems)
+    assert problems[-1][0] == "float16"
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
-        problems = cuda_compare.shapes(dtype)
-        assert [cols for _, cols in problems] == list(cuda_compare.COLS)
-        for rows, cols in problems:
+        for rows, cols in cuda_compare.shapes(dtype, cuda_compare.COLS):
             assert 0 <= rows * cols * size - (1 << 28) < cols * size
+    options.quick = True
+    assert {cols for _, _, cols in cuda_compare.problems(options)} == set(cuda_compare.QUICK_COLS)
+    options.shapes = [(2, 3)]
+    assert cuda_compare.problems(options) == [(dtype, 2, 3) for dtype in options.dtypes]
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7])
+def test_what_a_device_is_to_write(cuda_compare, cuda_contestants, monkeypatch, rows):
+    """Rows repeat themselves, and the sums over them are made from those that differ."""
+    cols = 4
+    monkeypatch.setattr(cuda_contestants, "DISTINCT", 3 * cols)
+    hosts = cuda_contestants.host_arrays("float64", rows, cols)
+    assert len(np.unique(hosts.x, axis=0)) == min(rows, 3)
+    scaled, mean, rstd = reference.layer_norm(hosts.x, 1, hosts.weight, eps=cuda_contestants.EPS)
+    np.testing.assert_allclose(hosts.mean, mean)
+    np.testing.assert_allclose(hosts.rstd, rstd)
+    chosen = list(range(0, rows, 2))
+    ((y, _),) = cuda_compare.expected("forward", hosts, chosen)
+    np.testing.assert_allclose(y, (scaled + hosts.bias)[chosen])
+    dx, dweight, dbias = reference.layer_norm_backward(hosts.dy, hosts.x, 1, hosts.weight, eps=cuda_contestants.EPS)
+    (backward_dx, scale), *sums = cuda_compare.expected("backward", hosts, chosen)
+    np.testing.assert_allclose(backward_dx, dx[chosen])
+    assert (scale >= np.abs(dx[chosen]).max(1, keepdims=True)).all()
+    for (value, _), exact in zip(sums, (dweight, dbias), strict=True):
+        np.testing.assert_allclose(value, exact)
+
+
+def test_a_peer_that_fails_is_left_out(cuda_compare):
+    failed = {}
+
+    def check(name, call):
+        if call is None:
+            raise ValueError("no such thing")
+
+    calls = {"limit": print, "nbnorm": print, "torch": print, "Triton": None, "CuPy": print}
+    right = cuda_compare.without_failing(calls, check, "backward float32 1x2", failed)
+    assert list(right) == ["limit", "nbnorm", "torch", "CuPy"]
+    assert failed == {"Triton backward float32 1x2": "ValueError: no such thing"}
+    with pytest.raises(ValueError, match="no such thing"):
+        cuda_compare.without_failing({"nbnorm": None}, check, "", failed)
+
+
+class HostLibrary:
+    """CPU memory in place of a device's."""
+
+    def empty_like(self, array):
+        return np.empty_like(array)
+
+    def poison(self, array):
+        array.view(np.uint8).fill(0xFF)
+
+    def is_written(self, array):
+        return not np.any(array.view(f"i{array.itemsize}") == -1)
+
+    def read(self, array, rows):
+        return array[rows]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (None, None),
+        (lambda dx, dweight, dbias: dx.__setitem__((0, 0), dx[0, 0] + 1e-3), "is .* away from float64"),
+        (lambda dx, dweight, dbias: dbias.__iadd__(1e-3), "is .* away from float64"),
+        (lambda dx, dweight, dbias: dweight.__setitem__(0, np.nan), "is nan away from float64"),
+        (lambda dx, dweight, dbias: dweight.view(np.int32).__setitem__(0, -1), "left elements unwritten"),
+    ],
+    ids=["right", "dx", "dbias", "NaN", "unwritten"],
+)
+def test_gradients_of_a_device_are_checked(cuda_compare, cuda_contestants, monkeypatch, spoil, message):
+    monkeypatch.setattr(cuda_compare.cuda, "synchronize", lambda: None)
+    hosts = cuda_contestants.host_arrays("float32", 6, 40)
+    arrays = cuda_contestants.Set(*hosts, np.empty_like(hosts.x), *np.empty((2, 40), np.float32))
+    chosen = list(range(6))
+
+    def call(s):
+        out = s.out, s.dweight, s.dbias
+        nbnorm.layer_norm_backward(s.dy, s.x, 40, s.weight, mean=s.mean, rstd=s.rstd, out=out)
+        if spoil is not None:
+            spoil(*out)
+        return out
+
+    wanted = cuda_compare.expected("backward", hosts, chosen)
+    with nullcontext() if message is None else pytest.raises(cuda_compare.WrongResultError, match=message):
+        cuda_compare.check(HostLibrary(), arrays, wanted, chosen, 2.0**-23, "statistics given", call)
+
+
+def assert_contestant(cuda_contestants, pass_, call, hosts, convert):
+    """It computes what the reference does, on the CPU."""
+    results = call(cuda_contestants.Set(*map(convert, hosts), None, None, None))
+    if pass_ == "forward":
+        exact = [reference.layer_norm(hosts.x, 1, hosts.weight, hosts.bias)[0]]
+    else:
+        exact = reference.layer_norm_backward(hosts.dy, hosts.x, 1, hosts.weight)
+    for result, wanted in zip(results if pass_ == "backward" else [results], exact, strict=True):
+        np.testing.assert_allclose(np.asarray(result), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["torch", "cupy"])
+def test_what_peers_on_a_device_are_asked_for(cuda_contestants, monkeypatch, name, pass_):
+    hosts = cuda_contestants.host_arrays("float32", 5, 30)
+    convert = np.asarray
+    if name == "torch":
+        convert = pytest.importorskip("torch").from_numpy
+    else:
+        # NumPy has all that is asked of it
+        monkeypatch.setitem(sys.modules, "cupy", np)
+    assert_contestant(cuda_contestants, pass_, getattr(cuda_contestants, f"{name}_{pass_}"), hosts, convert)
+
+
+def test_the_peers_of_a_problem(cuda_contestants):
+    """Each pass has the same ones, in the order of the tables, where they take such arrays."""
+    peers = list(cuda_contestants.MODULES)
+    tensors, others = SimpleNamespace(modules=("torch",)), SimpleNamespace(modules=())
+    for make, variant in (
+        (cuda_contestants.forward, "difference of squares"),
+        (cuda_contestants.backward, "statistics given"),
+    ):
+        ours = ["limit", "nbnorm out=", variant, "nbnorm"]
+        assert list(make(tensors, "float16", 1024, peers)) == ours + peers
+        assert list(make(tensors, "bfloat16", 1000, peers)) == [*ours, "torch", "Triton", "Liger"]
+        assert list(make(tensors, "float32", 32768, peers)) == [*ours, "torch", "torch.compile", "Liger", "CuPy"]
+        assert list(make(tensors, "float32", 1 << 20, peers)) == [*ours, "torch", "CuPy"]
+        assert list(make(others, "float32", 1024, peers)) == [*ours, "CuPy"]
+        assert list(make(others, "float32", 1024, [])) == ours
+
+
+# runs the Triton kernels in Triton's interpreter, on a device of two multiprocessors
+INTERPRETER = """
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, sys.argv[1])
+import torch
+import triton_layer_norm
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=2)
+for rows, cols in ((1, 1), (3, 5), (100, 70), (5, 1000)):
+    dy, x = torch.randn(2, rows, cols)
+    weight, bias = torch.randn(2, cols)
+    y, mean, rstd = torch.native_layer_norm(x, (cols,), weight, bias, 1e-5)
+    exact = torch.ops.aten.native_layer_norm_backward(dy, x, (cols,), mean, rstd, weight, bias, [True, True, True])
+    torch.testing.assert_close(triton_layer_norm.layer_norm(x, weight, bias, torch.empty_like(x), 1e-5), y)
+    for result, wanted in zip(triton_layer_norm.layer_norm_backward(dy, x, weight, mean, rstd), exact, strict=True):
+        torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
+"""
+
+
+def test_triton_kernels(python_environment):
+    if not is_installed("torch", "triton"):
+        pytest.skip("needs torch and Triton")
+    command = [sys.executable, "-c", INTERPRETER, BENCHMARKS.as_posix()]
+    environment = python_environment | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.compiled
@@ -179,9 +364,11 @@ def test_host_cost_without_a_device(python_environment):
     result = run(python_environment, "host_cost.py", "--fake-driver", "--batches", "2")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["numba", "cupy", "torch"]
-    for line in lines[2:]:
-        assert "not installed" in line or all(float(figure) > 0 for figure in line.split()[1:4])
+    assert list(dict.fromkeys(line.split()[0] for line in lines[3:])) == ["numba", "cupy", "torch"]
+    figures = [line.split() for line in lines[3:] if "not installed" not in line]
+    assert [line[1] for line in figures[:2]] == ["forward", "backward"]
+    for line in figures:
+        assert all(float(figure) > 0 for figure in line[2:5])
 
 
 @pytest.mark.compiled
@@ -228,7 +415,12 @@ def cuda_results(results):
     contestants = {name: {"median": 1e-4 * second} for name, second in seconds.items()}
     machine = {"gpu": "a GPU", "driver": "1.2", "multiprocessors": 132, "l2_bytes": 50 << 20, "cpu": "a processor"}
     problem = {**results["problems"][0], "bytes": 1 << 29, "contestants": contestants}
-    others = {"left_out": ["CuPy"], "late": ["float16 1x2"], "problems": [problem]}
+    others = {
+        "left_out": ["CuPy"],
+        "late": ["float16 1x2"],
+        "failed": {"Triton backward float32 3x4": "a fault"},
+        "problems": [problem, {**problem, "pass": "backward", "bytes": 3 << 28}],
+    }
     return {"date": "2026-01-02", "device": "cuda", "machine": machine, "versions": {"nbnorm": "0.1.0"}, **others}
 
 
@@ -237,6 +429,7 @@ def test_a_page_has_the_tables_of_both_devices(tmp_path, python_environment, res
     page.write_text(
         "<!-- compare: forward float32 -->\n<!-- /compare -->\n"
         "<!-- compare: CUDA forward float32 -->\n<!-- /compare -->\n<!-- compare: CUDA machine -->\n<!-- /compare -->\n"
+        "<!-- compare: CUDA backward float32 -->\n<!-- /compare -->\n"
     )
     for _ in range(2):
         for name, measured in (("cpu", results), ("cuda", cuda_results)):
@@ -248,7 +441,11 @@ def test_a_page_has_the_tables_of_both_devices(tmp_path, python_environment, res
         assert text.count("| 8192 x 768 | 50.3 | 0.80 | 15.0x | 2.5x |\n") == 1
         assert text.count("| 8192 x 768 | 5368.7 | 0.80 | 2.5x | 2.0x |\n") == 1
         assert "on a GPU (132 multiprocessors, L2 50 MiB, driver 1.2; host a processor): nbnorm 0.1.0." in text
-        assert text.count("Left out, not installed: CuPy. Left out for want of time: float16 1x2.\n") == 1
+        assert text.count("| 8192 x 768 | 8053.1 | 0.80 | 2.5x | 2.0x |\n") == 1
+        omitted = (
+            "Left out, not installed: CuPy. Left out for want of time: float16 1x2. Failed: Triton backward float32 3x4.\n"
+        )
+        assert text.count(omitted) == 1
     page.write_text("<!-- compare: CUDA forward int8 -->\n<!-- /compare -->\n")
     result = run(python_environment, "compare.py", "--render", tmp_path / "cuda.json", page)
     assert "no table CUDA forward int8" in result.stderr
