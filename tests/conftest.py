@@ -53,10 +53,22 @@ def rng():
     return np.random.default_rng(20260101)
 
 
+@pytest.fixture
+def choose_build(monkeypatch):
+    """Of the kernels, by its name, whatever the size of the problem, and also where two threads may not call at once."""
+
+    def choose(name):
+        is_parallel = name == "parallel"
+        monkeypatch.setattr("nbnorm.cpu.parallel.from_elements", 0 if is_parallel else float("inf"))
+        monkeypatch.setattr("nbnorm.cpu.parallel.is_worth", lambda elements: is_parallel)
+
+    return choose
+
+
 @pytest.fixture(params=["serial", "parallel"])
-def build(request, monkeypatch):
-    """Each build of the kernels, whatever the size of the problem."""
-    monkeypatch.setattr("nbnorm.cpu.sizes.PARALLEL_ELEMENTS", 0 if request.param == "parallel" else float("inf"))
+def build(request, choose_build):
+    """Each build of the kernels."""
+    choose_build(request.param)
     return request.param
 
 

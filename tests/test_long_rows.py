@@ -94,11 +94,11 @@ def test_strided_arrays_give_the_same_bits(rng):
         np.testing.assert_array_equal(grad, expected)
 
 
-def test_the_same_bits_in_every_build_and_batch(rng, monkeypatch):
+def test_the_same_bits_in_every_build_and_batch(rng, choose_build):
     x, dy, weight, bias = operands(rng, 9, COLS)
     results = []
-    for elements in (0, float("inf")):
-        monkeypatch.setattr(sizes, "PARALLEL_ELEMENTS", elements)
+    for name in ("serial", "parallel"):
+        choose_build(name)
         y = nbnorm.layer_norm(x, COLS, weight, bias)
         results.append((y, *nbnorm.layer_norm_backward(dy, x, COLS, weight)))
         np.testing.assert_array_equal(nbnorm.layer_norm(x[4:5], COLS, weight, bias), y[4:5])

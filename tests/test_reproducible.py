@@ -25,11 +25,11 @@ def results(case, use_diff_of_squares):
 
 
 @pytest.mark.parametrize("use_diff_of_squares", [False, True])
-def test_any_thread_count_and_build(case, use_diff_of_squares, monkeypatch):
+def test_any_thread_count_and_build(case, use_diff_of_squares, choose_build):
     expected = results(case, use_diff_of_squares)
     threads = numba.get_num_threads()
-    for parallel_elements in (0, float("inf")):
-        monkeypatch.setattr("nbnorm.cpu.sizes.PARALLEL_ELEMENTS", parallel_elements)
+    for name in ("serial", "parallel"):
+        choose_build(name)
         for count in range(1, threads + 1):
             numba.set_num_threads(count)
             try:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm.arrays import convert
-from nbnorm.cpu import kernels, long_rows, memory, quick, sizes
+from nbnorm.cpu import kernels, long_rows, memory, parallel, quick, sizes
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, row_blocks, rows_of, storage, store
 from nbnorm.problem import wide_dtype
 
@@ -137,7 +137,7 @@ def _kernels(problem):
 
 
 def _is_parallel(problem):
-    return problem.rows * problem.cols >= sizes.PARALLEL_ELEMENTS
+    return parallel.is_worth(problem.rows * problem.cols)
 
 
 def _is_streamed(result, *inputs):

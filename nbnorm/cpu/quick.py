@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy import empty, may_share_memory, ndarray, zeros
 
-from nbnorm.cpu import sizes
+from nbnorm.cpu import parallel, sizes
 
 # the kernels that calls had compiled, by x's dtype, which parameters are absent or asked for, the variance, and the build;
 # forward ones with the dtype that they take parameters in, and the one that they take 16-bit rows as
@@ -32,7 +32,7 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
         normalized_shape = normalized_shape[0]
     if type(normalized_shape) is not int or not shape or shape[-1] != normalized_shape or not 0 <= eps < inf:
         return None
-    is_parallel = size >= sizes.PARALLEL_ELEMENTS
+    is_parallel = size >= parallel.from_elements
     found = FORWARD.get((dtype, weight is None, bias is None, use_diff_of_squares, is_parallel))
     if found is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
@@ -88,7 +88,7 @@ def backward(dy: Any, x: Any, normalized_shape, weight, eps, use_diff_of_squares
         normalized_shape = normalized_shape[0]
     if type(normalized_shape) is not int or not shape or shape[-1] != normalized_shape or not 0 <= eps < inf:
         return None
-    is_parallel = size >= sizes.PARALLEL_ELEMENTS
+    is_parallel = size >= parallel.from_elements
     if type(output_mask) is not tuple or len(output_mask) != 3:
         return None
     with_dx, with_dweight, with_dbias = output_mask

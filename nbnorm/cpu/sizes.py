@@ -2,11 +2,6 @@
 
 import functools
 
-# below this many elements a parallel region costs more than it saves. On two cores of an AMD EPYC, float32 forward and
-# backward take, in us, serial and parallel: 1.3 and 2.4, 3.6 and 6.1 at (8, 768); 3.4 and 3.7, 9.5 and 8.4 at (32, 768);
-# 6.1 and 5.1, 17.5 and 12.9 at (64, 768); 12.7 and 8.4, 37 and 22 at (128, 768). With the other core slower to wake, the
-# parallel ones win from (128, 768) on
-PARALLEL_ELEMENTS = 1 << 15
 # a row of more elements than these does not stay in a core's cache between its two sweeps
 LONG_ROW = 1 << 16
 # from this size on, a result is written past the caches, which it would only pass through

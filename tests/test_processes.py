@@ -1,0 +1,195 @@
+"""Does a call work, and end, in any process: with threads, after forks and in pools, whatever Numba's threads are?
+
+Each case is a process of its own, under each layer of threads that there is. It must print nothing but its last line.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.compiled, pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks")]
+
+LAYERS = ("omp", "tbb", "workqueue")
+SECONDS = 120
+
+COMMON = """
+import multiprocessing, os, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import numpy as np
+import nbnorm
+
+rng = np.random.default_rng(0)
+# beyond what one thread is given
+dy, x = rng.standard_normal((2, 300, 768), dtype=np.float32)
+weight, bias = rng.standard_normal((2, 768), dtype=np.float32)
+
+def call(_=None):
+    y = nbnorm.layer_norm(x, 768, weight, bias)
+    return [y, *nbnorm.layer_norm_backward(dy, x, 768, weight)]
+
+def is_right(results):
+    return all(np.array_equal(a, b) for a, b in zip(results, expected, strict=True))
+
+def child(work):
+    # the exit status of a forked process, 99 for one that hangs
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(2)
+    for _ in range(600):
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.05)
+    os.kill(pid, 9)
+    return 99
+"""
+EXPECTED = """
+from nbnorm.cpu import parallel
+allowed = parallel.from_elements
+parallel.from_elements = float("inf")
+expected = call()
+parallel.from_elements = allowed
+"""
+
+CASES = {
+    "first calls from eight threads at once": """
+barrier = threading.Barrier(8)
+results = []
+def first():
+    barrier.wait()
+    results.append(call())
+threads = [threading.Thread(target=first) for _ in range(8)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+EXPECTED
+assert len(results) == 8 and all(map(is_right, results))
+""",
+    "sixteen threads for seconds, and pools of threads within pools": """
+EXPECTED
+stop = time.monotonic() + 2
+def calls(_):
+    n = 0
+    while time.monotonic() < stop:
+        assert is_right(call())
+        n += 1
+    return n
+with ThreadPoolExecutor(16) as pool:
+    assert sum(pool.map(calls, range(16))) > 16
+def within(_):
+    with ThreadPoolExecutor(2) as inner:
+        return all(map(is_right, inner.map(call, range(4))))
+with ThreadPoolExecutor(2) as pool:
+    assert all(pool.map(within, range(4)))
+""",
+    "beside a parallel function of the user's own": """
+from numba import njit, prange
+@njit(parallel=True)
+def own(a):
+    for i in prange(a.size):
+        a[i] += 1
+a = np.zeros(100_000)
+own(a)
+EXPECTED
+stop = time.monotonic() + 2
+def theirs():
+    while time.monotonic() < stop:
+        own(a)
+thread = threading.Thread(target=theirs)
+thread.start()
+while time.monotonic() < stop:
+    assert is_right(call())
+thread.join()
+""",
+    "a forked child, a grandchild, a daemon, and a fork from another thread": """
+EXPECTED
+assert is_right(call())
+assert child(lambda: is_right(call())) == 0
+assert child(lambda: child(lambda: is_right(call())) == 0) == 0
+def daemon():
+    os.setsid()
+    return child(lambda: is_right(call())) == 0
+assert child(daemon) == 0
+statuses = []
+thread = threading.Thread(target=lambda: statuses.append(child(lambda: is_right(call()))))
+thread.start()
+thread.join()
+assert statuses == [0]
+assert is_right(call())
+""",
+    "a child that is forked before any call": """
+def work():
+    global expected
+    EXPECTED
+    return is_right(call())
+assert child(work) == 0
+""",
+    "a fork while other threads are in a kernel": """
+EXPECTED
+stopped = threading.Event()
+def calls():
+    while not stopped.is_set():
+        call()
+threads = [threading.Thread(target=calls) for _ in range(3)]
+[t.start() for t in threads]
+for _ in range(20):
+    assert child(lambda: is_right(call())) == 0
+stopped.set()
+[t.join() for t in threads]
+""",
+    "a fork while another thread compiles": """
+thread = threading.Thread(target=call)
+thread.start()
+time.sleep(0.3)
+assert child(lambda: call()[0].shape == x.shape) == 0
+thread.join()
+""",
+    "pools of processes": """
+EXPECTED
+assert is_right(call())
+for method in ("fork", "spawn", "forkserver"):
+    context = multiprocessing.get_context(method)
+    with context.Pool(2) as pool:
+        assert all(map(is_right, pool.map_async(call, range(4)).get(60)))
+        pool.close()
+        pool.join()
+    with ProcessPoolExecutor(2, context) as pool:
+        assert all(map(is_right, pool.map(call, range(4), timeout=60)))
+""",
+}
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def layer(request):
+    launch = [sys.executable, "-c", "import numba; numba.get_num_threads()"]
+    run = subprocess.run(launch, env=os.environ | {"NUMBA_THREADING_LAYER": request.param}, capture_output=True)
+    if run.returncode:
+        pytest.skip(f"LEFT OUT: Numba finds no {request.param} here")
+    return request.param
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_process(tmp_path, python_environment, layer, case):
+    script = tmp_path / "script.py"
+    lines = []
+    for line in CASES[case].splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        inserted = EXPECTED.strip().splitlines() if line.strip() == "EXPECTED" else [line.strip()]
+        lines += [indent + part for part in inserted]
+    body = "\n".join(f"    {line}" for line in lines)
+    # what `spawn` imports again must not run again
+    script.write_text(f"{COMMON}\nexpected = None\nif __name__ == '__main__':\n{body}\n    print('done')\n")
+    environment = python_environment | {"NUMBA_THREADING_LAYER": layer}
+    if "compiles" in case:
+        environment["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
+    # later Pythons warn of every fork of a process with threads
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", str(script)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    # what Numba's tbb layer itself says of such a fork
+    told = [line for line in run.stderr.splitlines() if not line.startswith("Numba: Attempted to fork from a non-main")]
+    assert (run.returncode, told) == (0, [])
+    assert run.stdout == "done\n"
