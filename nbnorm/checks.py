@@ -277,6 +277,9 @@ def _cuda_array(name, value, device):
         raise TypeError(
             f"{name}: {_type_name(value)} on CUDA device {array.device}; expected an array on CUDA device {device}, as x is"
         )
+    if array.dtype.name == "bfloat16" and arrays.kind(value) != "torch":
+        # of which results are made
+        _bfloat16(name)
     if not array.dtype.isnative:
         raise TypeError(f"{name}: dtype {array.dtype} of a CUDA array; expected native byte order")
     if any(number % array.itemsize for number in (array.address, *array.strides)) and array.size:

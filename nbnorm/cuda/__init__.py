@@ -35,7 +35,8 @@ class Place(NamedTuple):
 
     def temporary(self, shape, dtype):
         # x's library may have no bfloat16 of its own: what counts here is two bytes
-        self.temporaries.append(self.empty(shape, np.dtype(np.float16) if dtype == arrays.BFLOAT16 else dtype))
+        stored = np.dtype(np.float16) if dtype == arrays.BFLOAT16 else dtype
+        self.temporaries.append(arrays.temporary(shape, stored, self.like, self.kind, self.handle))
         return self.view(self.temporaries[-1])._replace(dtype=dtype)
 
     def workspace(self, counts, dtype):
@@ -153,8 +154,8 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
     output_mask = with_dx, with_dweight, with_dbias = tuple(target is not None for target in targets)
     dx, dx_pitch = _row_target(targets[0], (dy, x), problem, place) if with_dx else (None, 0)
     dy, dy_pitch = _rows(dy, problem, place)
-    x, x_pitch = _rows(x, problem, place)
-    # what is not read is none of the kernel's choices
+    # what is not read is none of the kernel's choices: for dbias alone, only dy is
+    x, x_pitch = _rows(x, problem, place) if with_dx or with_dweight else (dy, dy_pitch)
     weight = weight if with_dx else None
     mean, rstd = (mean, rstd) if with_dx or with_dweight else (None, None)
     weight, mean, rstd = (_parameter(array, dx, place) for array in (weight, mean, rstd))
@@ -162,7 +163,7 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
     is_given = mean is not None
     dtype = np.result_type(problem.compute_dtype, *(wide_dtype(array.dtype) for array in (mean, rstd) if is_given))
     segments = sizes.segments(problem.cols, dtype.itemsize, "backward")
-    tile = sizes.tile(problem.cols, x.itemsize, dtype.itemsize, "backward")
+    tile = sizes.tile(problem.cols, problem.dtype.itemsize, dtype.itemsize, "backward")
     groups = sizes.groups(problem.rows, segments.number, tile)
     names = _names(dy, x, weight, mean, rstd)
     access = layout.access(x.itemsize, tile.width, x.address, x_pitch, _address(dx), dx_pitch)
@@ -179,6 +180,7 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
     eps = launch.number(problem.eps, dtype)
     pitches = dy_pitch // dy.itemsize, x_pitch // x.itemsize, dx_pitch // x.itemsize
     fixed = (problem.rows, problem.cols, groups, *segments, *pitches, eps)
+    # before there is a workspace, which is made anew for each call
     is_plain = segments.number == 1 and not place.temporaries
     sums_size = (with_dweight + with_dbias) * groups * problem.cols
     states = means = sums = 0

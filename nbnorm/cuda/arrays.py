@@ -8,11 +8,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nbnorm.arrays import bfloat16
+from nbnorm.cuda import launch
+
 # the addresses of the stream that all threads' work is in order on
 DEFAULT_STREAMS = (0, 1)
 # bytes of a workspace that are kept at most, for each device and thread
 KEPT = 1 << 25
 _kept = threading.local()
+_captured: list[Any] = []
 
 
 class BFloat16(NamedTuple):
@@ -188,12 +192,20 @@ def empty(shape, dtype, like, like_kind, handle):
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype.name), device=like.device)
     if dtype == BFLOAT16:
-        dtype = like.dtype
+        dtype = bfloat16()
     if like_kind == "cupy":
         return sys.modules["cupy"].empty(shape, dtype)
     from numba import cuda
 
     return cuda.device_array(shape, dtype, stream=_numba_stream(handle) if handle else 0)
+
+
+def temporary(shape, dtype, like, like_kind, handle):
+    """A new array for kernels of one call on this stream. One that a graph will use again is kept: torch does so itself."""
+    array = empty(shape, dtype, like, like_kind, handle)
+    if like_kind != "torch" and handle not in DEFAULT_STREAMS and launch.is_captured(handle):
+        _captured.append(array)
+    return array
 
 
 def workspace(size, dtype, like, like_kind, device, handle):
@@ -203,7 +215,7 @@ def workspace(size, dtype, like, like_kind, device, handle):
     """
     is_pooled = like_kind in ("torch", "cupy")
     if is_pooled or handle not in DEFAULT_STREAMS or size * dtype.itemsize > KEPT:
-        return empty((size,), dtype, like, like_kind, handle)
+        return temporary((size,), dtype, like, like_kind, handle)
     arrays = vars(_kept).setdefault("arrays", {})
     if device not in arrays or arrays[device].nbytes < size * dtype.itemsize:
         arrays[device] = empty((size * dtype.itemsize,), np.dtype(np.uint8), like, like_kind, 0)

@@ -63,6 +63,14 @@ def current_device():
     return int(device) if error == driver.CUresult.CUDA_SUCCESS else None
 
 
+def is_captured(handle):
+    """Whether what is enqueued on the stream becomes part of a graph."""
+    from cuda.bindings import driver
+
+    _, status = driver.cuStreamIsCapturing(handle)
+    return status == driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
+
+
 def number(value, dtype):
     """A float argument of a kernel that computes in `dtype`."""
     if dtype == np.float64:

@@ -120,7 +120,8 @@ def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rs
     plan.enqueue(stream_object, *inputs, *plan.fixed, dx, 0, 0, sums_address)
     if plan.add is not None:
         first, last = dweight if output_mask[1] else dbias, dbias if output_mask[2] else dweight
-        plan.add(stream_object, sums_address, *plan.fixed[2:0:-1], first, last)
+        _, cols, groups, *_ = plan.fixed
+        plan.add(stream_object, sums_address, groups, cols, first, last)
     return grads
 
 
@@ -158,7 +159,7 @@ def _known_backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, m
     """The same, with the addresses of the inputs and then of the results."""
     if out is None:
         out = (None, None, None)
-    if type(output_mask) is not tuple or type(out) is not tuple or len(output_mask) != 3 or len(out) != 3:
+    if type(output_mask) is not tuple or not isinstance(out, tuple) or len(output_mask) != 3 or len(out) != 3:
         return None
     return _known(normalized_shape, eps, (use_diff_of_squares, *output_mask), (dy, x, weight, mean, rstd, *out))
 

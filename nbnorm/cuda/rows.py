@@ -62,6 +62,16 @@ def store_row(values, y, at, lane, team, held, width, complete, cols, access, ro
 
 
 @inlined
+def add_row(values, before, y, at, is_begun, lane, team, held, width, complete, cols, access, element):
+    """Add the row to what is at y[at] and on, in the type that it is computed in, where something is."""
+    if is_begun:
+        load_row(before, y, at, lane, team, held, width, complete, cols, access, element)
+        for i in range(held * width):
+            values[i] += before[i]
+    store_row(values, y, at, lane, team, held, width, complete, cols, access, 0)
+
+
+@inlined
 def row_statistics(
     values, x, at, cols, eps, lane, team, held, width, complete, access, is_centred, smallest, largest,
     shared, shared_at, element,

@@ -17,7 +17,7 @@ PIECE = 4
 # threads of a multiprocessor that must have room at once; with fewer, too few loads are under way. Backward, by the bytes of
 # x that a thread holds
 RESIDENT_THREADS = 1024
-RESIDENT_BACKWARD = {4: {16: 1024, 32: 768, 64: 512}, 8: {16: 768, 32: 512, 64: 256}}
+RESIDENT_BACKWARD = {4: {16: 1024, 32: 640, 64: 512}, 8: {16: 768, 32: 512, 64: 256}}
 # threads of a block whose teams are no larger than a warp
 SHARED_BLOCK = 128
 # threads that one row is given, before they are given more than they usually hold
@@ -70,16 +70,17 @@ class Segments(NamedTuple):
 
 def segments(cols, compute_itemsize, direction):
     """A single one for what a team can hold; longer rows are read twice."""
-    if cols <= MOST_THREADS[direction] * HELD[direction][compute_itemsize][1]:
+    longest = MOST_THREADS[direction] * held_elements(cols, compute_itemsize, direction)[1]
+    if cols <= longest:
         return Segments(1, cols)
-    count = -(-cols // longest_segment(cols, compute_itemsize, direction))
+    count = -(-cols // min(longest, SEGMENT[direction][compute_itemsize]))
     return Segments(count, -(-cols // (count * LINE)) * LINE)
 
 
-def longest_segment(cols, compute_itemsize, direction):
-    """Columns of a segment at most; backward fewer where elements are read one by one, whose ends take registers."""
-    most = SEGMENT[direction][compute_itemsize]
-    return most * 3 // 4 if direction == "backward" and cols % 2 else most
+def held_elements(cols, compute_itemsize, direction):
+    """Of a thread, usually and at most: backward fewer of rows that are read one by one, whose ends take registers too."""
+    usual, most = HELD[direction][compute_itemsize]
+    return (usual * 3 // 4, most * 3 // 4) if direction == "backward" and cols % 2 else (usual, most)
 
 
 def tile(cols, itemsize, compute_itemsize, direction):
@@ -89,9 +90,11 @@ def tile(cols, itemsize, compute_itemsize, direction):
     (Tile(width=8, team=256, held=2, teams=1, blocks=4), Tile(width=1, team=32, held=32, teams=4, blocks=8))
     """
     width = gcd(cols, 16 // itemsize)
-    usual, most = (max(1, elements // width) for elements in HELD[direction][compute_itemsize])
-    is_whole = segments(cols, compute_itemsize, direction).number == 1
-    elements = cols if is_whole else longest_segment(cols, compute_itemsize, direction)
+    usual, most = (max(1, held // width) for held in held_elements(cols, compute_itemsize, direction))
+    elements = cols
+    if segments(cols, compute_itemsize, direction).number > 1:
+        # the same for rows of any length
+        elements = min(SEGMENT[direction][compute_itemsize], MOST_THREADS[direction] * most * width)
     vectors = elements // width
     if vectors <= WARP * most:
         team = min(WARP, max(_power_of_two(-(-vectors // usual)), min(SHORT_TEAM, _power_of_two(vectors))))

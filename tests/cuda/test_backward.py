@@ -34,6 +34,13 @@ def sums(*operands):
     return "float64" if any(array is not None and array.dtype == np.float64 for array in operands) else "float32"
 
 
+@pytest.fixture
+def few_groups(monkeypatch):
+    """Blocks that take many rows each, as on a device they do where there are many."""
+    if IS_SIMULATED:
+        monkeypatch.setattr(sizes, "MULTIPROCESSORS", 1)
+
+
 def assert_right(grads, dy, x, weight=None, eps=1e-5, use_diff_of_squares=False, cancels=True):
     assert_grads(
         grads, dy, x, 1, weight, eps, use_diff_of_squares, cancels,
@@ -55,6 +62,26 @@ def test_dtypes(rng, dtype, use_diff_of_squares, rows, cols):
         assert grads.dx.dtype == dtype
         assert grads.dweight.dtype == grads.dbias.dtype == (weight_dtype or dtype)
         assert_right(grads, dy, x, weight, 1e-3, use_diff_of_squares)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64, np.int32])
+def test_a_bfloat16_weight_of_other_rows(rng, dtype):
+    """dweight and dbias are of the weight's dtype, which x's library has no other array of; also of a known call."""
+    x = (10 * rng.standard_normal((3, 16))).astype(dtype)
+    dy = normal(rng, (3, 16), np.float32)
+    weight = normal(rng, 16, ml_dtypes.bfloat16)
+    for _ in range(2):
+        grads = backward(dy, x, 16, weight)
+        assert grads.dweight.dtype == grads.dbias.dtype == ml_dtypes.bfloat16
+        assert grads.dx.dtype == (np.float64 if dtype == np.int32 else dtype)
+        assert_right(grads, dy, x, weight)
+
+
+def test_many_equal_rows(rng, few_groups):
+    """The same number added again and again is rounded the same way each time."""
+    dy = np.full((6000, 3), 0.1, np.float32)
+    x = normal(rng, (6000, 3), np.float32)
+    assert_right(backward(dy, x, 3), dy, x)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
@@ -92,7 +119,8 @@ def statistics_of(x, options):
     """The mode and, for "is_given", mean and rstd, of the parameters of a test."""
     _, mean, rstd = nbnorm.layer_norm(x, x.shape[1], return_stats=True)
     mode = {"use_diff_of_squares": bool(options.get("use_diff_of_squares"))}
-    return mode | ({"mean": mean, "rstd": rstd} if "is_given" in options else {})
+    mask = {"output_mask": options["output_mask"]} if "output_mask" in options else {}
+    return mode | mask | ({"mean": mean, "rstd": rstd} if "is_given" in options else {})
 
 
 @pytest.mark.parametrize(("rows", "cols"), LONG_SHAPES)
@@ -131,18 +159,11 @@ def test_order_of_threads(rng, order, is_given, rows, cols):
     assert_right(backward(dy, x, cols, weight, **statistics), dy, x, weight)
 
 
-@pytest.fixture
-def few_groups(monkeypatch):
-    """Blocks that take many rows each, as on a device they do where there are many."""
-    if IS_SIMULATED:
-        monkeypatch.setattr(sizes, "MULTIPROCESSORS", 1)
-
-
 @pytest.mark.parametrize(
     ("rows", "cols", "dtype"),
     [(300, 9, np.float32), (77, 300, np.float32), (21, 1001, np.float32), (5, LONG_64, np.float64)],
 )
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, {"use_diff_of_squares": True, "output_mask": (False, True, False)}], ids=str)
 def test_many_rows_of_a_block(rng, order, few_groups, options, rows, cols, dtype):
     dy, x = normal(rng, (2, rows, cols), dtype)
     weight = normal(rng, cols, dtype)

@@ -38,8 +38,8 @@ def cupy():
 @pytest.fixture
 def large():
     """For arrays of 2^32 bytes and more."""
-    if cuda.current_context().get_memory_info().free < 12 << 30:
-        pytest.skip("less than 12 GiB of device memory are free")
+    if cuda.current_context().get_memory_info().free < 24 << 30:
+        pytest.skip("less than 24 GiB of device memory are free")
     yield
     gc.collect()
 
@@ -115,7 +115,7 @@ def test_training_examples(request, i):
             np.testing.assert_allclose(parameter.copy_to_host(), wanted, atol=1e-3)
     else:
         weight = names["weight"] if i == 1 else names["parameters"][0].detach()
-        assert ((weight != 1).sum() == weight.size if i == 1 else (weight != 1).all()).item()
+        assert (weight != 1).all().item()
 
 
 def test_torch_tensors_that_require_grad(torch):
@@ -229,15 +229,17 @@ def test_streams_of_numba(rng):
 
 def test_threads_share_a_stream(rng):
     """Each thread has a workspace of its own for the sums over rows."""
-    dy, x = (cuda.to_device(numbers(rng, (4096, 512))) for _ in range(2))
-    wanted = [grad.copy_to_host() for grad in nbnorm.layer_norm_backward(dy, x, 512)]
+    x = cuda.to_device(numbers(rng, (4096, 512)))
+    # other sums for each call
+    dys = [cuda.to_device(numbers(rng, (4096, 512))) for _ in range(8)]
 
-    def call(_):
-        return [grad.copy_to_host() for grad in nbnorm.layer_norm_backward(dy, x, 512)]
+    def call(i):
+        return [grad.copy_to_host() for grad in nbnorm.layer_norm_backward(dys[i % 8], x, 512)]
 
+    wanted = [call(i) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        for grads in pool.map(call, range(100)):
-            for grad, expected in zip(grads, wanted, strict=True):
+        for i, grads in enumerate(pool.map(call, range(200))):
+            for grad, expected in zip(grads, wanted[i % 8], strict=True):
                 np.testing.assert_array_equal(grad, expected)
 
 
@@ -247,12 +249,13 @@ def test_the_host_does_not_wait():
     start, end = cuda.event(), cuda.event()
     nbnorm.layer_norm(x, 4096, out=out)
     cuda.synchronize()
-    nbnorm.layer_norm_backward(x, x, 4096, out=(out, None, None))
+    gradients = out, *(cuda.device_array(4096, np.float32) for _ in range(2))
+    nbnorm.layer_norm_backward(x, x, 4096, out=gradients)
     cuda.synchronize()
     start.record()
     for _ in range(8):
         nbnorm.layer_norm(x, 4096, out=out)
-        nbnorm.layer_norm_backward(x, x, 4096, out=(out, None, None))
+        nbnorm.layer_norm_backward(x, x, 4096, out=gradients)
     end.record()
     assert not end.query(), "the device was done when the host returned"
     end.synchronize()
@@ -302,6 +305,9 @@ def test_compute_sanitizer(tool):
 import numpy as np
 from numba import cuda
 import nbnorm
+from nbnorm.cuda import sizes
+# blocks that take many rows
+sizes.MULTIPROCESSORS = 1
 rng = np.random.default_rng(0)
 for dtype in (np.float32, np.float16):
     for cols in (1, 5, 64, 768, 1000, 1001, 2052, 4100, 32776):
@@ -309,6 +315,11 @@ for dtype in (np.float32, np.float16):
         nbnorm.layer_norm(x, cols, w, w, return_stats=True)
         nbnorm.layer_norm(x[:, : cols // 2 + 1], cols // 2 + 1, out=cuda.device_array((5, cols), dtype)[:, : cols // 2 + 1])
         nbnorm.layer_norm_backward(x, x, cols, w)
+        many = cuda.to_device(rng.standard_normal((150 if cols < 5000 else 5, cols)).astype(dtype))
+        nbnorm.layer_norm_backward(many, many, cols, w)
+        for mask in ((True, False, False), (False, True, False)):
+            nbnorm.layer_norm_backward(many, many, cols, w, 1e-5, True, output_mask=mask)
+        nbnorm.layer_norm_backward(many, many, cols, w, out=(many, None, None))
         _, mean, rstd = nbnorm.layer_norm(x, cols, return_stats=True)
         nbnorm.layer_norm_backward(x, x, cols, w, mean=mean, rstd=rstd)
 cuda.synchronize()

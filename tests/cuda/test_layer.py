@@ -23,7 +23,7 @@ def test_a_layer(rng, dtype):
     np.testing.assert_allclose(to_host(y), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [None, np.float16])
+@pytest.mark.parametrize("dtype", [None, np.float16, ml_dtypes.bfloat16])
 def test_the_backward_of_a_layer(rng, dtype):
     dy, x = rng.standard_normal((2, 3, 16)).astype(np.float32)
     for options in ({}, {"bias": False}, {"elementwise_affine": False}, {"use_diff_of_squares": True}):
@@ -34,7 +34,7 @@ def test_the_backward_of_a_layer(rng, dtype):
             if grad is not None:
                 assert grad.dtype == wanted.dtype
                 grad, wanted = to_host(grad).astype(np.float64), wanted.astype(np.float64)
-                np.testing.assert_allclose(grad, wanted, rtol=2e-3 if dtype else 1e-5, atol=1e-4)
+                np.testing.assert_allclose(grad, wanted, rtol=2e-2 if dtype else 1e-5, atol=1e-4)
 
 
 def test_training(rng):

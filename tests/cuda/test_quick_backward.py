@@ -103,6 +103,16 @@ def test_into_out_and_in_place(operands, checked, given, place):
     assert len(checked) == 1
 
 
+def test_one_array_for_all(rng, checked):
+    """dy, x and dx in one place, after a call where they are three."""
+    host = rng.standard_normal((ROWS, COLS), np.float32)
+    for _ in range(2):
+        x = cuda.to_device(host)
+        expected = values(nbnorm.layer_norm_backward(cuda.to_device(host), x, COLS))
+        assert_same_bits(nbnorm.layer_norm_backward(x, x, COLS, out=(x, None, None)), expected)
+    assert len(checked) == 2
+
+
 def test_a_result_is_new_each_time(operands, checked):
     dy, x, weight = operands
     first, second = (nbnorm.layer_norm_backward(dy, x, COLS, weight) for _ in range(2))
