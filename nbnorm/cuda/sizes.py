@@ -17,7 +17,7 @@ PIECE = 4
 # threads of a multiprocessor that must have room at once; with fewer, too few loads are under way. Backward, by the bytes of
 # x that a thread holds
 RESIDENT_THREADS = 1024
-RESIDENT_BACKWARD = {4: {16: 1024, 32: 640, 64: 512}, 8: {16: 768, 32: 512, 64: 256}}
+RESIDENT_BACKWARD = {4: {16: 1024, 32: 640, 64: 512}, 8: {16: 640, 32: 512, 64: 256}}
 # threads of a block whose teams are no larger than a warp
 SHARED_BLOCK = 128
 # threads that one row is given, before they are given more than they usually hold
