@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm.cuda import arrays, kernels, launch, layout, quick, sizes, strided
+from nbnorm.cuda import arrays, combine, kernels, launch, layout, quick, sizes, strided
 from nbnorm.cuda.rows import MEANS, STATE
 from nbnorm.problem import wide_dtype
 
@@ -210,8 +210,8 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
 def _add_groups(problem, dtype, groups, sums, results, place):
     """Enqueue the sums over the groups, of which there are one or two; returns how it is done again."""
     warps = sizes.adding_warps(groups)
-    kernel = kernels.add_groups(place.capability, dtype.name, problem.weight_dtype.name, warps)
-    signature = kernels.add_groups_signature(dtype.name, problem.weight_dtype.name)
+    kernel = combine.add_groups(place.capability, dtype.name, problem.weight_dtype.name, warps)
+    signature = combine.add_groups_signature(dtype.name, problem.weight_dtype.name)
     blocks = -(-problem.cols // sizes.WARP) * len(results)
     enqueue = launch.prepare(kernel, signature, place.device, blocks, warps * sizes.WARP)
     enqueue(place.stream, sums, groups, problem.cols, results[0].address, results[-1].address)
@@ -220,9 +220,9 @@ def _add_groups(problem, dtype, groups, sums, results, place):
 
 def _merge(problem, dtype, segments, parts, whole, place, has_states=True, has_means=False):
     """Enqueue what makes the states and means of rows from those of their segments."""
-    kernel = kernels.merge(place.capability, dtype.name, has_states, has_means)
-    signature = kernels.merge_signature(dtype.name)
-    enqueue = launch.prepare(kernel, signature, place.device, problem.rows, kernels.MERGE_THREADS)
+    kernel = combine.merge(place.capability, dtype.name, has_states, has_means)
+    signature = combine.merge_signature(dtype.name)
+    enqueue = launch.prepare(kernel, signature, place.device, problem.rows, combine.MERGE_THREADS)
     enqueue(place.stream, *parts, problem.cols, *segments, *whole)
 
 

@@ -16,7 +16,7 @@ if IS_SIMULATED:
     simulator.install()
 
     from nbnorm import checks
-    from nbnorm.cuda import arrays, kernels, launch, rows
+    from nbnorm.cuda import arrays, combine, kernels, launch, rows
 
     def prepare(kernel, signature, device, blocks, threads):
         return lambda stream, *arguments: simulator.run(kernel, signature, blocks, threads, *arguments)
@@ -33,7 +33,7 @@ if IS_SIMULATED:
 
         return checked
 
-    for module, name in itertools.product((kernels, rows), ("load", "fetch", "store")):
+    for module, name in itertools.product((combine, kernels, rows), ("load", "fetch", "store")):
         if hasattr(module, name):
             setattr(module, name, aligned(getattr(module, name)))
     launch.prepare = prepare

@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba import types
 
 import offline
-from nbnorm.cuda import instructions, kernels, sizes, strided
+from nbnorm.cuda import combine, instructions, kernels, sizes, strided
 from nbnorm.cuda.rows import MEANS, STATE
 from nbnorm.cuda.sizes import WARP
 from offline import steps
@@ -396,13 +396,13 @@ MERGES = ((True, False), (True, True), (False, True))
     + [("float32", True, True, capability) for capability in OTHERS],
 )
 def test_merge(dtype, has_states, has_means, capability):
-    kernel = kernels.merge(capability, dtype, has_states, has_means)
-    build = offline.build(kernel, kernels.merge_signature(dtype), capability)
+    kernel = combine.merge(capability, dtype, has_states, has_means)
+    build = offline.build(kernel, combine.merge_signature(dtype), capability)
     words = offline.itemsize(dtype) // 4
     assert_no_stack(build)
     if dtype == "float32":
         assert_only_float32(build)
-    assert offline.registers_of_block(build.registers, kernels.MERGE_THREADS) <= offline.REGISTERS
+    assert offline.registers_of_block(build.registers, combine.MERGE_THREADS) <= offline.REGISTERS
     # three sums of a block for a state, and two at one barrier for the means
     assert build.count("SHFL") == (3 * has_states + 2 * has_means) * 10 * words
     assert build.count("BAR") == 3 * has_states + has_means
@@ -417,8 +417,8 @@ def test_merge(dtype, has_states, has_means, capability):
     + [("float32", result, sizes.MOST_ADDING_WARPS, (7, 5)) for result in PAIRS],
 )
 def test_add_groups(dtype, result, warps, capability):
-    kernel = kernels.add_groups(capability, dtype, result, warps)
-    build = offline.build(kernel, kernels.add_groups_signature(dtype, result), capability)
+    kernel = combine.add_groups(capability, dtype, result, warps)
+    build = offline.build(kernel, combine.add_groups_signature(dtype, result), capability)
     assert_no_stack(build)
     if dtype == "float32" and result != "float64":
         assert_only_float32(build)

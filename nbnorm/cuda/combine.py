@@ -1,0 +1,150 @@
+"""The kernels that combine what blocks of the others leave: the states of a row's segments, and the sums of the groups."""
+
+import functools
+
+import numpy as np
+from numba import cuda, types
+
+from nbnorm.cuda.instructions import inverse, inverse_power_of_two, store
+from nbnorm.cuda.kernels import DIGEST, ROUNDS_PAIRS, pointer
+from nbnorm.cuda.reduce import team_sum, team_sums, thread_index
+from nbnorm.cuda.rows import keep_means, keep_state, means_of, not_negative, state_of
+from nbnorm.cuda.sizes import WARP
+
+MERGE_THREADS = 256
+
+
+def merge_signature(dtype):
+    numbers = types.CPointer(pointer(dtype).dtype)
+    return types.void(
+        numbers,  # segment_states
+        numbers,  # segment_means
+        types.int64,  # cols
+        types.int64,  # segments
+        types.int64,  # segment_cols
+        numbers,  # states
+        numbers,  # means
+    )
+
+
+def add_groups_signature(dtype, result_dtype):
+    result = pointer(result_dtype)
+    return types.void(types.CPointer(pointer(dtype).dtype), types.int64, types.int64, result, result)
+
+
+@functools.cache
+def merge(compute_capability, dtype, has_states=True, has_means=False):
+    """One block owns a long row, and makes its state and its means of those of its segments, in their order.
+
+    Without states, which statistics that are given need not, the means are sums.
+    Formula: Chan, Golub and LeVeque 1983, eq. 2.1, and the same for g times the deviation.
+    """
+    element = getattr(np, dtype)
+    team = MERGE_THREADS
+    shared_size = 5 * WARP
+    cache_key = f"{DIGEST} {compute_capability}"
+
+    @cuda.jit(launch_bounds=team, cache=True)
+    def kernel(segment_states, segment_means, cols, segments, segment_cols, states, means):
+        cache_key  # noqa: B018  closed over, for the disk cache
+        shared = cuda.shared.array(shared_size, element)
+        lane = thread_index()
+        row = np.int64(cuda.blockIdx.x)
+        start = row * segments
+        factor = element(1)
+        origin = element(0)
+        distance = element(0)
+
+        if has_states:
+            # the power of two for the whole row
+            per_segment = inverse(element(segments))
+            total = element(0)
+            for s in range(lane, segments, team):
+                segment_factor, _, _, _ = state_of(segment_states, start + s)
+                total += per_segment * inverse_power_of_two(segment_factor)
+            factor = inverse_power_of_two(team_sum(total, team, shared, 0, element))
+
+            # the mean, as its distance from the first segment's
+            per_element = inverse(element(cols))
+            segment_factor, origin, _, _ = state_of(segment_states, start)
+            origin *= factor * inverse_power_of_two(segment_factor)
+            total = element(0)
+            for s in range(lane, segments, team):
+                segment_factor, hi, lo, _ = state_of(segment_states, start + s)
+                ratio = factor * inverse_power_of_two(segment_factor)
+                count = element(min(segment_cols, cols - s * segment_cols))
+                total += count * per_element * (hi * ratio - origin + lo * ratio)
+            distance = team_sum(total, team, shared, WARP, element)
+
+            # the variance
+            total = element(0)
+            for s in range(lane, segments, team):
+                segment_factor, hi, lo, squares = state_of(segment_states, start + s)
+                ratio = factor * inverse_power_of_two(segment_factor)
+                count = element(min(segment_cols, cols - s * segment_cols))
+                d = hi * ratio - origin + lo * ratio - distance
+                total += (squares * ratio * ratio + count * d * d) * per_element
+            var = team_sum(total, team, shared, 2 * WARP, element)
+            if lane == 0:
+                keep_state(states, row, factor, origin, distance, not_negative(var, element))
+
+        # the means of g, and of g times the deviation
+        if has_means:
+            mean_g = element(0)
+            mean_gd = element(0)
+            shift = element(0)
+            for s in range(lane, segments, team):
+                segment_g, segment_gd, shift = means_of(segment_means, start + s)
+                if has_states:
+                    segment_factor, hi, lo, _ = state_of(segment_states, start + s)
+                    ratio = factor * inverse_power_of_two(segment_factor)
+                    segment_gd = segment_gd * ratio + segment_g * (hi * ratio - origin + lo * ratio - distance)
+                mean_g += segment_g
+                mean_gd += segment_gd
+            mean_g, mean_gd = team_sums(mean_g, mean_gd, team, shared, 3 * WARP, element)
+            if lane == 0:
+                # thread 0 has read a segment, and the shift is the same in each
+                keep_means(means, row, mean_g, mean_gd, shift)
+
+    return kernel
+
+
+@functools.cache
+def add_groups(compute_capability, dtype, result_dtype, warps):
+    """One block owns a warp's width of columns of dweight, or of dbias behind it, and adds up the groups' sums.
+
+    Each warp adds up every so manieth group, and the first one then what the warps have, in their order.
+    """
+    element = getattr(np, dtype)
+    threads = warps * WARP
+    rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
+    cache_key = f"{DIGEST} {compute_capability} {result_dtype}"
+
+    @cuda.jit(launch_bounds=threads, cache=True)
+    def kernel(sums, groups, cols, dweight, dbias):
+        cache_key  # noqa: B018  closed over, for the disk cache
+        shared = cuda.shared.array(threads, element)
+        value = cuda.local.array(1, element)
+        lane = thread_index() % WARP
+        warp = thread_index() // WARP
+        blocks = (cols + WARP - 1) // WARP
+        is_second = cuda.blockIdx.x >= blocks
+        j = (cuda.blockIdx.x - (blocks if is_second else 0)) * WARP + lane
+        total = element(0)
+        if j < cols:
+            group = np.int64(warp)
+            while group < groups:
+                total += sums[((groups if is_second else 0) + group) * cols + j]
+                group += warps
+        shared[thread_index()] = total
+        cuda.syncthreads()
+        if warp == 0 and j < cols:
+            value[0] = total
+            for i in range(1, warps):
+                value[0] += shared[i * WARP + lane]
+            if is_second:
+                store(value, 0, dbias, j, 1, 1, rounds_pairs)
+            else:
+                store(value, 0, dweight, j, 1, 1, rounds_pairs)
+
+    return kernel
