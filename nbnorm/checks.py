@@ -40,13 +40,7 @@ OVERLAP_WORK: Any = 1_000_000
 def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream):
     """The problem, and x, weight, bias and out as NumPy arrays, or as views of CUDA arrays, or None where absent."""
     flag("return_stats", return_stats)
-    device = CUDA if arrays.is_cuda(x) else CPU
-    _stream(stream, device)
-    x_array, dtype = _operand("x", x, device)
-    if device == CUDA:
-        device = x_array.device
-    else:
-        _can_be_given_back(x)
+    x_array, dtype, device = _x(x, stream)
     weight_array, weight_dtype = _optional("weight", weight, device)
     bias_array, bias_dtype = _optional("bias", bias, device)
     problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (weight_dtype, bias_dtype))
@@ -57,13 +51,7 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
 
 def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream):
     """The problem, the operands as in `forward` or None, output_mask as bools, and out as three of them or None."""
-    device = CUDA if arrays.is_cuda(x) else CPU
-    _stream(stream, device)
-    x_array, dtype = _operand("x", x, device)
-    if device == CUDA:
-        device = x_array.device
-    else:
-        _can_be_given_back(x)
+    x_array, dtype, device = _x(x, stream)
     dy_array, dy_dtype = _operand("dy", dy, device)
     weight_array, weight_dtype = _optional("weight", weight, device)
     mean_array, _ = _optional("mean", mean, device)
@@ -231,6 +219,17 @@ def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes)
         weight_dtype=other_dtypes[0] or dtype,
         compute_dtype=np.result_type(*map(wide_dtype, filter(None, (dtype, *other_dtypes)))),
     )
+
+
+def _x(x, stream):
+    """As `_operand`, and where the other operands must lie."""
+    device = CUDA if arrays.is_cuda(x) else CPU
+    _stream(stream, device)
+    array, dtype = _operand("x", x, device)
+    if device == CUDA:
+        return array, dtype, array.device
+    _can_be_given_back(x)
+    return array, dtype, device
 
 
 def _optional(name, value, device=CPU):
