@@ -27,7 +27,7 @@ MOST_THREADS = {"forward": 1024, "backward": 512}
 # neighbouring threads for a short row: fewer would read less than the 128 bytes of a cache line at once
 SHORT_TEAM = 8
 # a longer row than the largest team can hold is cut into segments of at most these, in multiples of a cache line
-SEGMENT = {"forward": {4: 1 << 13, 8: 1 << 12}, "backward": {4: 1 << 13, 8: 1 << 11}}
+SEGMENT = {4: 1 << 13, 8: 1 << 12}
 LINE = 64
 # backward, blocks stay and take row after row: as many as an H200 has room for
 MULTIPROCESSORS = 132
@@ -70,11 +70,20 @@ class Segments(NamedTuple):
 
 def segments(cols, compute_itemsize, direction):
     """A single one for what a team can hold; longer rows are read twice."""
-    longest = MOST_THREADS[direction] * held_elements(cols, compute_itemsize, direction)[1]
-    if cols <= longest:
+    if cols <= longest_whole(cols, compute_itemsize, direction):
         return Segments(1, cols)
-    count = -(-cols // min(longest, SEGMENT[direction][compute_itemsize]))
+    count = -(-cols // longest_segment(cols, compute_itemsize, direction))
     return Segments(count, -(-cols // (count * LINE)) * LINE)
+
+
+def longest_whole(cols, compute_itemsize, direction):
+    """Elements that the largest team can hold."""
+    return MOST_THREADS[direction] * held_elements(cols, compute_itemsize, direction)[1]
+
+
+def longest_segment(cols, compute_itemsize, direction):
+    """Columns of a segment at most, for which its tile is made."""
+    return min(longest_whole(cols, compute_itemsize, direction), SEGMENT[compute_itemsize])
 
 
 def held_elements(cols, compute_itemsize, direction):
@@ -91,11 +100,8 @@ def tile(cols, itemsize, compute_itemsize, direction):
     """
     width = gcd(cols, 16 // itemsize)
     usual, most = (max(1, held // width) for held in held_elements(cols, compute_itemsize, direction))
-    elements = cols
-    if segments(cols, compute_itemsize, direction).number > 1:
-        # the same for rows of any length
-        elements = min(SEGMENT[direction][compute_itemsize], MOST_THREADS[direction] * most * width)
-    vectors = elements // width
+    is_whole = cols <= longest_whole(cols, compute_itemsize, direction)
+    vectors = (cols if is_whole else longest_segment(cols, compute_itemsize, direction)) // width
     if vectors <= WARP * most:
         team = min(WARP, max(_power_of_two(-(-vectors // usual)), min(SHORT_TEAM, _power_of_two(vectors))))
         teams = SHARED_BLOCK // team
@@ -107,7 +113,7 @@ def tile(cols, itemsize, compute_itemsize, direction):
     resident = RESIDENT_THREADS
     if direction == "backward":
         size = held * width * compute_itemsize
-        resident = next(n for most, n in RESIDENT_BACKWARD[compute_itemsize].items() if size <= most)
+        resident = next(n for limit, n in RESIDENT_BACKWARD[compute_itemsize].items() if size <= limit)
     return Tile(width, team, held, teams, max(1, resident // (team * teams)))
 
 
