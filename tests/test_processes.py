@@ -6,6 +6,7 @@ Each case is a process of its own, under each layer of threads that there is. It
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -19,6 +20,7 @@ import multiprocessing, os, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import numpy as np
 import nbnorm
+from nbnorm.cpu import parallel
 
 rng = np.random.default_rng(0)
 # beyond what one thread is given
@@ -28,6 +30,14 @@ weight, bias = rng.standard_normal((2, 768), dtype=np.float32)
 def call(_=None):
     y = nbnorm.layer_norm(x, 768, weight, bias)
     return [y, *nbnorm.layer_norm_backward(dy, x, 768, weight)]
+
+def expect():
+    # what the serial build gives
+    global expected
+    allowed = parallel.from_elements
+    parallel.from_elements = float("inf")
+    expected = call()
+    parallel.from_elements = allowed
 
 def is_right(results):
     return all(np.array_equal(a, b) for a, b in zip(results, expected, strict=True))
@@ -48,14 +58,6 @@ def child(work):
     os.kill(pid, 9)
     return 99
 """
-EXPECTED = """
-from nbnorm.cpu import parallel
-allowed = parallel.from_elements
-parallel.from_elements = float("inf")
-expected = call()
-parallel.from_elements = allowed
-"""
-
 CASES = {
     "first calls from eight threads at once": """
 barrier = threading.Barrier(8)
@@ -66,11 +68,11 @@ def first():
 threads = [threading.Thread(target=first) for _ in range(8)]
 [t.start() for t in threads]
 [t.join() for t in threads]
-EXPECTED
+expect()
 assert len(results) == 8 and all(map(is_right, results))
 """,
     "sixteen threads for seconds, and pools of threads within pools": """
-EXPECTED
+expect()
 stop = time.monotonic() + 2
 def calls(_):
     n = 0
@@ -94,7 +96,7 @@ def own(a):
         a[i] += 1
 a = np.zeros(100_000)
 own(a)
-EXPECTED
+expect()
 stop = time.monotonic() + 2
 def theirs():
     while time.monotonic() < stop:
@@ -106,7 +108,7 @@ while time.monotonic() < stop:
 thread.join()
 """,
     "a forked child, a grandchild, a daemon, and a fork from another thread": """
-EXPECTED
+expect()
 assert is_right(call())
 assert child(lambda: is_right(call())) == 0
 assert child(lambda: child(lambda: is_right(call())) == 0) == 0
@@ -123,13 +125,12 @@ assert is_right(call())
 """,
     "a child that is forked before any call": """
 def work():
-    global expected
-    EXPECTED
+    expect()
     return is_right(call())
 assert child(work) == 0
 """,
     "a fork while other threads are in a kernel": """
-EXPECTED
+expect()
 stopped = threading.Event()
 def calls():
     while not stopped.is_set():
@@ -149,7 +150,7 @@ assert child(lambda: call()[0].shape == x.shape) == 0
 thread.join()
 """,
     "pools of processes": """
-EXPECTED
+expect()
 assert is_right(call())
 for method in ("fork", "spawn", "forkserver"):
     context = multiprocessing.get_context(method)
@@ -175,14 +176,9 @@ def layer(request):
 @pytest.mark.parametrize("case", CASES)
 def test_a_process(tmp_path, python_environment, layer, case):
     script = tmp_path / "script.py"
-    lines = []
-    for line in CASES[case].splitlines():
-        indent = line[: len(line) - len(line.lstrip())]
-        inserted = EXPECTED.strip().splitlines() if line.strip() == "EXPECTED" else [line.strip()]
-        lines += [indent + part for part in inserted]
-    body = "\n".join(f"    {line}" for line in lines)
+    body = textwrap.indent(CASES[case], "    ")
     # what `spawn` imports again must not run again
-    script.write_text(f"{COMMON}\nexpected = None\nif __name__ == '__main__':\n{body}\n    print('done')\n")
+    script.write_text(f"{COMMON}\nif __name__ == '__main__':\n{body}\n    print('done')\n")
     environment = python_environment | {"NUMBA_THREADING_LAYER": layer}
     if "compiles" in case:
         environment["NUMBA_CACHE_DIR"] = str(tmp_path / "cache")
