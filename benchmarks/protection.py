@@ -1,0 +1,193 @@
+"""What keeps calls safe, in time: who works on a call where processors are few or taken, and what asking costs a call.
+
+    python benchmarks/protection.py
+    python benchmarks/protection.py --render benchmarks/results/protection.json docs/reliability.md
+
+Each case is a process of its own. A quota needs a control group that this user may make (Linux, mostly root).
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import timeit
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results" / "protection.json"
+SHAPE = (1024, 768)
+CALLS = 600
+CASES = ("idle", "one processor", "a quota of one processor", "one processor taken by another process", "a forked child")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing, put saved results into a page")
+    parser.add_argument("markdown", type=Path, nargs="*", help="with --render, that page")
+    parser.add_argument("--case", choices=[*CASES, "cost"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(cost() if options.case == "cost" else measured(options.case)))
+        return
+    import machine
+    import tables
+
+    if options.render:
+        results = json.loads(options.render.read_text(encoding="utf-8"))
+        for path in options.markdown:
+            tables.rewrite(path, {"protection": text(results)})
+        return
+    results = machine.description([]) | {"cases": {case: in_process(case) for case in CASES}, "cost": in_process("cost")}
+    print(text(results))
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def in_process(case):
+    command = [sys.executable, __file__, "--case", case]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{case}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout)
+
+
+def measured(case):
+    """The median and the 99th percentile, in us, of each who may work, and of nbnorm's choice."""
+    if case == "one processor":
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with quota() if "quota" in case else busy() if "taken" in case else contextlib.nullcontext():
+        if case != "a forked child":
+            return times(True)
+        times(True)
+        context = multiprocessing.get_context("fork")
+        with context.Pool(1) as pool:
+            return pool.apply(times, (False,))
+
+
+@contextlib.contextmanager
+def quota():
+    root = Path("/sys/fs/cgroup/cpu" if Path("/sys/fs/cgroup/cpu").is_dir() else "/sys/fs/cgroup")
+    group = root / f"nbnorm-{os.getpid()}"
+    group.mkdir()
+    if (group / "cpu.max").exists():
+        (group / "cpu.max").write_text("100000 100000")
+    else:
+        (group / "cpu.cfs_quota_us").write_text("100000")
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    try:
+        yield
+    finally:
+        (root / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
+@contextlib.contextmanager
+def busy():
+    """The last processor taken."""
+    spin = f"import os; os.sched_setaffinity(0, {{{max(os.sched_getaffinity(0))}}})\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", spin])
+    time.sleep(0.5)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def times(with_numbas):
+    # Numba looks at the processors when it is imported
+    import nbnorm
+    from nbnorm.cpu import parallel
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(SHAPE, dtype=np.float32)
+    weight, bias, out = np.ones(SHAPE[1], np.float32), np.ones(SHAPE[1], np.float32), np.empty_like(x)
+
+    def call():
+        nbnorm.layer_norm(x, SHAPE[1], weight, bias, out=out)
+
+    call()
+    choice = {"from_elements": parallel.from_elements, "many": parallel.many, "STALL_SECONDS": parallel.STALL_SECONDS}
+    never = {"STALL_SECONDS": float("inf")}
+    settings = {
+        "nbnorm": choice,
+        parallel.ONE: never | {"from_elements": float("inf"), "many": parallel.many},
+        parallel.OURS: never | {"from_elements": 0, "many": parallel.OURS},
+    }
+    if with_numbas:
+        settings[parallel.NUMBAS] = never | {"from_elements": 0, "many": parallel.NUMBAS}
+    samples = {}
+    # in long turns, since threads that wait for work take time from whoever comes next
+    for _ in range(4):
+        for name, values in settings.items():
+            for attribute, value in values.items():
+                setattr(parallel, attribute, value)
+            timings = []
+            for _ in range(CALLS // 4 + 10):
+                start = time.perf_counter()
+                call()
+                timings.append(time.perf_counter() - start)
+            samples.setdefault(name, []).extend(timings[10:])
+            if name == "nbnorm":
+                choice |= {"many": parallel.many}
+    return {
+        name: {"median": float(np.median(values)) * 1e6, "p99": float(np.quantile(values, 0.99)) * 1e6}
+        for name, values in samples.items()
+    }
+
+
+def cost():
+    """What it costs a call, in us: to ask who works, and to watch Numba's threads."""
+    from nbnorm.cpu import parallel
+
+    def kernel(x):
+        pass
+
+    x = np.empty(SHAPE, np.float32)
+    watched = parallel.watched(kernel)
+    asking = "workers = parallel.many if size >= parallel.from_elements else ONE"
+    names = {"parallel": parallel, "ONE": parallel.ONE, "size": 64, "kernel": kernel, "watched": watched, "x": x}
+    best = {
+        statement: min(timeit.repeat(statement, globals=names, number=100_000, repeat=20)) * 10
+        for statement in (asking, "workers = size >= 32768", "kernel(x)", "watched(x)")
+    }
+    return {
+        "asking": best[asking] - best["workers = size >= 32768"],
+        "watching": best["watched(x)"] - best["kernel(x)"],
+    }
+
+
+def text(results):
+    """The table, and the sentence about its machine."""
+    where = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    who = ("nbnorm", "one", "ours", "numba's")
+    lines = [
+        f"A float32 forward at {SHAPE[0]} x {SHAPE[1]} with `out=`, median and 99th percentile in us. Measured on "
+        f"{results['date']} on {where['cpu']} ({where['logical_cores']} logical cores): {versions}.",
+        "",
+        "| case | nbnorm | one thread | threads of our own | Numba's threads |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case, timings in results["cases"].items():
+        cells = ["not measured"] * 4 if timings is None else [cell(timings.get(name)) for name in who]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    asking, watching = results["cost"]["asking"], results["cost"]["watching"]
+    lines += [
+        "",
+        f"To ask who works costs a call {asking:.2f} us, and to watch Numba's threads, where they work, {watching:.2f} us.",
+    ]
+    return "\n".join(lines)
+
+
+def cell(timing):
+    return "-" if timing is None else f"{timing['median']:.0f}, {timing['p99']:.0f}"
+
+
+if __name__ == "__main__":
+    main()
