@@ -127,12 +127,13 @@ def thread_blocks(path):
     panel.text(66, 29.5, f"thread 0's {many.held} vectors", va="center", fontsize=9, color=BLUE)
     warps = many.team // sizes.WARP
     caption = [
-        f"Each of the {warps} warps adds up what it has by shuffles, and leaves its sum in shared memory; after one barrier every",
-        "warp adds up those. The row is read once, stays in registers, and is written once.",
+        f"Each of the {warps} warps adds up what it has by shuffles, and leaves its sum in shared memory; after one barrier",
+        "every warp adds up those. The row is read once, stays in registers, and is written once.",
     ]
     lines(panel, 4, 33.5, caption)
 
-    heading(panel, 42, f"Backward, rows of 1024: {groups} blocks of {backward.threads} threads stay, each takes row after row")
+    staying = f"{groups} blocks of {backward.threads} threads stay, each takes row after row"
+    heading(panel, 42, f"Backward, rows of 1024: {staying}")
     rows, shown = 9, 3
     owners = (BLUE, ORANGE, GREEN)
     for row in range(rows):
@@ -153,8 +154,8 @@ def thread_blocks(path):
     panel.add_patch(Rectangle((82, 54.1), 8, 2.2, facecolor=GREY))
     lines(panel, 86, 58.5, ["dweight,", "dbias: by a", "second kernel,", "in fixed order"], ha="center")
     caption = [
-        "While a block adds up a row, the next one of x and dy is on its way into registers. dx is written row by row; the sums over",
-        "rows only at the end. There are no atomics: the order of every sum, and so every bit of it, depends on the shape alone.",
+        "While a block adds up a row, the next one of x and dy is on its way into registers. dx is written row by row; the",
+        "sums over rows only at the end. There are no atomics: the order of every sum depends on the shape alone.",
     ]
     lines(panel, 4, 71.5, caption)
     save(figure, path)
