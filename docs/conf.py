@@ -11,7 +11,9 @@ project_copyright = author
 version = release = nbnorm.__version__
 
 # MyST, since scripts of benchmarks/ write tables into these pages, which are also read where they lie
-extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc"]
+# a name in single backquotes, of a docstring, is a link where it can be one
+default_role = "autolink"
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath"]
 # of links to `page.md#a-heading`
