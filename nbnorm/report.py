@@ -8,6 +8,7 @@ import time
 import numba
 import numpy as np
 from numba import njit, prange
+from numba.core import config
 
 import nbnorm
 from nbnorm import checks, reference
@@ -25,7 +26,7 @@ CUDA_CALLS = 20
 ROWS_AT_ONCE = 256
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True)
 def copy(source, destination):
     for i in prange(source.size):
         destination[i] = source[i]
@@ -37,7 +38,7 @@ def report():
     copy(small, np.empty_like(small))
     print(f"nbnorm {nbnorm.__version__}, numba {numba.__version__}, NumPy {np.__version__}, ", end="")
     print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    layer = "none, NUMBA_DISABLE_JIT is set" if numba.config.DISABLE_JIT else numba.threading_layer()  # type: ignore[attr-defined]
+    layer = "none, NUMBA_DISABLE_JIT is set" if config.DISABLE_JIT else numba.threading_layer()  # type: ignore[attr-defined]
     print(f"CPU:  {numba.get_num_threads()} threads, {os.cpu_count()} processors, threading layer {layer}")
     print(f"CUDA: {cuda_devices()}")
     print()

@@ -2,9 +2,16 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 
 def digest(module_file):
-    """A name for the present state of all files beside a module's, for its kernels to close over."""
-    sources = sorted(Path(module_file).parent.glob("*.py"))
+    """A name for the present state of all files beside a module's, which its kernels are made of."""
+    folder: Any = Path(module_file).parent
+    if not folder.is_dir():
+        # in a zip file; its import alone takes longer than all else here
+        from importlib.resources import files
+
+        folder = files(f"nbnorm.{folder.name}")
+    sources = sorted((source for source in folder.iterdir() if source.name.endswith(".py")), key=lambda source: source.name)
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()

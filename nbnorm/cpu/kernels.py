@@ -10,9 +10,10 @@ The parallel build of a kernel gives the bits of the serial one: what is split, 
 import functools
 
 import numpy as np
-from numba import from_dtype, njit, prange, types
+from numba import from_dtype, prange, types
 
 from nbnorm.cpu import lowering  # noqa: F401  teaches Numba the operations on lanes
+from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.lanes import fence, pointer
 from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
 from nbnorm.cpu.rows import (
@@ -30,11 +31,6 @@ from nbnorm.cpu.rows import (
     split,
     statistics,
 )
-from nbnorm.sources import digest
-
-# Numba's disk cache tells kernels apart by their own source and what they close over, not by what they call or by their
-# options; a kernel closes over this and `parallel` for that reason alone
-DIGEST = digest(__file__)
 
 # where the variance is outside these bounds, a square or a deviation may be 0 or Inf in the type that the kernel computes in
 VARIANCE_BOUNDS = {"float32": (2.0**-220, 2.0**210), "float64": (2.0**-960, 2.0**960)}
@@ -107,13 +103,11 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     """
     element = dtype.type
     mode = mode_of(variance, x_dtype, dtype)
-    cache_key = f"{DIGEST} parallel={parallel}"
     smallest, largest = VARIANCE_BOUNDS[dtype.name]
     signature = forward_signature(x_dtype, dtype)
 
-    @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
+    @compiled(signature, parallel)
     def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
-        cache_key  # noqa: B018  closed over, for the disk cache
         rows, cols = x.shape
         x_, y_ = pointer(x), pointer(y)
         weight_ = pointer(weight) if has_weight else None
@@ -157,16 +151,14 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     element = dtype.type
     is_given = statistics_from == "given"
     mode = mode_of(statistics_from, x_dtype, dtype)
-    cache_key = f"{DIGEST} parallel={parallel}"
     smallest, largest = VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
     has_sums = with_dweight or with_dbias
     signature = backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
 
-    @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
+    @compiled(signature, parallel)
     def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
-        cache_key  # noqa: B018  closed over, for the disk cache
         rows, cols = x.shape
         blocks = sums.shape[1]
         dy_, x_ = pointer(dy), pointer(x)

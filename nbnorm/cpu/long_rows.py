@@ -7,9 +7,10 @@ merged into the row's in the order of the segments. The second sweep then reads 
 import functools
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from nbnorm.cpu import kernels
+from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS
 from nbnorm.cpu.lanes import fence, pointer
 from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
@@ -47,13 +48,11 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     """One iteration owns a segment: of its statistics in the first loop, of y in the second."""
     element = dtype.type
     mode = kernels.mode_of(variance, x_dtype, dtype)
-    cache_key = f"{kernels.DIGEST} parallel={parallel}"
     smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
     signature = kernels.forward_signature(x_dtype, dtype)
 
-    @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
+    @compiled(signature, parallel)
     def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
-        cache_key  # noqa: B018  closed over, for the disk cache
         rows, cols = x.shape
         segments = -(-cols // SEGMENT)
         group_rows = min(rows, max(1, GROUP_ELEMENTS // cols))
@@ -116,15 +115,13 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     element = dtype.type
     is_given = statistics_from == "given"
     mode = kernels.mode_of(statistics_from, x_dtype, dtype)
-    cache_key = f"{kernels.DIGEST} parallel={parallel}"
     smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
     signature = kernels.backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
 
-    @njit(signature, parallel=parallel, nogil=True, error_model="numpy", cache=True)
+    @compiled(signature, parallel)
     def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
-        cache_key  # noqa: B018  closed over, for the disk cache
         rows, cols = x.shape
         segments = -(-cols // SEGMENT)
         group_rows = min(rows, max(1, GROUP_ELEMENTS // cols))

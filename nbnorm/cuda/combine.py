@@ -5,8 +5,9 @@ import functools
 import numpy as np
 from numba import cuda, types
 
+from nbnorm.cuda.compiled import compiled
 from nbnorm.cuda.instructions import inverse, inverse_power_of_two, store
-from nbnorm.cuda.kernels import DIGEST, ROUNDS_PAIRS, pointer
+from nbnorm.cuda.kernels import ROUNDS_PAIRS, pointer
 from nbnorm.cuda.reduce import team_sum, team_sums, thread_index
 from nbnorm.cuda.rows import keep_means, keep_state, means_of, not_negative, state_of
 from nbnorm.cuda.sizes import WARP
@@ -42,11 +43,9 @@ def merge(compute_capability, dtype, has_states=True, has_means=False):
     element = getattr(np, dtype)
     team = MERGE_THREADS
     shared_size = 5 * WARP
-    cache_key = f"{DIGEST} {compute_capability}"
 
-    @cuda.jit(launch_bounds=team, cache=True)
+    @compiled(compute_capability, team)
     def kernel(segment_states, segment_means, cols, segments, segment_cols, states, means):
-        cache_key  # noqa: B018  closed over, for the disk cache
         shared = cuda.shared.array(shared_size, element)
         lane = thread_index()
         row = np.int64(cuda.blockIdx.x)
@@ -118,11 +117,9 @@ def add_groups(compute_capability, dtype, result_dtype, warps):
     element = getattr(np, dtype)
     threads = warps * WARP
     rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
-    cache_key = f"{DIGEST} {compute_capability} {result_dtype}"
 
-    @cuda.jit(launch_bounds=threads, cache=True)
+    @compiled(compute_capability, threads)
     def kernel(sums, groups, cols, dweight, dbias):
-        cache_key  # noqa: B018  closed over, for the disk cache
         shared = cuda.shared.array(threads, element)
         value = cuda.local.array(1, element)
         lane = thread_index() % WARP

@@ -11,6 +11,7 @@ import functools
 import numpy as np
 from numba import cuda, types
 
+from nbnorm.cuda.compiled import compiled
 from nbnorm.cuda.instructions import inverse, inverse_power_of_two, load, store
 from nbnorm.cuda.reduce import add_teams, team_sums, thread_index
 from nbnorm.cuda.rows import (
@@ -30,11 +31,6 @@ from nbnorm.cuda.rows import (
     unpack_row,
 )
 from nbnorm.cuda.sizes import WARP
-from nbnorm.sources import digest
-
-# Numba's disk cache tells kernels apart by their own source and what they close over, not by what they call or by their
-# options; a kernel closes over this and those for that reason alone
-DIGEST = digest(__file__)
 
 # what an element is in memory; numba-cuda has no bfloat16 that its arrays or pointers could be of
 STORAGE = {"float16": types.uint16, "bfloat16": types.int16, "float32": types.float32, "float64": types.float64}
@@ -116,18 +112,16 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, p
     piece = tile.piece
     bounds = tile.launch_bounds
     rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
-    cache_key = f"{DIGEST} {bounds} {compute_capability}"
     is_whole, is_states, is_normalise = (step == name for name in ("whole", "states", "normalise"))
     complete = held - 1 if is_whole else 0
     is_centred = variance == "centred"
     has_weight, has_bias = weight_dtype is not None, bias_dtype is not None
     smallest, largest = map(element, VARIANCE_BOUNDS[dtype])
 
-    @cuda.jit(launch_bounds=bounds, cache=True)
+    @compiled(compute_capability, bounds)
     def kernel(
         x, weight, bias, rows, cols, segments, segment_cols, x_pitch, y_pitch, eps, has_statistics, y, mean, rstd, states
     ):  # fmt: skip
-        cache_key  # noqa: B018  closed over, for the disk cache
         values = cuda.local.array(size, element)
         scales = cuda.local.array(piece, element)
         shifts = cuda.local.array(piece, element)
@@ -214,7 +208,6 @@ def backward(
     threads = tile.threads
     dy_access, access = accesses
     rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
-    cache_key = f"{DIGEST} {bounds} {compute_capability}"
     is_whole, is_means, is_gradients = (step == name for name in ("whole", "means", "gradients"))
     complete = held - 1 if is_whole else 0
     is_given = statistics_from == "given"
@@ -231,12 +224,11 @@ def backward(
     shared_size = 2 * row_shared if teams == 1 else threads // 2 * size
     sums_access = min(width, 16 // np.dtype(dtype).itemsize)
 
-    @cuda.jit(launch_bounds=bounds, cache=True)
+    @compiled(compute_capability, bounds)
     def kernel(
         dy, x, weight, mean, rstd, rows, cols, groups, segments, segment_cols, dy_pitch, x_pitch, dx_pitch, eps,
         dx, states, means, sums,
     ):  # fmt: skip
-        cache_key  # noqa: B018  closed over, for the disk cache
         values = cuda.local.array(size, element)
         dys = cuda.local.array(size, element)
         next_values = cuda.local.array(size, element)

@@ -6,7 +6,8 @@ import numpy as np
 from numba import cuda, types
 
 from nbnorm.cuda import launch
-from nbnorm.cuda.kernels import DIGEST, STORAGE
+from nbnorm.cuda.compiled import compiled
+from nbnorm.cuda.kernels import STORAGE
 
 THREADS = 256
 # dimensions that a copy takes, after those are joined that follow each other in memory
@@ -51,12 +52,10 @@ def copy_signature(source_dtype, dtype):
 @functools.cache
 def copy(compute_capability, source_dtype, dtype):
     """One thread owns an element; strides are in elements. The dtypes differ where integers become float64."""
-    cache_key = f"{DIGEST} {compute_capability} {source_dtype}"
     converted = np.float64 if source_dtype != dtype else None
 
-    @cuda.jit(launch_bounds=THREADS, cache=True)
+    @compiled(compute_capability, THREADS)
     def kernel(source, destination, size, shape, source_strides, strides):
-        cache_key  # noqa: B018  closed over, for the disk cache
         rest = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
         if rest >= size:
             return

@@ -1,0 +1,32 @@
+"""How the CUDA kernels are compiled: when they are first launched, for one signature, their code kept on disk."""
+
+from numba import cuda
+from numba.core import config
+
+from nbnorm.cache import Cache
+from nbnorm.sources import digest
+
+DIGEST = digest(__file__)
+
+
+def compiled(compute_capability, launch_bounds):
+    """A decorator for a kernel, for devices of one compute capability."""
+
+    def compile_(kernel):
+        dispatcher = cuda.jit(launch_bounds=launch_bounds)(kernel)
+        if not config.ENABLE_CUDASIM:
+            # the simulator has neither
+            import numba_cuda
+            from numba.cuda.dispatcher import _Kernel
+
+            depends_on = DIGEST, compute_capability, launch_bounds, numba_cuda.__version__
+            dispatcher._cache = Cache(kernel, depends_on, _Kernel._reduce_states, _rebuild)
+        return dispatcher
+
+    return compile_
+
+
+def _rebuild(_, states):
+    from numba.cuda.dispatcher import _Kernel
+
+    return _Kernel._rebuild(**states)
