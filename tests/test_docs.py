@@ -43,6 +43,7 @@ def compare(session, names, program):
     assert not report, "".join(report)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("program", [pytest.param(p, id=str(p), marks=marks(p)) for p in PROGRAMS])
 def test_programs(program, tmp_path, monkeypatch):
     if missing := program.missing():
@@ -143,6 +144,7 @@ def test_links_of_pages_lead_to_files():
     assert [(page.name, link) for page, link in found if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.compiled
 def test_the_function_of_autograd_on_the_cpu():
     """What docs/training.md shows for a GPU; its gradients are torch's own."""
     torch = pytest.importorskip("torch")
