@@ -13,6 +13,7 @@ import nbnorm
 import offline
 import pages
 from nbnorm import report
+from nbnorm.cpu import parallel
 
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
@@ -58,22 +59,26 @@ def rng():
 
 
 @pytest.fixture
-def choose_build(monkeypatch):
-    """Of the kernels, by its name, whatever the size of the problem, and also where two threads may not call at once."""
+def choose_workers(monkeypatch):
+    """On calls of any size: "one" thread, "numba's" or "ours", of which there are three."""
 
-    def choose(name):
-        is_parallel = name == "parallel"
-        monkeypatch.setattr("nbnorm.cpu.parallel.from_elements", 0 if is_parallel else float("inf"))
-        monkeypatch.setattr("nbnorm.cpu.parallel.is_worth", lambda elements: is_parallel)
+    def choose(workers):
+        monkeypatch.setattr("nbnorm.cpu.parallel.from_elements", float("inf") if workers == parallel.ONE else 0)
+        monkeypatch.setattr("nbnorm.cpu.parallel.many", workers)
+        monkeypatch.setattr("nbnorm.cpu.parallel._is_decided", True)
+        monkeypatch.setattr("nbnorm.cpu.parallel.our_threads", lambda: 3)
+        monkeypatch.setattr("nbnorm.cpu.threads.ELEMENTS", 0)
+        monkeypatch.setattr("nbnorm.cpu.threads.PIECE_ELEMENTS", 1)
+        monkeypatch.setattr("nbnorm.cpu.parallel.STALL_SECONDS", float("inf"))
 
     return choose
 
 
-@pytest.fixture(params=["serial", "parallel"])
-def build(request, choose_build):
-    """Each build of the kernels."""
-    choose_build(request.param)
-    return request.param
+@pytest.fixture(params=[parallel.ONE, parallel.NUMBAS])
+def build(request, choose_workers):
+    """Each build of the kernels: the serial one and the parallel one."""
+    choose_workers(request.param)
+    return "parallel" if request.param == parallel.NUMBAS else "serial"
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 
 import nbnorm
 from nbnorm.cpu import long_rows, sizes
+from nbnorm.cpu.parallel import WORKERS
 from tolerances import assert_grads, assert_statistics, assert_y
 
 # two segments and a part of one that is no multiple of 16
@@ -94,11 +95,11 @@ def test_strided_arrays_give_the_same_bits(rng):
         np.testing.assert_array_equal(grad, expected)
 
 
-def test_the_same_bits_in_every_build_and_batch(rng, choose_build):
+def test_the_same_bits_whoever_works_and_in_every_batch(rng, choose_workers):
     x, dy, weight, bias = operands(rng, 9, COLS)
     results = []
-    for name in ("serial", "parallel"):
-        choose_build(name)
+    for workers in WORKERS:
+        choose_workers(workers)
         y = nbnorm.layer_norm(x, COLS, weight, bias)
         results.append((y, *nbnorm.layer_norm_backward(dy, x, COLS, weight)))
         np.testing.assert_array_equal(nbnorm.layer_norm(x[4:5], COLS, weight, bias), y[4:5])

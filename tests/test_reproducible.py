@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import nbnorm
+from nbnorm.cpu.parallel import WORKERS
 
 # rows for several blocks of the backward, each of a vector and a rest
 SHAPE = (203, 333)
@@ -25,11 +26,11 @@ def results(case, use_diff_of_squares):
 
 
 @pytest.mark.parametrize("use_diff_of_squares", [False, True])
-def test_any_thread_count_and_build(case, use_diff_of_squares, choose_build):
+def test_any_thread_count_and_workers(case, use_diff_of_squares, choose_workers):
     expected = results(case, use_diff_of_squares)
     threads = numba.get_num_threads()
-    for name in ("serial", "parallel"):
-        choose_build(name)
+    for workers in WORKERS:
+        choose_workers(workers)
         for count in range(1, threads + 1):
             numba.set_num_threads(count)
             try:

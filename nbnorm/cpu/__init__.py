@@ -1,12 +1,14 @@
 """Layer norm on NumPy arrays that `checks` has passed: allocate, bring the operands into rows, run the kernels."""
 
+import functools
 import math
 from typing import Any
 
 import numpy as np
 
 from nbnorm.arrays import convert
-from nbnorm.cpu import kernels, long_rows, memory, parallel, quick, sizes
+from nbnorm.cpu import kernels, long_rows, memory, parallel, quick, sizes, threads
+from nbnorm.cpu.parallel import NUMBAS, OURS
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, row_blocks, rows_of, storage, store
 from nbnorm.problem import wide_dtype
 
@@ -23,8 +25,12 @@ def forward(problem, x, weight, bias, out, return_stats):
     if problem.rows > 0 and problem.cols > 0:
         dtype = problem.compute_dtype
         present = (weight is not None, bias is not None)
-        is_parallel = _is_parallel(problem)
-        kernel = _kernels(problem).forward(x_dtype, dtype, *present, problem.variance, is_parallel)
+        workers = parallel.workers(problem.rows * problem.cols)
+        kernel = _kernels(problem).forward(x_dtype, dtype, *present, problem.variance, workers == NUMBAS)
+        if workers == OURS:
+            kernel = functools.partial(threads.forward, kernel)
+        elif workers == NUMBAS:
+            kernel = parallel.watched(kernel)
         weight_row = _flat(weight, dtype, y)
         bias_row = _flat(bias, dtype, y)
         streaming = _is_streamed(y, x)
@@ -38,7 +44,7 @@ def forward(problem, x, weight, bias, out, return_stats):
             store(y_rows, y[index], y_buffer)
         if dtype == wide_dtype(problem.dtype) and problem.cols <= sizes.LONG_ROW:
             is_diff_of_squares = problem.variance == "diff_of_squares"
-            key = problem.dtype, weight is None, bias is None, is_diff_of_squares, is_parallel
+            key = problem.dtype, weight is None, bias is None, is_diff_of_squares, workers
             quick.FORWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         # a row of no columns has no mean
@@ -79,8 +85,13 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         dtypes = (storage(dy.dtype), x_dtype, dtype, statistics_dtype, sum_dtype)
         statistics = problem.variance if mean is None else "given"
         factory = _kernels(problem).backward
-        is_parallel = _is_parallel(problem)
-        kernel = factory(*dtypes, weight is not None, statistics, output_mask, is_parallel)
+        workers = parallel.workers(problem.rows * problem.cols)
+        kernel = factory(*dtypes, weight is not None, statistics, output_mask, workers == NUMBAS)
+        # the sums of a long row's elements go over all rows
+        if workers == OURS and (problem.cols <= sizes.LONG_ROW or not (with_dweight or with_dbias)):
+            kernel = functools.partial(threads.backward, kernel)
+        elif workers == NUMBAS:
+            kernel = parallel.watched(kernel)
         weight_row = _flat(weight, dtype, dx)
         mean_row = _flat(mean, statistics_dtype, dx)
         rstd_row = _flat(rstd, statistics_dtype, dx)
@@ -120,7 +131,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         same = problem.dtype == problem.weight_dtype == dy.dtype == dtype
         if with_dx and same and mean is None and problem.cols <= sizes.LONG_ROW:
             is_diff_of_squares = problem.variance == "diff_of_squares"
-            quick.BACKWARD[dtype, weight is None, output_mask, is_diff_of_squares, is_parallel] = kernel
+            quick.BACKWARD[dtype, weight is None, output_mask, is_diff_of_squares, workers] = kernel
     else:
         dweight.fill(0)
         dbias.fill(0)
@@ -134,10 +145,6 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
 
 def _kernels(problem):
     return long_rows if problem.cols > sizes.LONG_ROW else kernels
-
-
-def _is_parallel(problem):
-    return parallel.is_worth(problem.rows * problem.cols)
 
 
 def _is_streamed(result, *inputs):

@@ -1,35 +1,112 @@
-"""Where the parallel build of a kernel may run: not where Numba's threads would kill, hang or abort the process.
+"""Who works on a call: its own thread, Numba's threads, or ours where Numba's would kill, hang, abort or slow the process.
 
-OpenMP kills a forked child that uses it after its parent has; Numba's own `workqueue` aborts where two threads call at once.
-The serial build has the same bits. The layer is one for the whole process, and may have been launched by another library.
+- Numba's OpenMP kills a forked child that uses it after its parent has, and another library's may hang it.
+- Numba's `workqueue` aborts the process where two threads call at once.
+- OpenMP's threads wait for each other. Where one of them has no processor, because of a quota, of what the process may run
+  on, or of another process, a call takes as long as the system lets that one wait, which is milliseconds.
+
+The results have the same bits in every case. Numba's layer is one for the whole process, and may have been launched by
+another library.
 """
 
+import functools
 import math
 import os
+from pathlib import Path
+from time import perf_counter
 
 from numba import get_num_threads
+from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 from numba.np.ufunc.parallel import threading_layer
+
+# one thread runs the serial build, Numba's threads the parallel one, ours the serial one on pieces of the call
+WORKERS = ONE, NUMBAS, OURS = "one", "numba's", "ours"
 
 # below this many elements a parallel region costs more than it saves. On two cores of an AMD EPYC, float32 forward and
 # backward take, in us, serial and parallel: 1.3 and 2.4, 3.6 and 6.1 at (8, 768); 3.4 and 3.7, 9.5 and 8.4 at (32, 768);
 # 6.1 and 5.1, 17.5 and 12.9 at (64, 768); 12.7 and 8.4, 37 and 22 at (128, 768). With the other core slower to wake, the
 # parallel ones win from (128, 768) on
 ELEMENTS = 1 << 15
-# from this many elements on the parallel build runs in this process: never where that is not safe
+# a call of Numba's threads stalls that takes so many times the shortest one of its kind, and so many seconds. They pause
+# then, twice as long each time that they stall again at once
+STALL = 4
+STALL_SECONDS = 5e-4
+PAUSE = 0.1
+LONGEST_PAUSE = 10.0
+
+# from this many elements on, `many` work on a call
 from_elements: float = ELEMENTS
+many = NUMBAS
+_is_decided = False
+_pause = PAUSE
+_paused_until = 0.0
 
 
-def is_worth(elements):
-    """Whether the parallel build is the one for so many elements; launches Numba's threads if it may be the first time."""
-    global from_elements
-    if elements >= from_elements and not _is_launched():
+def workers(elements):
+    """Who works on a call of so many elements; launches Numba's threads if it may be the first time."""
+    if elements >= from_elements and not _is_decided:
         # held at forks too: a child must not find the launch half done
         with global_compiler_lock:
-            get_num_threads()
-    if elements >= from_elements and threading_layer() == "workqueue":
+            _decide()
+    return many if elements >= from_elements else ONE
+
+
+def our_threads():
+    """How many of ours may work on a call: as many as Numba is told to use, and as there are processors."""
+    return min(get_num_threads() if _is_launched() else config.NUMBA_NUM_THREADS, processors())
+
+
+def processors():
+    """What this process may run on, and a quota of its control groups allows."""
+    # not every system has affinities
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, _quota()))
+
+
+@functools.cache
+def watched(kernel):
+    """The parallel build of a kernel, after whose stalls our threads work for a while."""
+    shortest: dict[tuple, float] = {}
+
+    def call(first, *others):
+        start = perf_counter()
+        kernel(first, *others)
+        end = perf_counter()
+        rows, cols = first.shape
+        kind = rows.bit_length(), cols.bit_length()
+        least = shortest.get(kind, math.inf)
+        if end - start < least:
+            shortest[kind] = end - start
+        elif end - start > max(STALL * least, STALL_SECONDS):
+            _pause_numbas(end)
+
+    return call
+
+
+def _pause_numbas(now):
+    global many, _pause, _paused_until
+    _pause = min(2 * _pause, LONGEST_PAUSE) if now < _paused_until + PAUSE else PAUSE
+    _paused_until = now + _pause
+    many = OURS
+
+
+def end_pause():
+    """Let Numba's threads work again when their pause is over, where they may."""
+    global many
+    if _paused_until and perf_counter() > _paused_until:
+        many = NUMBAS
+
+
+def _decide():
+    global from_elements, many, _is_decided
+    if min(config.NUMBA_NUM_THREADS, processors()) == 1:
         from_elements = math.inf
-    return elements >= from_elements
+    else:
+        get_num_threads()
+        if threading_layer() == "workqueue" or processors() < config.NUMBA_NUM_THREADS:
+            many = OURS
+    _is_decided = True
 
 
 def _is_launched():
@@ -40,12 +117,43 @@ def _is_launched():
     return True
 
 
+@functools.cache
+def _quota():
+    """The processors' time that the control groups of this process allow, rounded up; infinite where they don't say."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return math.inf
+    quotas = [math.inf]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            quotas += [_quota_of(folder / "cpu.max") for folder in _groups("/sys/fs/cgroup", path)]
+        elif "cpu" in controllers.split(","):
+            for folder in _groups(f"/sys/fs/cgroup/{controllers}", path):
+                quotas.append(_quota_of(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"))
+    return min(quotas)
+
+
+def _groups(root, path):
+    """The folders of a group and of those that it is part of; in a container the path may be the host's."""
+    folder = Path(root + path)
+    return [folder, *folder.parents][: len(folder.relative_to(root).parts) + 1]
+
+
+def _quota_of(*files):
+    try:
+        quota, period = " ".join(file.read_text() for file in files).split()
+        return -(-int(quota) // int(period)) if int(quota) > 0 else math.inf
+    except (OSError, ValueError):
+        # no such group here, or "max"
+        return math.inf
+
+
 def _in_child():
-    """A child that is forked before its parent has threads may have its own."""
-    global from_elements
+    global many, _is_decided, _paused_until
     global_compiler_lock.release()
-    if _is_launched():
-        from_elements = math.inf
+    many, _is_decided, _paused_until = OURS, True, 0.0
 
 
 # Windows has no forks

@@ -14,8 +14,9 @@ import numpy as np
 from numpy import empty, may_share_memory, ndarray, zeros
 
 from nbnorm.cpu import parallel, sizes
+from nbnorm.cpu.parallel import ONE
 
-# the kernels that calls had compiled, by x's dtype, which parameters are absent or asked for, the variance, and the build;
+# the kernels that calls had compiled, by x's dtype, which parameters are absent or asked for, the variance, and who works;
 # forward ones with the dtype that they take parameters in, and the one that they take 16-bit rows as
 FORWARD: dict[tuple, Any] = {}
 BACKWARD: dict[tuple, Any] = {}
@@ -32,8 +33,8 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
         normalized_shape = normalized_shape[0]
     if type(normalized_shape) is not int or not shape or shape[-1] != normalized_shape or not 0 <= eps < inf:
         return None
-    is_parallel = size >= parallel.from_elements
-    found = FORWARD.get((dtype, weight is None, bias is None, use_diff_of_squares, is_parallel))
+    workers = parallel.many if size >= parallel.from_elements else ONE
+    found = FORWARD.get((dtype, weight is None, bias is None, use_diff_of_squares, workers))
     if found is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
     kernel, wide, stored = found
@@ -88,14 +89,14 @@ def backward(dy: Any, x: Any, normalized_shape, weight, eps, use_diff_of_squares
         normalized_shape = normalized_shape[0]
     if type(normalized_shape) is not int or not shape or shape[-1] != normalized_shape or not 0 <= eps < inf:
         return None
-    is_parallel = size >= parallel.from_elements
+    workers = parallel.many if size >= parallel.from_elements else ONE
     if type(output_mask) is not tuple or len(output_mask) != 3:
         return None
     with_dx, with_dweight, with_dbias = output_mask
     # 1 is True to a dictionary, but not to the checks
     if with_dx is not True or type(with_dweight) is not bool or type(with_dbias) is not bool:
         return None
-    kernel = BACKWARD.get((dtype, weight is None, output_mask, use_diff_of_squares, is_parallel))
+    kernel = BACKWARD.get((dtype, weight is None, output_mask, use_diff_of_squares, workers))
     if kernel is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
     absent = ABSENT[dtype]
