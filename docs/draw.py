@@ -79,7 +79,7 @@ def architecture(path):
     box(panel, 26, 1.5, 40, 6, "layer_norm(x, ...)", ["functional.py, layers.py"])
     box(panel, 31, 16, 30, 7, "checks.py", ["every raise; returns a Problem"], ORANGE)
     box(panel, 31, 29, 30, 7, "arrays.py", ["array type: device and library"], ORANGE)
-    box(panel, 7, 42, 34, 7.5, "cpu/__init__.py", ["into rows (staging.py); safe threads?", "(parallel.py)"], BLUE)
+    box(panel, 7, 42, 34, 7.5, "cpu/__init__.py", ["into rows (staging.py);", "whose threads? (parallel.py)"], BLUE)
     box(panel, 51, 42, 34, 7.5, "cuda/__init__.py", ["into rows (layout.py, strided.py);", "launch.py"], GREEN)
     box(panel, 7, 56.5, 34, 8, "cpu/kernels.py, long_rows.py", ["@njit, serial and parallel:", "the same bits"], BLUE)
     box(panel, 51, 56.5, 34, 8, "cuda/kernels.py, combine.py", ["@cuda.jit: enqueued,", "not waited for"], GREEN)
