@@ -70,6 +70,60 @@ def draw_bandwidth(panel, problems):
     panel.set_ylabel("GB/s, more is better")
 
 
+def bandwidth_by_row_length(results, path):
+    """GB/s of everybody by columns, a panel for each pass; the limit is a line that nobody need stay below."""
+
+    def speed(problem, name):
+        return problem["bytes"] / problem["contestants"][name]["median"] / 1e9
+
+    def finish(panel, pass_):
+        panel.set_xscale("log", base=2)
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("columns of a row")
+        sizes = {problem["rows"] * problem["cols"] for problem in results["problems"]}
+        elements = f"{min(sizes):,}" + (f" to {max(sizes):,}" if len(sizes) > 1 else "")
+        panel.set_title(f"{pass_}, {results['problems'][0]['dtype']}, {elements} elements", loc="left")
+
+    draw_sweep(results, path, "cols", speed, "GB/s, more is better", finish)
+
+
+def time_by_rows(results, path):
+    """Microseconds of a call by rows, a panel for each pass, on logarithmic axes."""
+
+    def microseconds(problem, name):
+        return 1e6 * problem["contestants"][name]["median"]
+
+    def finish(panel, pass_):
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xlabel("rows")
+        first = results["problems"][0]
+        panel.set_title(f"{pass_}, {first['dtype']}, {first['cols']} columns", loc="left")
+
+    draw_sweep(results, path, "rows", microseconds, "us a call, less is better", finish)
+
+
+def draw_sweep(results, path, by, value, ylabel, finish):
+    passes = list(dict.fromkeys(problem["pass"] for problem in results["problems"]))
+    styles = {**STYLES, "limit": {"color": "0.55", "linewidth": 5, "alpha": 0.5, "solid_capstyle": "round"}}
+    with mpl.rc_context({**SETTINGS, "lines.markersize": 4.5}):
+        figure = Figure(figsize=(12, 5), layout="constrained")
+        panels = figure.subplots(1, len(passes), squeeze=False)[0]
+        for panel, pass_ in zip(panels, passes, strict=True):
+            problems = [problem for problem in results["problems"] if problem["pass"] == pass_]
+            for name, style in styles.items():
+                timed = [problem for problem in problems if name in problem["contestants"]]
+                if timed:
+                    panel.plot([p[by] for p in timed], [value(p, name) for p in timed], label=name, **style)
+            finish(panel, pass_)
+        panels[0].set_ylabel(ylabel)
+        labels = {label: handle for p in panels for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
+        if "limit" in labels:
+            labels["limit: a copy of the same bytes"] = labels.pop("limit")
+        figure.legend(labels.values(), labels, loc="outside upper center", ncols=len(labels), frameon=False)
+        figure.savefig(path, dpi=120)
+
+
 def accuracy(results, path):
     """Error against mean / deviation, for each library, on logarithmic axes."""
     styles = {**STYLES, "nbnorm": STYLES["nbnorm out="]}

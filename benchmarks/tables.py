@@ -26,6 +26,8 @@ def tables(results):
         if name not in texts:
             alike = [other for other in results["problems"] if table_name(other) == table_name(problem)]
             texts[name] = small_table(alike) if is_small(problem) else table(alike, peers_of(problem["pass"], results))
+    if not is_cuda:
+        texts["peers float32"] = peers_table(results)
     return texts
 
 
@@ -85,6 +87,24 @@ def table(problems, peers):
         row += [f"{digits(seconds[peer] / seconds['nbnorm'])}x" if peer in seconds else "-" for peer in peers]
         rows.append(row)
     return markdown(header, rows)
+
+
+def peers_table(results):
+    """How much faster the allocating call is than each peer's: the least and the most of the large problems."""
+    rows = []
+    for peer in PEERS:
+        row = [peer]
+        for pass_ in ("forward", "backward"):
+            timed = [
+                medians(problem)
+                for problem in results["problems"]
+                if (problem["pass"], problem["dtype"]) == (pass_, "float32") and not is_small(problem)
+            ]
+            ratios = [seconds[peer] / seconds["nbnorm"] for seconds in timed if peer in seconds]
+            row.append(f"{digits(min(ratios))} to {digits(max(ratios))}x" if ratios else "-")
+        if set(row[1:]) != {"-"}:
+            rows.append(row)
+    return markdown(["faster than", "forward", "backward"], rows)
 
 
 def small_table(problems):

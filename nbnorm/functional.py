@@ -43,7 +43,7 @@ def layer_norm(
 
     Parameters
     ----------
-    x : array_like, shape (*batch, *normalized_shape)
+    x : array_like, shape ``(*batch, *normalized_shape)``
         float16, bfloat16, float32 or float64; integers, booleans, lists and scalars become float64. NumPy arrays of any
         strides, torch CPU tensors, JAX CPU arrays and other DLPack CPU arrays are read where they lie, and so are
         Numba, CuPy and torch arrays on a CUDA device and other objects with a ``__cuda_array_interface__``,
@@ -152,7 +152,7 @@ def layer_norm_backward(
     ----------
     dy : array_like, shape of x
         The gradient with respect to y; its dtype may differ from x's.
-    x : array_like, shape (*batch, *normalized_shape)
+    x : array_like, shape ``(*batch, *normalized_shape)``
         As in `layer_norm`.
     normalized_shape : int or sequence of int
         As in `layer_norm`.
@@ -162,7 +162,7 @@ def layer_norm_backward(
         As in `layer_norm`.
     use_diff_of_squares : bool
         As in `layer_norm`; decides how the statistics are recomputed.
-    mean, rstd : array_like, shape (*batch, 1, ..., 1), optional
+    mean, rstd : array_like, shape ``(*batch, 1, ..., 1)``, optional
         The statistics that `layer_norm` returned. Without them they are recomputed while the row is in the cache, which
         is more accurate for rows with a large mean, since a stored float32 mean is rounded. Both or neither.
     output_mask : sequence of three bools

@@ -11,7 +11,7 @@ from nbnorm.functional import Array, LayerNormGrads, Shape, layer_norm, layer_no
 
 
 class LayerNorm:
-    """Layer normalisation with a learnable scale and shift, with the arguments of `torch.nn.LayerNorm`.
+    """Layer normalisation with a learnable scale and shift, with the arguments of ``torch.nn.LayerNorm``.
 
     Parameters
     ----------

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 import nbnorm
 import offline
+import pages
 from nbnorm import report
 from nbnorm.cpu import parallel
 
@@ -26,10 +27,13 @@ def pytest_report_header(config):
     """One line each: what the kernels run as, and which other libraries' arrays are tested."""
     absent = [name for name in ("torch", "jax") if importlib.util.find_spec(name) is None]
     interop = f"LEFT OUT for {', '.join(absent)}: pip install '.[interop]'" if absent else "torch and JAX"
+    needed = pages.left_out()
+    documented = f"LEFT OUT where it needs {', '.join(needed)}" if needed else "all"
     kernels = "plain Python, NUMBA_DISABLE_JIT=1" if JIT_DISABLED else "compiled"
     return [
         f"nbnorm: kernels {kernels}; {numba.get_num_threads()} threads; numba {numba.__version__}, numpy {np.__version__}",
         f"nbnorm: tests with arrays of other libraries: {interop}",
+        f"nbnorm: code of the documentation: {documented}",
         f"nbnorm: CUDA kernels compile-only: {offline.missing() or 'yes'}",
         f"nbnorm: CUDA kernels run {cuda_level()}",
     ]

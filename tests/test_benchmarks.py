@@ -451,6 +451,35 @@ def test_a_page_has_the_tables_of_both_devices(tmp_path, python_environment, res
     assert "no table CUDA forward int8" in result.stderr
 
 
+def test_how_much_faster_than_each_peer(tables, results):
+    """Over the large problems of a pass; a peer that has none is left out."""
+    second = {**results["problems"][0], "rows": 4096}
+    second["contestants"] = {name: {"median": 1.0} for name in ("limit", "nbnorm out=", "nbnorm", "torch")}
+    texts = tables.tables({**results, "problems": [*results["problems"], second]})
+    assert texts["peers float32"].splitlines() == [
+        "| faster than | forward | backward |",
+        "| --- | ---: | ---: |",
+        "| NumPy | 15.0 to 15.0x | - |",
+        "| torch | 1.0 to 2.5x | - |",
+    ]
+
+
+@pytest.mark.compiled
+def test_sweeps_save_and_draw(tmp_path, python_environment):
+    result = run(python_environment, "sweeps.py", "--quick", "--output", tmp_path, hidden="torch,onnxruntime,jax")
+    assert result.returncode == 0, result.stderr
+    for name, by in (("row-length-cpu", "cols"), ("rows-cpu", "rows")):
+        saved = json.loads((tmp_path / f"{name}.json").read_text())
+        assert [problem["pass"] for problem in saved["problems"]] == ["forward"] * 2 + ["backward"] * 2
+        assert len({problem[by] for problem in saved["problems"]}) == 2
+        assert (tmp_path / f"{name}.png").exists() == is_installed("matplotlib")
+        (tmp_path / f"{name}.png").unlink(missing_ok=True)
+    result = run(python_environment, "sweeps.py", "--render", "--sweeps", "rows", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "rows-cpu.png").exists() == is_installed("matplotlib")
+    assert not (tmp_path / "row-length-cpu.png").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,7 +1,6 @@
 """What only a device can show: other libraries' arrays, streams, graphs, sizes beyond 32 bits, and the memory checker."""
 
 import gc
-import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +17,6 @@ from tolerances import CUDA_GRADIENT_EPS, CUDA_Y_EPS, assert_grads, assert_y
 pytestmark = [pytest.mark.hardware, pytest.mark.device]
 
 ROWS, COLS = 64, 1000
-TRAINING = Path(nbnorm.__file__).parent.parent / "docs" / "training.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", TRAINING.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture
@@ -100,22 +97,6 @@ def test_torch_backward_into_its_operands(rng, torch):
             assert torch.equal(grad, expected)
     strided = nbnorm.layer_norm_backward(dy.t().contiguous().t(), x.t().contiguous().t(), COLS, weight)
     assert all(torch.equal(grad, expected) for grad, expected in zip(strided, wanted, strict=True))
-
-
-@pytest.mark.parametrize("i", range(3))
-def test_training_examples(request, i):
-    """The code of docs/training.md: a layer learns, with Numba's arrays, CuPy's and torch's."""
-    if i:
-        request.getfixturevalue(["cupy", "torch"][i - 1])
-    names = {"nbnorm": nbnorm}
-    exec(EXAMPLES[i], names)
-    if i == 0:
-        wanted = names["wanted"].copy_to_host()
-        for parameter in (names["ln"].weight, names["ln"].bias):
-            np.testing.assert_allclose(parameter.copy_to_host(), wanted, atol=1e-3)
-    else:
-        weight = names["weight"] if i == 1 else names["parameters"][0].detach()
-        assert (weight != 1).all().item()
 
 
 def test_torch_tensors_that_require_grad(torch):

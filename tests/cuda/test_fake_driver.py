@@ -1,7 +1,6 @@
 """Does the way to the driver fit numba-cuda and cuda.core, up to a driver whose every call succeeds and does nothing?"""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import numba
 import pytest
 
 import offline
+from pages import program
 
 ROOT = Path(__file__).parent.parent.parent
 DRIVER = ROOT / "benchmarks" / "fake_driver.c"
@@ -63,7 +63,7 @@ assert [grad.dtype.name for grad in ln.backward(ln(x), x)] == ["float32", "bfloa
 config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 """
 # what the documentation shows runs up to the driver too
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.DOTALL)
+EXAMPLE = program("docs/training.md", "With Numba's arrays").python
 
 
 @pytest.mark.compiled
@@ -76,7 +76,7 @@ def test_every_way_of_a_call(tmp_path, python_environment):
     subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", DRIVER], check=True)
     paths = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("LD_LIBRARY_PATH")]))
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", CALLS + EXAMPLES[0]],
+        [sys.executable, "-W", "error", "-c", CALLS + EXAMPLE],
         env=python_environment | {"LD_LIBRARY_PATH": paths, "NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS": "1"},
         capture_output=True,
         text=True,

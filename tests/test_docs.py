@@ -1,0 +1,159 @@
+"""Does what the README and the documentation show run, and come out as they say?"""
+
+import doctest
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nbnorm import report
+from pages import ROOT, links, pages, program, programs
+
+PROGRAMS = programs()
+
+
+def marks(program):
+    return [pytest.mark.hardware, pytest.mark.device] if program.needs_device else []
+
+
+def run(program, names):
+    for block in program.blocks:
+        if block.language == "python":
+            exec(compile(block.code, str(program), "exec"), names)
+        elif block.language == "pycon":
+            compare(block.code, names, program)
+        else:
+            assert block.language == "bash", f"{block.language}: neither run nor one of those that are not"
+            # where the package is not installed, there is no command of this name
+            function = f'nbnorm() {{ "{sys.executable}" -m nbnorm "$@"; }}\n'
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            subprocess.run(["bash", "-euc", function + block.code], env=environment, check=True)
+
+
+def compare(session, names, program):
+    """What an interactive session shows, with what comes."""
+    examples = doctest.DocTestParser().get_doctest(session, names, str(program), None, 0)
+    assert examples.examples
+    report: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(examples, out=report.append, clear_globs=False)
+    assert not report, "".join(report)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("program", [pytest.param(p, id=str(p), marks=marks(p)) for p in PROGRAMS])
+def test_programs(program, tmp_path, monkeypatch):
+    if missing := program.missing():
+        pytest.skip(f"needs {', '.join(missing)}")
+    if program.needs_device and (fault := report.cuda_fault()):
+        pytest.skip(f"needs a CUDA device: {fault}")
+    if any(block.language == "bash" for block in program.blocks) and shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names = {"__name__": "__main__"}
+    # as NumPy is for a reader
+    with np.errstate(under="ignore"):
+        run(program, names)
+    CLAIMS.get(str(program), lambda names: None)(names)
+
+
+def the_readmes_gradients(names):
+    assert names["grads"].dx.shape == names["x"].shape
+    assert names["grads"].dweight is None
+
+
+def digits_are_read(names):
+    """The figures of the text, with room for another machine's rounding."""
+    assert names["right"] > 0.95
+    assert 1.5 < names["losses"][0] < 3.5
+    last = {curve: np.mean(losses[-20:]) for curve, losses in names["curves"].items()}
+    for rate in names["rates"]:
+        assert last["with layer norm", rate] < 0.1
+    assert last["without", 0.03] < last["with layer norm", 0.03]
+    assert last["without", 0.3] == pytest.approx(np.log(10), abs=0.05)
+
+
+def gradients_of_blocks(names):
+    """Both kinds of halves, against central differences in float64."""
+    rng = np.random.default_rng(0)
+    for half in (names["PreLN"], names["PostLN"]):
+        for f in (names["Attention"], names["FeedForward"]):
+            layer = half(f(8, rng), 8)
+            for owner in (layer.f, layer.ln):
+                arrays = {name: value for name, value in vars(owner).items() if isinstance(value, np.ndarray)}
+                vars(owner).update({name: array.astype(np.float64) for name, array in arrays.items()})
+            x, dy = rng.standard_normal((2, 2, 3, 8))
+            _, kept = layer.forward(x)
+            dx, grads = layer.backward(dy, kept)
+            for array, grad in zip([x, *layer.parameters()], [dx, *grads], strict=True):
+                place = np.unravel_index(np.abs(grad).argmax(), grad.shape)
+                before, step = array[place], 1e-5
+                sides = []
+                for sign in (1, -1):
+                    array[place] = before + sign * step
+                    sides.append((layer.forward(x)[0] * dy).sum())
+                array[place] = before
+                assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(grad[place], rel=1e-6)
+
+
+def numbas_layer_has_learned(names):
+    wanted = names["wanted"].copy_to_host()
+    for parameter in (names["ln"].weight, names["ln"].bias):
+        np.testing.assert_allclose(parameter.copy_to_host(), wanted, atol=1e-3)
+
+
+def cupys_weight_has_changed(names):
+    assert (names["weight"] != 1).all().item()
+
+
+def torchs_weight_has_changed(names):
+    assert (names["parameters"][0].detach() != 1).all().item()
+
+
+# what a page says of its program, but does not test itself
+CLAIMS = {
+    "README.md: the beginning": the_readmes_gradients,
+    "docs/tutorial.md: The data": digits_are_read,
+    "docs/howto/transformer.md: The two residual halves": gradients_of_blocks,
+    "docs/training.md: With Numba's arrays": numbas_layer_has_learned,
+    "docs/training.md: With CuPy's arrays": cupys_weight_has_changed,
+    "docs/training.md: With torch's tensors": torchs_weight_has_changed,
+}
+
+
+def test_every_claim_has_its_program():
+    assert set(CLAIMS) <= set(map(str, PROGRAMS))
+    assert len(set(map(str, PROGRAMS))) == len(PROGRAMS)
+
+
+def test_every_block_says_what_it_is():
+    for page in pages():
+        fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not any(fences[1::2]), page
+        assert all(re.fullmatch(r"python|pycon|bash|sh|text|\{\S+\}( \S+)?", fence) for fence in fences[::2]), page
+
+
+def test_links_of_pages_lead_to_files():
+    """Read where they lie; Sphinx checks them for the site, with the places within pages."""
+    found = [(page, link) for page in pages() for link in links(page)]
+    assert len(found) > 20
+    assert [(page.name, link) for page, link in found if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.compiled
+def test_the_function_of_autograd_on_the_cpu():
+    """What docs/training.md shows for a GPU; its gradients are torch's own."""
+    torch = pytest.importorskip("torch")
+    names = {}
+    exec(program("docs/training.md", "With torch's tensors").python.replace('"cuda"', '"cpu"'), names)
+    x = names["x"].requires_grad_()
+    weight, bias = (parameter.detach().requires_grad_() for parameter in names["parameters"])
+    loss = (names["LayerNorm"].apply(x, weight, bias) - torch.tanh(x)).square().sum()
+    own = torch.autograd.grad(loss, (x, weight, bias))
+    loss = (torch.nn.functional.layer_norm(x, (256,), weight, bias) - torch.tanh(x)).square().sum()
+    for grad, expected in zip(own, torch.autograd.grad(loss, (x, weight, bias)), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-3)
