@@ -8,7 +8,7 @@ import pytest
 
 import nbnorm
 import oracle
-from test_forward import DTYPES, EXTREME, SHAPES
+from test_forward import DTYPES, EXTREME, FAR, SHAPES
 from tolerances import EPS, assert_grads
 
 MASKS = list(itertools.product([True, False], repeat=3))
@@ -129,6 +129,13 @@ def test_squares_that_leave_the_range_of_the_dtype(build, dtype, row, eps, mask)
     dy = np.array([[1, 2, -1, 0.5], [0, 1, 0, -1]], np.float32)
     weight = np.array([1, 2, -1, 1], dtype)
     assert_grads(nbnorm.layer_norm_backward(dy, x, 4, weight, eps, output_mask=mask), dy, x, 1, weight, eps)
+
+
+@pytest.mark.parametrize(("mean", "deviation"), FAR)
+def test_far_rows_whose_squares_leave_the_range_keep_their_digits(rng, mean, deviation):
+    x = mean + deviation * rng.standard_normal((3, 1000))
+    dy = rng.standard_normal(x.shape)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, 1000, eps=0.0), dy, x, 1, eps=0.0)
 
 
 def test_float64_dy_of_float32_rows_keeps_its_digits(rng):
