@@ -146,7 +146,7 @@ def _is_streamed(result, *inputs):
         result.nbytes >= sizes.STREAMED_BYTES
         and is_ready(result)
         and result.ctypes.data % 16 == 0
-        and result.strides[-2 if result.ndim > 1 else -1] % 16 == 0
+        and result.shape[-1] * result.itemsize % 16 == 0
         and not any(np.may_share_memory(result, array) for array in inputs)
     )
 
