@@ -7,6 +7,7 @@ import numpy as np
 
 from nbnorm.arrays import convert
 from nbnorm.cpu import kernels, long_rows, memory, parallel, quick, sizes
+from nbnorm.cpu.lanes import to_odd
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, row_blocks, rows_of, storage, store
 from nbnorm.problem import wide_dtype
 
@@ -178,6 +179,9 @@ def _parameter_like(row, problem, out):
     if row.dtype == problem.weight_dtype and (out is None or row.ctypes.data == out.ctypes.data):
         return row if out is None else out
     result = np.empty(problem.normalized_shape, problem.weight_dtype) if out is None else out
+    if result.dtype.name == "bfloat16":
+        # ml_dtypes rounds a float64 to float32 first
+        row = to_odd(row)
     convert(row, result)
     return result
 
