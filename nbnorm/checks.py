@@ -78,30 +78,30 @@ def shape(normalized_shape):
     except TypeError:
         result = None
     if result is None or any(isinstance(size, bool) for size in sizes):
-        raise TypeError(f"normalized_shape: {normalized_shape!r}; expected an int or a sequence of ints")
+        raise TypeError(f"normalized_shape: {_shown(normalized_shape)}; expected an int or a sequence of ints")
     if not result or min(result) < 0:
-        raise ValueError(f"normalized_shape: {normalized_shape!r}; expected at least one dimension, none negative")
+        raise ValueError(f"normalized_shape: {_shown(normalized_shape)}; expected at least one dimension, none negative")
     if math.prod(max(1, size) for size in result) > sys.maxsize or len(result) > MAX_NDIM:
-        raise ValueError(f"normalized_shape: {normalized_shape!r}; expected one that an array can have")
+        raise ValueError(f"normalized_shape: {_shown(normalized_shape)}; expected one that an array can have")
     return result
 
 
 def epsilon(eps):
     is_number = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
     if not is_number:
-        raise TypeError(f"eps: {eps!r} of type {_type_name(eps)}; expected a real number")
+        raise TypeError(f"eps: {_shown(eps)} of type {_type_name(eps)}; expected a real number")
     try:
         result = float(eps)
     except OverflowError:
         result = math.inf
     if not (eps >= 0 and result < math.inf):
-        raise ValueError(f"eps: {eps!r}; expected a finite number that is not negative")
+        raise ValueError(f"eps: {_shown(eps)}; expected a finite number that is not negative")
     return result
 
 
 def flag(name, value):
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}: {value!r} of type {_type_name(value)}; expected a bool")
+        raise TypeError(f"{name}: {_shown(value)} of type {_type_name(value)}; expected a bool")
     return bool(value)
 
 
@@ -398,10 +398,11 @@ def _shares_memory(a, b):
 
 
 def _mask(output_mask):
-    if not isinstance(output_mask, Sequence | np.ndarray) or isinstance(output_mask, str) or np.ndim(output_mask) == 0:
-        raise TypeError(f"output_mask: {output_mask!r}; expected three bools, for dx, dweight and dbias")
+    is_sequence = isinstance(output_mask, Sequence) or getattr(output_mask, "ndim", 0) > 0
+    if not is_sequence or isinstance(output_mask, str):
+        raise TypeError(f"output_mask: {_shown(output_mask)}; expected three bools, for dx, dweight and dbias")
     if len(output_mask) != 3:
-        raise ValueError(f"output_mask: {output_mask!r}; expected three bools, for dx, dweight and dbias")
+        raise ValueError(f"output_mask: {_shown(output_mask)}; expected three bools, for dx, dweight and dbias")
     return tuple(flag(f"output_mask[{i}]", wanted) for i, wanted in enumerate(output_mask))
 
 
@@ -409,11 +410,19 @@ def _stream(stream, device):
     if stream is None:
         return
     if device == CPU:
-        raise ValueError(f"stream: {stream!r}; expected None, since CPU arrays have no streams")
+        raise ValueError(f"stream: {_shown(stream)}; expected None, since CPU arrays have no streams")
     from nbnorm.cuda.arrays import handle_of
 
     if handle_of(stream) is None:
-        raise TypeError(f"stream: {stream!r} of type {_type_name(stream)}; expected a stream, or its address")
+        raise TypeError(f"stream: {_shown(stream)} of type {_type_name(stream)}; expected a stream, or its address")
+
+
+def _shown(value):
+    try:
+        return repr(value)
+    except ValueError:
+        # as Python says of an int of thousands of digits
+        return "a number too long to show"
 
 
 def _type_name(value):

@@ -8,7 +8,7 @@ import pytest
 
 import nbnorm
 import oracle
-from test_forward import DTYPES, EXTREME, SHAPES
+from test_forward import DTYPES, EXTREME, FAR, SHAPES
 from tolerances import EPS, assert_grads
 
 MASKS = list(itertools.product([True, False], repeat=3))
@@ -122,6 +122,17 @@ def test_sums_over_rows_are_wider_than_16_bit(rng, dtype):
     np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, x, 3).dbias, np.full(3, 4096, dtype))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("given", [False, True])
+def test_sums_over_rows_are_rounded_once(dtype, given):
+    # a little off the middle of two 16-bit numbers, by less than float32 holds
+    half = EPS[np.dtype(dtype).name] / 2
+    dy = np.array([[1 + half + 2.0**-40, 1 + 3 * half - 2.0**-40, -1 - half - 2.0**-40, 1e300]])
+    out = (None, None, np.empty(4, dtype)) if given else None
+    dbias = nbnorm.layer_norm_backward(dy, np.zeros((1, 4), dtype), 4, np.zeros(4, dtype), out=out).dbias
+    np.testing.assert_array_equal(dbias, np.array([1 + 2 * half, 1 + 2 * half, -1 - 2 * half, np.inf], dtype))
+
+
 @pytest.mark.parametrize(("dtype", "row", "eps"), EXTREME)
 @pytest.mark.parametrize("mask", MASKS[:-1])
 def test_squares_that_leave_the_range_of_the_dtype(build, dtype, row, eps, mask):
@@ -129,6 +140,13 @@ def test_squares_that_leave_the_range_of_the_dtype(build, dtype, row, eps, mask)
     dy = np.array([[1, 2, -1, 0.5], [0, 1, 0, -1]], np.float32)
     weight = np.array([1, 2, -1, 1], dtype)
     assert_grads(nbnorm.layer_norm_backward(dy, x, 4, weight, eps, output_mask=mask), dy, x, 1, weight, eps)
+
+
+@pytest.mark.parametrize(("mean", "deviation"), FAR)
+def test_far_rows_whose_squares_leave_the_range_keep_their_digits(rng, mean, deviation):
+    x = mean + deviation * rng.standard_normal((3, 1000))
+    dy = rng.standard_normal(x.shape)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, 1000, eps=0.0), dy, x, 1, eps=0.0)
 
 
 def test_float64_dy_of_float32_rows_keeps_its_digits(rng):

@@ -103,6 +103,7 @@ BACKWARD = [
     ({"output_mask": np.array(True)}, TypeError, r"output_mask: array\(True\); expected three bools"),
     ({"output_mask": "yes"}, TypeError, "output_mask: 'yes'; expected three bools"),
     ({"output_mask": (1, 0, 1)}, TypeError, r"output_mask\[0\]: 1 of type int; expected a bool"),
+    ({"output_mask": [True, [False], True]}, TypeError, r"output_mask\[1\]: \[False\] of type list; expected a bool"),
     ({"output_mask": (True, True)}, ValueError, r"output_mask: \(True, True\); expected three bools"),
     ({"out": np.zeros((3, 4), "f4")}, TypeError, "out: numpy.ndarray; expected a tuple of arrays or None"),
     ({"out": (None, None)}, ValueError, "out: 2 entries; expected three"),
@@ -154,6 +155,12 @@ def test_backward(arguments, error, message):
 def test_layer(arguments, error, message):
     with pytest.raises(error, match=f"^{message}"):
         nbnorm.LayerNorm(**{"normalized_shape": 4} | arguments)
+
+
+@pytest.mark.parametrize("argument", ["normalized_shape", "eps", "use_diff_of_squares", "output_mask"])
+def test_a_number_that_python_does_not_show(argument):
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}: a number too long to show"):
+        nbnorm.layer_norm_backward(**{"dy": X, "x": X, "normalized_shape": 4} | {argument: 10**5000})
 
 
 def test_outs_that_overlap_each_other():

@@ -89,6 +89,19 @@ def test_hard_rows_keep_their_digits(rng, rows, cols, dtype):
     assert_y(nbnorm.layer_norm(x, cols, weight, bias), x, 1, weight, bias)
 
 
+# float64 rows whose squares leave its range, far from 0: their mean and their deviation
+FAR = [(1e155, 1e150), (1e160, 1e147), (-1e300, 1e290), (1e-150, 1e-156), (1e-140, 1e-150)]
+
+
+@pytest.mark.parametrize(("mean", "deviation"), FAR)
+@pytest.mark.parametrize("cols", [5, 1000])
+def test_far_rows_whose_squares_leave_the_range_keep_their_digits(rng, mean, deviation, cols):
+    x = mean + deviation * rng.standard_normal((3, cols))
+    y, row_mean, rstd = nbnorm.layer_norm(x, cols, eps=0.0, return_stats=True)
+    assert_y(y, x, 1, eps=0.0)
+    assert_statistics(row_mean, rstd, x, 1, eps=0.0)
+
+
 EXTREME = [
     pytest.param(np.float64, [1e154, 2e154, 3e154, 4e154], 1e-5, id="squares beyond float64"),
     pytest.param(np.float64, [1e308, 1.2e308, 1.3e308, 1.1e308], 1e-5, id="sum beyond float64"),

@@ -8,6 +8,7 @@ import pytest
 import nbnorm
 from nbnorm.cpu import long_rows, sizes
 from nbnorm.cpu.parallel import WORKERS
+from test_forward import FAR
 from tolerances import assert_grads, assert_statistics, assert_y
 
 # two segments and a part of one that is no multiple of 16
@@ -64,6 +65,14 @@ def test_rows_beyond_the_range_of_their_type_between_others(rng):
     dy[4] = 0
     assert_y(nbnorm.layer_norm(x, COLS, weight, bias), x, 1, weight, bias)
     assert_grads(nbnorm.layer_norm_backward(dy, x, COLS, weight), dy, x, 1, weight)
+
+
+@pytest.mark.parametrize(("mean", "deviation"), FAR)
+def test_far_rows_whose_squares_leave_the_range_keep_their_digits(rng, mean, deviation):
+    x = mean + deviation * rng.standard_normal((3, COLS))
+    dy = rng.standard_normal(x.shape)
+    assert_y(nbnorm.layer_norm(x, COLS, eps=0.0), x, 1, eps=0.0)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, COLS, eps=0.0), dy, x, 1, eps=0.0)
 
 
 @pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])

@@ -82,6 +82,20 @@ def test_written_past_the_caches(rng, monkeypatch, dtype, cols, long_row):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("shape", [(1, 21), (1, 1, 21), (21,)])
+@pytest.mark.parametrize("long_row", [0, 1 << 16])
+def test_one_row_of_a_wider_array_is_written_to_its_end(rng, monkeypatch, long_row, shape):
+    # its pitch, to which there is no next row, is a multiple of 16 bytes; its length is not
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
+    monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", 0)
+    x, dy = rng.standard_normal((2, *shape), np.float32)
+    out, dx = np.zeros((2, *(1,) * (len(shape) - 1), 24), np.float32)[..., :21]
+    assert nbnorm.cpu.is_ready(out)
+    np.testing.assert_array_equal(nbnorm.layer_norm(x, 21, out=out), nbnorm.layer_norm(x, 21))
+    expected = nbnorm.layer_norm_backward(dy, x, 21).dx
+    np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, x, 21, out=(dx, None, None)).dx, expected)
+
+
 def test_what_is_not_written_past_the_caches(monkeypatch):
     monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", 0)
     memory = np.empty(33, np.float32)

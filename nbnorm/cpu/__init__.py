@@ -8,6 +8,7 @@ import numpy as np
 
 from nbnorm.arrays import convert
 from nbnorm.cpu import kernels, long_rows, memory, parallel, quick, sizes, threads
+from nbnorm.cpu.lanes import to_odd
 from nbnorm.cpu.parallel import NUMBAS, OURS
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, row_blocks, rows_of, storage, store
 from nbnorm.problem import wide_dtype
@@ -153,7 +154,7 @@ def _is_streamed(result, *inputs):
         result.nbytes >= sizes.STREAMED_BYTES
         and is_ready(result)
         and result.ctypes.data % 16 == 0
-        and result.strides[-2 if result.ndim > 1 else -1] % 16 == 0
+        and result.shape[-1] * result.itemsize % 16 == 0
         and not any(np.may_share_memory(result, array) for array in inputs)
     )
 
@@ -185,6 +186,9 @@ def _parameter_like(row, problem, out):
     if row.dtype == problem.weight_dtype and (out is None or row.ctypes.data == out.ctypes.data):
         return row if out is None else out
     result = np.empty(problem.normalized_shape, problem.weight_dtype) if out is None else out
+    if result.dtype.name == "bfloat16":
+        # ml_dtypes rounds a float64 to float32 first
+        row = to_odd(row)
     convert(row, result)
     return result
 

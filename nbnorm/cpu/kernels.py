@@ -127,8 +127,8 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                     normalise(x_, at, cols, hi, lo, scale, weight_, bias_, 0, element, streaming, y_)
                     row_mean, row_rstd = np.float64(hi) + np.float64(lo), np.float64(scale)
                 else:
-                    factor, mean64, scale64, row_mean, row_rstd = rescaled(x_, at, cols, eps)
-                    normalise_rescaled(x_, at, cols, factor, mean64, scale64, weight_, bias_, 0, y_)
+                    factor, hi64, lo64, scale64, row_mean, row_rstd = rescaled(x_, at, cols, eps)
+                    normalise_rescaled(x_, at, cols, factor, hi64, lo64, scale64, weight_, bias_, 0, y_)
                 if mean.size > 0:
                     mean[r] = row_mean
                     rstd[r] = row_rstd
@@ -205,10 +205,10 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 r += count
                 if not is_ordinary:
                     at = r * cols
-                    factor, mean64, scale64, _, rstd64 = rescaled(x_, at, cols, eps)
-                    mean_g, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, mean64, scale64, weight_)
+                    factor, hi64, lo64, scale64, _, rstd64 = rescaled(x_, at, cols, eps)
+                    mean_g, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, hi64, lo64, scale64, weight_)
                     gradients_rescaled(
-                        dy_, x_, at, cols, factor, mean64, scale64, rstd64, mean_g, mean_gx, weight_, 0,
+                        dy_, x_, at, cols, factor, hi64, lo64, scale64, rstd64, mean_g, mean_gx, weight_, 0,
                         dx_, dweight_sums, dbias_sums, b * cols,
                     )  # fmt: skip
                     r += 1

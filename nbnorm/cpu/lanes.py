@@ -103,6 +103,16 @@ def total(lanes):
     return lanes[0]
 
 
+def to_odd(values):
+    """Float32 from float64 with the last bit set where inexact: the next rounding is then as if it were the only one."""
+    with np.errstate(all="ignore"):
+        near = values.astype(np.float32)
+        bits = near.view(np.uint32)
+        is_inexact = (near != values) & (bits & 1 == 0) & (values == values)
+        step = np.where(np.abs(near) < np.abs(values), 1, -1)
+    return np.where(is_inexact, bits + step, bits).astype(np.uint32).view(np.float32)
+
+
 def _decoded(stored, element):
     if stored.dtype == np.uint16:
         stored = stored.view(np.float16)
@@ -121,11 +131,7 @@ def _encoded(lanes, dtype):
 
 
 def _bfloat16(lanes):
-    """The upper half of a float32, to nearest even."""
-    near = lanes.astype(np.float32)
-    bits = near.view(np.uint32)
-    # a float64 goes to float32 with the last bit set where that is inexact, so that it is not rounded twice
-    inexact = (near != lanes) & (bits & 1 == 0) & (lanes == lanes)
-    bits = np.where(inexact, np.where(np.abs(near) < np.abs(lanes), bits + 1, bits - 1), bits).astype(np.uint32)
+    """The upper half as a float32, to nearest even, rounded once."""
+    bits = to_odd(lanes).view(np.uint32)
     rounded = np.where(np.isnan(lanes), bits | 0x400000, bits + 0x7FFF + (bits >> 16 & 1))
     return (rounded >> 16).astype(np.uint16).view(np.int16)

@@ -36,8 +36,8 @@ from nbnorm.cpu.rows import (
 SEGMENT = 1 << 14
 # elements of the rows that are worked on together: as many as may stay in a shared cache between the two sweeps
 GROUP_ELEMENTS = 1 << 21
-# what is kept of a row that is rescaled, beside RSTD; FACTOR is 0 for the others, of which the forward keeps HI and LO
-FACTOR, MEAN, SCALED_RSTD, MEAN_G, MEAN_GX, RESCALED = 3, 0, 1, 4, 5, 6
+# what is kept of a row that is rescaled, beside HI, LO and RSTD; FACTOR is 0 for the others
+FACTOR, SCALED_RSTD, MEAN_G, MEAN_GX, RESCALED = range(3, 8)
 # columns whose dweight and dbias a thread sums over all rows: their float64 sums take 32 KiB of the first-level cache, and a
 # backward at (16, 2^20) 0.9 of the time that it takes with twice as many
 COLUMNS = 1 << 11
@@ -80,7 +80,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                     factor, scale64 = 0.0, np.float64(element(1.0 / np.sqrt(var + eps)))
                     row_mean, row_rstd = hi64 + lo64, scale64
                 else:
-                    factor, hi64, scale64, row_mean, row_rstd = rescaled(x_, (first + i) * cols, cols, eps)
+                    factor, hi64, lo64, scale64, row_mean, row_rstd = rescaled(x_, (first + i) * cols, cols, eps)
                 state[i, HI], state[i, LO], state[i, RSTD], state[i, FACTOR] = hi64, lo64, scale64, factor
                 if mean.size > 0:
                     mean[first + i] = row_mean
@@ -98,7 +98,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                     hi, lo = split(hi64, lo64, element)
                     normalise(x_, at, width, hi, lo, element(scale64), weight_, bias_, start, element, streaming, y_)
                 else:
-                    normalise_rescaled(x_, at, width, factor, hi64, scale64, weight_, bias_, start, y_)
+                    normalise_rescaled(x_, at, width, factor, hi64, lo64, scale64, weight_, bias_, start, y_)
                 if streaming:
                     fence()
 
@@ -168,10 +168,11 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     rescaled_state[r, FACTOR] = 0.0
                 else:
                     at = r * cols
-                    factor, mean64, scale64, _, rstd64 = rescaled(x_, at, cols, eps)
-                    mean_g, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, mean64, scale64, weight_)
+                    factor, hi64, lo64, scale64, _, rstd64 = rescaled(x_, at, cols, eps)
+                    mean_g, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, hi64, lo64, scale64, weight_)
                     rescaled_state[r, FACTOR] = factor
-                    rescaled_state[r, MEAN] = mean64
+                    rescaled_state[r, HI] = hi64
+                    rescaled_state[r, LO] = lo64
                     rescaled_state[r, SCALED_RSTD] = scale64
                     rescaled_state[r, RSTD] = rstd64
                     rescaled_state[r, MEAN_G] = mean_g
@@ -198,8 +199,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     if needs_statistics and rescaled_state[r, FACTOR] != 0.0:
                         row = rescaled_state[r]
                         gradients_rescaled(
-                            dy_, x_, at, width, row[FACTOR], row[MEAN], row[SCALED_RSTD], row[RSTD],
-                            row[MEAN_G], row[MEAN_GX], weight_, start, dx_, dweight_sums, dbias_sums, sums_at,
+                            dy_, x_, at, width, row[FACTOR], row[HI], row[LO], row[SCALED_RSTD],
+                            row[RSTD], row[MEAN_G], row[MEAN_GX], weight_, start, dx_, dweight_sums, dbias_sums, sums_at,
                         )  # fmt: skip
                         r += 1
                         continue

@@ -30,12 +30,21 @@ def empty(shape, dtype):
     """An array whose elements are not set, like `numpy.empty`'s."""
     size = math.prod(shape) * dtype.itemsize
     if not SMALLEST <= size <= KEPT_BYTES:
-        return np.empty(shape, dtype)
+        return _fresh(shape, dtype)
     try:
         memory = _kept[size].pop()
     except (KeyError, IndexError):
-        memory = np.empty(size, np.uint8)
+        memory = _fresh(size, np.uint8)
     return np.asarray(Block(memory)).view(dtype).reshape(shape)
+
+
+def _fresh(shape, dtype):
+    """Memory from the system, for which what is kept gives way."""
+    try:
+        return np.empty(shape, dtype)
+    except MemoryError:
+        _kept.clear()
+        return np.empty(shape, dtype)
 
 
 def _keep(memory):

@@ -8,14 +8,14 @@ import math
 import numpy as np
 
 from nbnorm.cpu.lanes import load_one, store_one
-from nbnorm.cpu.rows import inlined
+from nbnorm.cpu.rows import inlined, two_sum
 
 
 @inlined
 def rescaled(x, at, cols, eps):
     """A row whose squares leave the range of its type: factor, mean and rstd of factor * x; mean and rstd as they are.
 
-    The factor, a power of two, brings the row's largest element, or sqrt(eps), near 1.
+    The first mean is in two parts. The factor, a power of two, brings the row's largest element, or sqrt(eps), near 1.
     """
     largest = root_eps = np.sqrt(eps)
     is_constant = True
@@ -26,30 +26,31 @@ def rescaled(x, at, cols, eps):
     # within what a float64 holds, so that the product is exact
     exponent = min(max(math.frexp(largest)[1], -1000), 1000)
     factor = math.ldexp(1.0, -exponent)
-    mean = 0.0
+    total = lost = 0.0
     for k in range(at, at + cols):
-        mean += load_one(x, k) * factor / cols
-    rest = squares = 0.0
+        total, lost = two_sum(total, lost, load_one(x, k) * factor)
+    # of a row with Inf the mean is Inf, although what rounding lost, and the deviations, are NaN
+    is_finite = abs(total) < np.inf
+    mean = (total + lost if is_finite else total) / cols
+    rest = lost = squares = lost_squares = 0.0
     for k in range(at, at + cols):
         d = load_one(x, k) * factor - mean
-        rest += d
-        squares += d * d
-    if abs(mean) < np.inf:
-        # of a row with Inf the mean is Inf, although the deviations from it are NaN
-        rest /= cols
-        if is_constant and eps > 0.0:
-            # eps may vanish beside the row's scale, and 0 / 0 is not what the formula says
-            return factor, load_one(x, at) * factor, 0.0, load_one(x, at), 1.0 / root_eps
-        mean += rest
-    rstd = 1.0 / np.sqrt(max(squares / cols - rest * rest, 0.0) + (root_eps * factor) ** 2)
-    return factor, mean, rstd, mean / factor, rstd * factor
+        rest, lost = two_sum(rest, lost, d)
+        squares, lost_squares = two_sum(squares, lost_squares, d * d)
+    rest = (rest + lost) / cols if is_finite else 0.0
+    if is_constant and is_finite and eps > 0.0:
+        # eps may vanish beside the row's scale, and 0 / 0 is not what the formula says
+        return factor, load_one(x, at) * factor, 0.0, 0.0, load_one(x, at), 1.0 / root_eps
+    variance = max((squares + lost_squares) / cols - rest * rest, 0.0)
+    rstd = 1.0 / np.sqrt(variance + (root_eps * factor) ** 2)
+    return factor, mean, rest, rstd, (mean + rest) / factor, rstd * factor
 
 
 @inlined
-def normalise_rescaled(x, at, cols, factor, mean, rstd, weight, bias, first, y):
+def normalise_rescaled(x, at, cols, factor, hi, lo, rstd, weight, bias, first, y):
     """As `normalise`, for a row that is `rescaled`."""
     for j in range(cols):
-        value = (load_one(x, at + j) * factor - mean) * rstd
+        value = (load_one(x, at + j) * factor - hi - lo) * rstd
         if weight is not None:
             value *= load_one(weight, first + j)
         if bias is not None:
@@ -58,14 +59,14 @@ def normalise_rescaled(x, at, cols, factor, mean, rstd, weight, bias, first, y):
 
 
 @inlined
-def gradient_means_rescaled(dy, x, at, cols, factor, mean, rstd, weight):
+def gradient_means_rescaled(dy, x, at, cols, factor, hi, lo, rstd, weight):
     """The means of g and of g * x_hat, for a row that is `rescaled`."""
     mean_g = mean_gx = mean_x_hat = 0.0
     for j in range(cols):
         g = load_one(dy, at + j)
         if weight is not None:
             g *= load_one(weight, j)
-        x_hat = (load_one(x, at + j) * factor - mean) * rstd
+        x_hat = (load_one(x, at + j) * factor - hi - lo) * rstd
         mean_g += g / cols
         mean_gx += g * x_hat / cols
         mean_x_hat += x_hat / cols
@@ -75,12 +76,12 @@ def gradient_means_rescaled(dy, x, at, cols, factor, mean, rstd, weight):
 
 @inlined
 def gradients_rescaled(
-    dy, x, at, cols, factor, mean, scaled_rstd, rstd, mean_g, mean_gx, weight, first, dx, dweight, dbias, sums_at
+    dy, x, at, cols, factor, hi, lo, scaled_rstd, rstd, mean_g, mean_gx, weight, first, dx, dweight, dbias, sums_at
 ):
     """As `gradients`, for one row that is `rescaled`."""
     for j in range(cols):
         g = load_one(dy, at + j)
-        x_hat = (load_one(x, at + j) * factor - mean) * scaled_rstd
+        x_hat = (load_one(x, at + j) * factor - hi - lo) * scaled_rstd
         if dweight is not None:
             dweight[sums_at + j] += g * x_hat
         if dbias is not None:

@@ -1,0 +1,38 @@
+"""Does a kernel read or write anything but its arrays? In processes that such an access ends.
+
+Under NUMBA_DISABLE_JIT=1 the same loops work on slices of NumPy arrays, which are too short where they pass an end.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.compiled, pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no mprotect")]
+
+SECONDS = 600
+
+
+def guarded(environment, *arguments):
+    command = [sys.executable, "-X", "faulthandler", str(Path(__file__).with_name("guarded.py")), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+
+
+@pytest.mark.parametrize(("at", "k", "start"), [("last", 17, 0), ("last", 0, 17), ("first", -1, 0), ("first", 0, -1)])
+def test_one_element_too_far_ends_the_process(python_environment, at, k, start):
+    assert guarded(python_environment, "touch", at, 16, 0).returncode == 0
+    assert guarded(python_environment, "touch", at, k, start).returncode == -signal.SIGSEGV
+
+
+def test_nothing_outside_an_array_is_touched(python_environment):
+    result = guarded(python_environment, "run")
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", "1528 checked\n")
+
+
+def test_nor_where_numba_checks_each_index(python_environment, tmp_path):
+    environment = python_environment | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    result = guarded(environment, "bounds")
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", "184 checked\n")
