@@ -130,16 +130,14 @@ WAYS = [
 ]
 
 
-def run(dtypes=DTYPES, builds=("serial", "parallel"), modes=(False, True)):
+def run(dtypes=DTYPES, whose=(parallel.ONE, parallel.NUMBAS), modes=(False, True)):
     """Every check, which prints how many there were."""
     count = 0
-    for build, at in itertools.product(builds, ("first", "last")):
-        is_parallel = build == "parallel"
+    for workers, at in itertools.product(whose, ("first", "last")):
+        is_parallel = workers == parallel.NUMBAS
         guard = Guard(at)
-        with (
-            patch.object(parallel, "from_elements", 0 if is_parallel else float("inf")),
-            patch.object(parallel, "is_worth", lambda _, is_parallel=is_parallel: is_parallel),
-        ):
+        elements = 0 if is_parallel else float("inf")
+        with patch.multiple(parallel, from_elements=elements, many=workers, _is_decided=True, STALL_SECONDS=float("inf")):
             for dtype, way, has_parameters, mode in itertools.product(dtypes, WAYS, (True, False), modes):
                 # the kernels for long rows, and the parallel ones, are of the same source for all
                 if dtype != np.float32 and (is_parallel or (sizes, "LONG_ROW") in way):
@@ -156,7 +154,7 @@ def run(dtypes=DTYPES, builds=("serial", "parallel"), modes=(False, True)):
 
 def run_with_bounds_checked():
     """The serial kernels, in which Numba checks each index of an array that is none of a pointer."""
-    run([np.float32], ["serial"], [False])
+    run([np.float32], [parallel.ONE], [False])
     # which it does silently not do in a parallel build
     assert quick.FORWARD
     assert all("IndexError" in ir for kernel, _, _ in quick.FORWARD.values() for ir in kernel.inspect_llvm().values())
