@@ -169,6 +169,8 @@ def files(source, destination, others):
     destination = Path(os.path.realpath(destination))
     if not destination.parent.is_dir():
         raise ValueError(f"{destination}: no such directory as {destination.parent}")
+    if destination.is_symlink():
+        raise ValueError(f"{destination}: a symbolic link that leads back to itself; expected a name for a file")
     if destination.exists() and not destination.is_file():
         raise ValueError(f"{destination}: not a regular file; expected a name for a new file, or a file to replace")
     if not os.access(destination.parent, os.W_OK):
