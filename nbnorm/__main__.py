@@ -31,9 +31,14 @@ def main(arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except (OSError, ValueError, TypeError, MemoryError) as error:
-        print("nbnorm:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        print("nbnorm:", _line(str(error)) or type(error).__name__, file=sys.stderr)
         return 2
     return code
+
+
+def _line(text):
+    """On one line, and with what would steer a terminal, which files may have, spelt out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
 def parser():

@@ -6,6 +6,7 @@ begins with the argument's name and says what came and what was expected.
 
 import functools
 import importlib.util
+import io
 import math
 import numbers
 import operator
@@ -13,7 +14,6 @@ import os
 import re
 import stat
 import sys
-import tokenize
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,8 +29,9 @@ CPU = "CPU"
 CUDA = "CUDA"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MAX_NDIM = 64
-# what NumPy raises for headers that are none, or hostile
-NOT_NPY = (ValueError, TypeError, EOFError, SyntaxError, OverflowError, RecursionError, MemoryError, tokenize.TokenError)
+# NumPy takes headers of 10,000 characters
+NPY_HEADER_BYTES = 1 << 14
+NPY_VERSIONS = ((1, 0), (2, 0), (3, 0))
 # np.dtype.name takes microseconds
 NUMPY_FLOATS = (np.float16, np.float32, np.float64)
 # the exact answer can take exponential time for contrived strides
@@ -168,6 +169,8 @@ def files(source, destination, others):
     destination = Path(os.path.realpath(destination))
     if not destination.parent.is_dir():
         raise ValueError(f"{destination}: no such directory as {destination.parent}")
+    if destination.is_symlink():
+        raise ValueError(f"{destination}: a symbolic link that leads back to itself; expected a name for a file")
     if destination.exists() and not destination.is_file():
         raise ValueError(f"{destination}: not a regular file; expected a name for a new file, or a file to replace")
     if not os.access(destination.parent, os.W_OK):
@@ -178,27 +181,44 @@ def files(source, destination, others):
     return destination
 
 
-def npy(path):
-    """The array in a .npy file, memory-mapped and read-only."""
+def regular_file(path):
+    """Of what may be opened: a FIFO would wait for its other end."""
     if not stat.S_ISREG(Path(path).stat().st_mode):
         raise ValueError(f"{path}: not a regular file; expected an array in NumPy's .npy format")
+
+
+def npy_header(path, file):
+    """What the header of an open .npy file says: where the elements begin, the shape, the dtype, and if in Fortran order."""
+    # NumPy would read all of the 4 GB that a header can say it has
+    head = io.BytesIO(file.read(NPY_HEADER_BYTES))
     try:
-        # NumPy warns of what Python 2 wrote, and of shapes beyond any file
+        # NumPy warns of what Python 2 wrote
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.lib.format.open_memmap(path, mode="r")
-    except NOT_NPY as error:
-        raise ValueError(f"{path}: not an array in NumPy's .npy format: {error}") from error
+            version = np.lib.format.read_magic(head)
+            if version not in NPY_VERSIONS:
+                raise ValueError(f"version {version}; expected one of {NPY_VERSIONS}")
+            # 3.0 has another encoding than 2.0 for the names of fields, which no array here has
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = read(head)
+            # and refuses sizes that no array can have
+            np.broadcast_to(np.empty((), dtype), shape)
+    # a hostile header may raise anything in there
+    except Exception as error:
+        raise ValueError(f"{path}: not an array in NumPy's .npy format: {error!s:.200}") from error
+    # pickles, and numbers in structures or arrays of their own
+    if dtype.kind in "OV":
+        raise TypeError(f"{path}: elements of dtype {dtype!s:.200}; expected floats, integers or booleans")
+    offset = head.tell()
+    expected = offset + math.prod(shape) * dtype.itemsize
+    size = os.fstat(file.fileno()).st_size
+    if size < expected:
+        raise ValueError(f"{path}: {size} bytes; expected {expected}, for the shape and dtype that its header says")
+    return offset, shape, dtype, fortran_order
 
 
-def file_identity(path):
-    """What changes where another file takes the name, or this one is written to."""
-    status = Path(path).stat()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def unchanged_file(path, identity):
-    if file_identity(path) != identity:
+def unchanged_file(path, is_unchanged):
+    if not is_unchanged:
         raise ValueError(f"{path}: changed while it was read")
 
 
