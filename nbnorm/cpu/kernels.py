@@ -29,6 +29,7 @@ from nbnorm.cpu.rows import (
     remember,
     split,
     statistics,
+    usable,
 )
 from nbnorm.sources import digest
 
@@ -197,7 +198,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                         if is_ordinary:
                             totals = 0.0, 0.0
                             if with_dx:
-                                near_one = element(1) if is_given else scale
+                                near_one = usable(scale, element)
                                 totals = gradient_sums(
                                     dy_, x_, at, cols, hi, lo, near_one, is_given, weight_, 0, element, ahead
                                 )
