@@ -228,6 +228,8 @@ def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes)
     if batch_ndim < 0 or x.shape[batch_ndim:] != normalized_shape:
         raise ValueError(f"x: shape {x.shape}; expected one that ends in normalized_shape, {normalized_shape}")
     batch = x.shape[:batch_ndim]
+    if math.prod(x.shape) * dtype.itemsize > sys.maxsize:
+        raise ValueError(f"x: shape {x.shape}; expected one that a result of {dtype} can have")
     return Problem(
         batch=batch,
         normalized_shape=normalized_shape,

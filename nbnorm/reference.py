@@ -24,11 +24,13 @@ def layer_norm(x, ndim, weight=None, bias=None, eps=1e-5, use_diff_of_squares=Fa
     return y, mean, rstd
 
 
-def layer_norm_backward(dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=False):
-    """Returns dx, dweight and dbias."""
+def layer_norm_backward(dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=False, mean=None, rstd=None):
+    """Returns dx, dweight and dbias; recomputes mean and rstd where they are None."""
     axes = tuple(range(-ndim, 0))
     batch_axes = tuple(range(x.ndim - ndim))
-    x_hat, _, rstd = layer_norm(x, ndim, eps=eps, use_diff_of_squares=use_diff_of_squares)
+    if mean is None:
+        _, mean, rstd = layer_norm(x, ndim, eps=eps, use_diff_of_squares=use_diff_of_squares)
+    x_hat = (x - mean) * rstd
     g = dy if weight is None else dy * weight
     dx = rstd * (g - g.mean(axes, keepdims=True) - x_hat * (g * x_hat).mean(axes, keepdims=True))
     return dx, (dy * x_hat).sum(batch_axes), dy.sum(batch_axes)

@@ -15,11 +15,12 @@ def forward(x, ndim, weight=None, bias=None, eps=1e-5, use_diff_of_squares=False
         return y, mean + first, rstd
 
 
-def backward(dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=False):
-    dy, x, weight = map(_wide, (dy, x, weight))
+def backward(dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=False, mean=None, rstd=None):
+    dy, x, weight, mean, rstd = map(_wide, (dy, x, weight, mean, rstd))
     with np.errstate(all="ignore"):
         first = _first_of_row(x, ndim)
-        return reference.layer_norm_backward(dy, x - first, ndim, weight, eps, use_diff_of_squares)
+        mean = None if mean is None else mean - first
+        return reference.layer_norm_backward(dy, x - first, ndim, weight, eps, use_diff_of_squares, mean, rstd)
 
 
 def _wide(array):

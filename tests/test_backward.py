@@ -114,6 +114,19 @@ def test_float32_dy_with_a_large_mean_keeps_its_digits(rng):
     assert_grads(nbnorm.layer_norm_backward(dy, x, 768, output_mask=(True, False, False)), dy, x, 1, cancels=False)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(np.float32, 1e38), (np.float64, 1e305), (np.float32, 1e-35), (np.float64, 1e-300)]
+)
+def test_given_statistics_of_rows_at_the_edge_of_their_range(rng, dtype, scale):
+    # any two of them differ by less than the largest number; underflow is what the small ones are for
+    with np.errstate(under="ignore"):
+        x = (scale * rng.uniform(-1.5, 1.5, (20, 300))).astype(dtype)
+    dy = rng.standard_normal(x.shape).astype(dtype)
+    _, mean, rstd = nbnorm.layer_norm(x, 300, eps=0.0, return_stats=True)
+    grads = nbnorm.layer_norm_backward(dy, x, 300, eps=0.0, mean=mean, rstd=rstd)
+    assert_grads(grads, dy, x, 1, eps=0.0, mean=mean, rstd=rstd)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_sums_over_rows_are_wider_than_16_bit(rng, dtype):
     # 4096 ones in float16 stop growing at 2048

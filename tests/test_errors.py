@@ -53,6 +53,7 @@ FORWARD = [
     # ValueError: a wrong shape, eps, or layout
     ({"x": [[1, 2], [3]]}, ValueError, "x: list has no view as a NumPy array"),
     ({"x": X[0, 0]}, ValueError, r"x: shape \(\); expected one that ends in normalized_shape, \(4,\)"),
+    ({"x": np.broadcast_to(np.int8(1), (1 << 60, 4))}, ValueError, r"x: shape .*; expected one that a result of float64"),
     ({"x": 3.0}, ValueError, r"x: shape \(\); expected one that ends"),
     ({"normalized_shape": ()}, ValueError, r"normalized_shape: \(\); expected at least one dimension, none negative"),
     ({"normalized_shape": -4}, ValueError, "normalized_shape: -4; expected at least one dimension, none negative"),

@@ -30,6 +30,7 @@ from nbnorm.cpu.rows import (
     remember,
     split,
     statistics,
+    usable,
 )
 
 # where the variance is outside these bounds, a square or a deviation may be 0 or Inf in the type that the kernel computes in
@@ -189,7 +190,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                         if is_ordinary:
                             totals = 0.0, 0.0
                             if with_dx:
-                                near_one = element(1) if is_given else scale
+                                near_one = usable(scale, element)
                                 totals = gradient_sums(
                                     dy_, x_, at, cols, hi, lo, near_one, is_given, weight_, 0, element, ahead
                                 )

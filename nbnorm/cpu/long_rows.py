@@ -31,6 +31,7 @@ from nbnorm.cpu.rows import (
     remember,
     split,
     statistics,
+    usable,
 )
 
 SEGMENT = 1 << 14
@@ -143,13 +144,13 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 if is_given:
                     hi, lo = split(np.float64(mean[group + i]), 0.0, element)
                     var = 0.0
+                    near_one = usable(element(rstd[group + i]), element)
                 else:
                     hi, lo, var = statistics(x_, at, width, element, mode, AHEAD)
+                    # a segment may be constant where its row is not
+                    near_one = usable(element(1.0 / np.sqrt(var + eps)), element)
                 sum_g = projected = 0.0
                 if with_dx:
-                    # a segment may be constant where its row is not
-                    is_ordinary = not is_given and smallest <= var + eps <= largest
-                    near_one = element(1.0 / np.sqrt(var + eps)) if is_ordinary else element(1)
                     sum_g, projected = gradient_sums(
                         dy_, x_, at, width, hi, lo, near_one, is_given, weight_, start, element, AHEAD
                     )

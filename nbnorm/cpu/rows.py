@@ -260,6 +260,12 @@ def gradient_block_sums(dy, x, at, cols, his, los, scales, shifts, weight, first
 
 
 @inlined
+def usable(scale, element):
+    """A number to multiply by and to divide by again: the scale where it is one, else 1."""
+    return scale if 0 < abs(scale) < np.inf else element(1)
+
+
+@inlined
 def remember(state, i, hi, lo, rstd, sums, cols, element):
     """Keep what `gradients` needs of a row, from its statistics and its `gradient_sums`."""
     totals, projected = sums
