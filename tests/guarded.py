@@ -25,8 +25,6 @@ DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 SHAPES = [(1, 1), (1, 15), (2, 16), (3, 17), (5, 31), (3, 33), (2, 127), (2, 128), (3, 131), (37, 24), (1, 1000)]
 LONG_SHAPES = [(1, sizes.LONG_ROW + 17), (3, long_rows.SEGMENT + 5)]
 
-libc = ctypes.CDLL(None, use_errno=True)
-
 
 class Guard:
     """Where arrays begin ("first") or end ("last") at a page that must not be touched."""
@@ -34,6 +32,7 @@ class Guard:
     def __init__(self, at):
         self.at = at
         self.rests = []
+        self.libc = ctypes.CDLL(None, use_errno=True)
 
     def empty(self, shape, dtype=float):
         dtype = np.dtype(dtype)
@@ -42,7 +41,7 @@ class Guard:
         memory = np.frombuffer(mmap.mmap(-1, inside + 2 * PAGE), np.uint8)
         memory[PAGE:-PAGE] = NAN
         for address in (memory.ctypes.data, memory.ctypes.data + PAGE + inside):
-            if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), 0):
+            if self.libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), 0):
                 raise OSError(ctypes.get_errno(), "mprotect")
         start = PAGE if self.at == "first" else PAGE + inside - size
         self.rests += [memory[PAGE:start], memory[start + size : PAGE + inside]]
@@ -71,10 +70,11 @@ def assert_same_bits(results, expected):
 
 
 def operands(rng, shape, dtype):
-    """x, dy, weight and bias; of the rows the second leaves float32's range, and the third is constant."""
+    """x, dy, weight and bias; the second row has squares beyond float32, the third is constant, the fourth has NaN."""
     x, dy = rng.standard_normal((2, *shape))
-    x[1:2] *= 1e30 if np.dtype(dtype).itemsize > 2 else 100
+    x[1:2] *= 1e34 if np.dtype(dtype).itemsize > 2 else 100
     x[2:3] = 1
+    x[3:4, :1] = np.nan
     weight, bias = rng.standard_normal((2, shape[1]), np.float32)
     return x.astype(dtype), dy.astype(dtype), weight, bias
 
