@@ -1,6 +1,8 @@
 """What compiled kernels depend on beside their own source."""
 
 import hashlib
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,5 +15,12 @@ def digest(module_file):
         from importlib.resources import files
 
         folder = files(f"nbnorm.{folder.name}")
-    sources = sorted((source for source in folder.iterdir() if source.name.endswith(".py")), key=lambda source: source.name)
+    sources = []
+    with suppress(OSError):
+        # compiled ones where there are no others
+        found = (source for source in folder.iterdir() if source.name.endswith((".py", ".pyc")))
+        sources = sorted(found, key=lambda source: source.name)
+    if not sources:
+        # packed in a way that shows nothing: no kernel is that of another process
+        return os.urandom(32).hex()
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()

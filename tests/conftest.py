@@ -66,6 +66,7 @@ def choose_workers(monkeypatch):
         monkeypatch.setattr("nbnorm.cpu.parallel.from_elements", float("inf") if workers == parallel.ONE else 0)
         monkeypatch.setattr("nbnorm.cpu.parallel.many", workers)
         monkeypatch.setattr("nbnorm.cpu.parallel._is_decided", True)
+        monkeypatch.setattr("nbnorm.cpu.parallel._paused_until", 0.0)
         monkeypatch.setattr("nbnorm.cpu.parallel.our_threads", lambda: 3)
         monkeypatch.setattr("nbnorm.cpu.threads.ELEMENTS", 0)
         monkeypatch.setattr("nbnorm.cpu.threads.PIECE_ELEMENTS", 1)

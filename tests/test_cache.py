@@ -122,6 +122,29 @@ Path.write_bytes = half
     assert [run(site, **told), run(site, **told)] == ["0", "2"]
 
 
+def test_a_signal_while_it_saves(site, run):
+    code = """
+import numpy as np
+import nbnorm
+from nbnorm import cache
+def interrupted(*_):
+    raise KeyboardInterrupt
+write, cache._is_written = cache._is_written, interrupted
+x = np.arange(128, dtype=np.float32).reshape(2, 64)
+weights = np.arange(128, dtype=np.float32)
+try:
+    nbnorm.layer_norm(x, 64)
+except KeyboardInterrupt:
+    cache._is_written = write
+first = nbnorm.layer_norm(x, 64, weights[:64].copy())
+# strides, for which no other code may be compiled
+weights[::2] = weights[:64].copy()
+print(np.array_equal(nbnorm.layer_norm(x, 64, weights[::2]), first))
+print({len(d.signatures) for d in nbnorm.cpu.compiled._dispatchers.values()})
+"""
+    assert run(site, code).splitlines() == ["True", "{1}"]
+
+
 def truncated(content, other):
     return content[: len(content) // 2]
 

@@ -4,6 +4,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +40,10 @@ def watched(clock):
 
 def test_a_stall_makes_numbas_threads_pause(clock):
     call = watched(clock)
-    for seconds in (0.001, 0.003, 0.0011):
+    for seconds in (1e-5, 3e-5, 2e-5):
         call(X, seconds)
         assert parallel.many == NUMBAS
-    call(X, 0.0041)
+    call(X, 1.1 * parallel.STALL_SECONDS)
     assert parallel.many == OURS
     parallel.end_pause()
     assert parallel.many == OURS
@@ -55,15 +57,27 @@ def test_what_is_no_stall(clock):
     call(X, 1e-5)
     # a moment
     call(X, 0.9 * parallel.STALL_SECONDS)
-    # other kinds of calls
-    call(np.ones((160, 768), np.float32), 1e-3)
-    call(np.ones((768, 16), np.float32), 1e-3)
+    # a larger call, and one of a kind that takes longer
+    call(np.ones((1600, 768), np.float32), 1e-3)
+    call(np.ones((16_000, 16), np.float32), 1e-3)
     assert parallel.many == NUMBAS
+
+
+def test_stalls_from_the_first_call_on(clock):
+    call = watched(clock)
+    call(X, 2 * parallel.STALL_SECONDS)
+    assert parallel.many == OURS
+
+
+def test_calls_that_stall_at_once_make_one_pause(clock):
+    call = watched(clock)
+    for _ in range(8):
+        call(X, 0.01)
+    assert parallel._pause == parallel.PAUSE
 
 
 def test_pauses_grow_while_stalls_go_on(clock):
     call = watched(clock)
-    call(X, 0.001)
     pauses = []
     for _ in range(10):
         call(X, 0.01)
@@ -94,7 +108,8 @@ def test_an_error_in_another_thread_reaches_the_caller(monkeypatch):
 
     def kernel(piece):
         calls.append(piece)
-        if len(calls) == 5:
+        time.sleep(0.001)
+        if threading.current_thread().name == "nbnorm":
             raise MemoryError("no memory")
 
     with pytest.raises(MemoryError, match="no memory"):

@@ -17,7 +17,7 @@ LAYERS = ("omp", "tbb", "workqueue")
 SECONDS = 120
 
 COMMON = """
-import multiprocessing, os, random, signal, sys, threading, time
+import multiprocessing, os, random, signal, subprocess, sys, textwrap, threading, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import numba
 import numpy as np
@@ -26,7 +26,7 @@ from nbnorm.cpu import parallel, threads
 
 rng = np.random.default_rng(0)
 # beyond what one thread is given
-dy, x = rng.standard_normal((2, 300, 768), dtype=np.float32)
+dy, x = rng.standard_normal((2, 800, 768), dtype=np.float32)
 weight, bias = rng.standard_normal((2, 768), dtype=np.float32)
 
 def call(_=None):
@@ -187,7 +187,7 @@ thread.join()
     "signals while our threads work": """
 expect()
 assert is_right(call())
-parallel.many = parallel.OURS
+parallel.many, parallel._paused_until = parallel.OURS, 0.0
 x = np.tile(x, (40, 1))
 expected = nbnorm.layer_norm(x, 768, weight, bias)
 out = np.empty_like(x)
@@ -241,12 +241,21 @@ assert np.array_equal(nbnorm.layer_norm(x, 768, weight, bias, out=out), expected
 """,
     "the numbers of threads that are set": """
 expect()
+came = set()
+take_part = threads._Call.take_part
+def counted(self):
+    came.add(threading.get_ident())
+    take_part(self)
+threads._Call.take_part = counted
 affinity = os.sched_getaffinity(0)
 for count in range(1, numba.config.NUMBA_NUM_THREADS + 1):
     numba.set_num_threads(count)
-    for parallel.many in (parallel.NUMBAS if parallel.many == parallel.NUMBAS else parallel.OURS, parallel.OURS):
-        assert is_right(call())
-        assert parallel.many == parallel.ONE or parallel.our_threads() <= count
+    assert is_right(call())
+    chosen, parallel.many, parallel._paused_until = parallel.many, parallel.OURS, 0.0
+    came.clear()
+    assert is_right(call())
+    assert 1 <= len(came) <= count or count == 1
+    parallel.many = chosen
     assert numba.get_num_threads() == count
 assert os.sched_getaffinity(0) == affinity
 """,
@@ -265,7 +274,7 @@ assert is_right(call())
     "a thread that cannot be started": """
 expect()
 assert is_right(call())
-parallel.many = parallel.OURS
+parallel.many, parallel._paused_until = parallel.OURS, 0.0
 threads._in_child()
 def refuse(self):
     raise RuntimeError("can't start new thread")
@@ -277,7 +286,7 @@ assert is_right(call()) and has_help()
     "calls while the interpreter ends": """
 import atexit
 expect()
-parallel.many = parallel.OURS
+parallel.many, parallel._paused_until = parallel.OURS, 0.0
 def last():
     assert is_right(call())
     print("done at the end")
@@ -288,6 +297,53 @@ class Late:
 late = Late()
 thread = threading.Thread(target=lambda: [call() for _ in range(10_000)], daemon=True)
 thread.start()
+""",
+    "children that are killed while they call": """
+expect()
+assert is_right(call())
+for _ in range(25):
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            call()
+    time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+assert is_right(call())
+assert child(lambda: is_right(call())) == 0
+""",
+    "a child that imports the package after its parent used Numba": """
+code = '''
+import os
+import numpy as np
+from numba import njit, prange
+@njit(parallel=True)
+def own(a):
+    for i in prange(a.size):
+        a[i] += 1
+own(np.zeros(100_000))
+if os.fork() == 0:
+    import nbnorm
+    y = nbnorm.layer_norm(np.ones((800, 768), np.float32), 768)
+    os._exit(int((y != 0).any()))
+raise SystemExit(os.wait()[1])
+'''
+assert subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]).returncode == 0
+""",
+    "a handler of signals that calls and forks": """
+expect()
+assert is_right(call())
+parallel.many, parallel._paused_until = parallel.OURS, 0.0
+statuses = []
+def handler(*_):
+    statuses.append(child(lambda: is_right(call())))
+    assert is_right(call())
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.01, 0.2)
+while len(statuses) < 5:
+    assert is_right(call())
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert not any(statuses)
 """,
     "pools of processes": """
 expect()

@@ -30,6 +30,8 @@ def compiled(signature, parallel):
             if not dispatcher.signatures:
                 dispatcher._cache = cache
                 _compile_numbered(dispatcher, signature, cache.key)
+            # also where a signal's exception came after the compilation: other arguments must not compile another one
+            dispatcher.disable_compile()
         return dispatcher
 
     return compile_
@@ -51,4 +53,3 @@ def _compile_numbered(dispatcher, signature, key):
         dispatcher.compile(signature)
     finally:
         FunctionIdentity._unique_ids = numbers
-    dispatcher.disable_compile()

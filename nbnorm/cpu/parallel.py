@@ -12,12 +12,15 @@ another library.
 import functools
 import math
 import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
 from numba import get_num_threads
 from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
+from numba.np.ufunc import parallel as numbas_threads
 from numba.np.ufunc.parallel import threading_layer
 
 # one thread runs the serial build, Numba's threads the parallel one, ours the serial one on pieces of the call
@@ -28,9 +31,10 @@ WORKERS = ONE, NUMBAS, OURS = "one", "numba's", "ours"
 # 6.1 and 5.1, 17.5 and 12.9 at (64, 768); 12.7 and 8.4, 37 and 22 at (128, 768). With the other core slower to wake, the
 # parallel ones win from (128, 768) on
 ELEMENTS = 1 << 15
-# a call of Numba's threads stalls that takes so many times the shortest one of its kind, and so many seconds. They pause
-# then, twice as long each time that they stall again at once
+# a call of Numba's threads stalls that takes so many times as long for each element as the shortest one of its kind, or as
+# one thread takes, and so many seconds. They pause then, twice as long each time that they stall again at once
 STALL = 4
+ONE_THREAD = 1e-9
 STALL_SECONDS = 5e-4
 PAUSE = 0.1
 LONGEST_PAUSE = 10.0
@@ -45,6 +49,7 @@ _paused_until = 0.0
 
 def workers(elements):
     """Who works on a call of so many elements; launches Numba's threads if it may be the first time."""
+    end_pause()
     if elements >= from_elements and not _is_decided:
         # held at forks too: a child must not find the launch half done
         with global_compiler_lock:
@@ -54,13 +59,15 @@ def workers(elements):
 
 def our_threads():
     """How many of ours may work on a call: as many as Numba is told to use, and as there are processors."""
-    return min(get_num_threads() if _is_launched() else config.NUMBA_NUM_THREADS, processors())
+    # get_num_threads() takes locks that a fork, or a child that is killed, may leave taken
+    told = numbas_threads._get_num_threads() if _is_launched() else config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    return min(told, processors())
 
 
-def processors():
-    """What this process may run on, and a quota of its control groups allows."""
+def processors(thread=0):
+    """What a thread, by default the calling one, may run on, and a quota of its control groups allows."""
     # not every system has affinities
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(thread)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(allowed, _quota()))
 
 
@@ -72,20 +79,24 @@ def watched(kernel):
     def call(first, *others):
         start = perf_counter()
         kernel(first, *others)
-        end = perf_counter()
+        seconds = perf_counter() - start
         rows, cols = first.shape
         kind = rows.bit_length(), cols.bit_length()
-        least = shortest.get(kind, math.inf)
-        if end - start < least:
-            shortest[kind] = end - start
-        elif end - start > max(STALL * least, STALL_SECONDS):
-            _pause_numbas(end)
+        per_element = seconds / (rows * cols)
+        least = shortest.get(kind, ONE_THREAD)
+        if per_element < least:
+            shortest[kind] = per_element
+        elif seconds > STALL_SECONDS and per_element > STALL * least:
+            _pause_numbas(start + seconds)
 
     return call
 
 
 def _pause_numbas(now):
     global many, _pause, _paused_until
+    if many == OURS:
+        # another call that was on its way
+        return
     _pause = min(2 * _pause, LONGEST_PAUSE) if now < _paused_until + PAUSE else PAUSE
     _paused_until = now + _pause
     many = OURS
@@ -100,13 +111,33 @@ def end_pause():
 
 def _decide():
     global from_elements, many, _is_decided
-    if min(config.NUMBA_NUM_THREADS, processors()) == 1:
+    # the main thread's, since this one may have been given fewer
+    available = processors(os.getpid())
+    if min(config.NUMBA_NUM_THREADS, available) == 1:
         from_elements = math.inf
-    else:
-        get_num_threads()
-        if threading_layer() == "workqueue" or processors() < config.NUMBA_NUM_THREADS:
-            many = OURS
+    elif available < config.NUMBA_NUM_THREADS or not _may_launch():
+        many = OURS
     _is_decided = True
+
+
+def _may_launch():
+    """Launch Numba's threads; whether they are of a kind that may be used from any thread, and this process's own."""
+    if _is_launched() and not _has_threads():
+        # those of the parent from which it was forked before it imported this package
+        return False
+    try:
+        get_num_threads()
+    except ValueError:
+        # the layer that it is told to use is not there
+        return False
+    return threading_layer() != "workqueue"
+
+
+def _has_threads():
+    try:
+        return sum(1 for _ in Path("/proc/self/task").iterdir()) >= config.NUMBA_NUM_THREADS
+    except OSError:
+        return True
 
 
 def _is_launched():
@@ -120,18 +151,16 @@ def _is_launched():
 @functools.cache
 def _quota():
     """The processors' time that the control groups of this process allow, rounded up; infinite where they don't say."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return math.inf
     quotas = [math.inf]
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            quotas += [_quota_of(folder / "cpu.max") for folder in _groups("/sys/fs/cgroup", path)]
-        elif "cpu" in controllers.split(","):
-            for folder in _groups(f"/sys/fs/cgroup/{controllers}", path):
-                quotas.append(_quota_of(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"))
+    # no such file, or none of the form that is known
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                quotas += [_quota_of(folder / "cpu.max") for folder in _groups("/sys/fs/cgroup", path)]
+            elif "cpu" in controllers.split(","):
+                for folder in _groups(f"/sys/fs/cgroup/{controllers}", path):
+                    quotas.append(_quota_of(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"))
     return min(quotas)
 
 
@@ -152,13 +181,21 @@ def _quota_of(*files):
 
 def _in_child():
     global many, _is_decided, _paused_until
-    global_compiler_lock.release()
     many, _is_decided, _paused_until = OURS, True, 0.0
+    _quota.cache_clear()
+    if global_compiler_lock.is_locked():
+        global_compiler_lock.release()
+    else:
+        # a signal's exception ended the wait for it, and another thread, which this process does not have, may hold it
+        global_compiler_lock._lock = threading.RLock()
+
+
+def _in_parent():
+    if global_compiler_lock.is_locked():
+        global_compiler_lock.release()
 
 
 # Windows has no forks
 if hasattr(os, "register_at_fork"):
     # a child whose parent was compiling in another thread would find Numba's lock taken, and wait for ever
-    os.register_at_fork(
-        before=global_compiler_lock.acquire, after_in_parent=global_compiler_lock.release, after_in_child=_in_child
-    )
+    os.register_at_fork(before=global_compiler_lock.acquire, after_in_parent=_in_parent, after_in_child=_in_child)
