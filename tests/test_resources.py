@@ -21,10 +21,10 @@ COLS = 24
 
 @pytest.fixture
 def run(python_environment):
-    def run(script, *arguments, **environment):
+    def run(script, **environment):
         environment = python_environment | environment
         environment["PYTHONPATH"] += f":{Path(__file__).parent}"
-        command = [sys.executable, "-c", script, *map(str, arguments)]
+        command = [sys.executable, "-c", script]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
         assert result.stderr == ""
         assert (result.returncode, result.stdout) == (0, "done\n")
