@@ -122,6 +122,9 @@ def test_an_error_is_of_the_results(suites):
         (results if pass_ == "backward" else [results])[wrong][...] += 1e-3
         suite.problem = suite.problem._replace(call=lambda results=results: results)
         assert suite.track_largest(pass_) > 100
+        (results if pass_ == "backward" else [results])[wrong].flat[-1] = np.nan
+        with pytest.raises(ArithmeticError):
+            suite.track_largest(pass_)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,7 @@ def test_only_what_an_older_commit_lacks_is_skipped(suites, monkeypatch, module,
         suites.problems.module_beside("contestants")
 
 
+@pytest.mark.compiled
 def test_suites_on_cuda(python_environment):
     pytest.importorskip("numba_cuda")
     pytest.importorskip("greenlet")

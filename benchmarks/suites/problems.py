@@ -23,7 +23,7 @@ DEVICES = ("cpu", "cuda")
 
 
 class Problem(NamedTuple):
-    """What is asked for, and `move`, which moves the bytes that this takes; a CUDA device is waited for by `wait`."""
+    """A call of nbnorm, and one that moves the bytes which this must move; on a CUDA device `wait` waits for either."""
 
     call: Callable
     move: Callable

@@ -69,6 +69,9 @@ class Error:
             np.max(np.abs(array - exact) / scale) / ml_dtypes.finfo(array.dtype).eps
             for array, (exact, scale) in zip(arrays, exact_results(pass_, self.problem.hosts), strict=True)
         ]
+        # asv would take NaN for a benchmark that is skipped
+        if not np.all(np.isfinite(errors)):
+            raise ArithmeticError(f"errors of {errors} eps")
         return four_digits(max(errors))
 
 
