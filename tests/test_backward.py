@@ -169,6 +169,14 @@ def test_float64_dy_of_float32_rows_keeps_its_digits(rng):
     assert_grads(grads, dy, x, 1, cancels=False)
 
 
+@pytest.mark.parametrize("cols", [15, 768])
+def test_float64_dweight_of_far_float32_rows_keeps_its_digits(rng, cols):
+    x = rng.standard_normal((24, cols), dtype=np.float32) + np.float32(1e4)
+    dy = rng.standard_normal((24, cols))
+    grads = nbnorm.layer_norm_backward(dy, x, cols, np.ones(cols), output_mask=(False, True, False))
+    assert_grads(grads, dy, x, 1, np.ones(cols))
+
+
 def test_float64_statistics_of_float32_rows_keep_their_digits(rng):
     x = rng.standard_normal((24, 768), dtype=np.float32) + np.float32(1e6)
     dy = rng.standard_normal((24, 768), dtype=np.float32)

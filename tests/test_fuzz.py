@@ -38,14 +38,7 @@ INTEGERS = [np.dtype(name) for name in ("bool", "int8", "uint16", "int64")]
 MIXES = [(F32, F32, F32), (F64, F64, F64), (F16, F32, F16), (BFLOAT16, F32, BFLOAT16), (F16, F16, F16), (F32, F64, F32)]
 MIXES += [(dtype, F64, dtype) for dtype in INTEGERS]
 if BY_HAND:
-    MIXES += [
-        (F64, F32, F32),
-        (F32, F16, F16),
-        (BFLOAT16, BFLOAT16, F32),
-        (F16, BFLOAT16, F64),
-        (F32, F32, BFLOAT16),
-        (F16, F64, F16),
-    ]
+    MIXES += [(F32, F16, F16), (BFLOAT16, BFLOAT16, F32), (F16, F64, F16), (F64, F32, F32)]
 ALL = True, True, True
 MASKS = list(itertools.product([True, False], repeat=3))
 
@@ -66,7 +59,7 @@ class Call:
         self.buffer = draw(st.sampled_from([1 << 18, 50, 1]))
         self.streamed = draw(st.sampled_from([sizes.STREAMED_BYTES, 0]))
         # half a second each, too
-        self.has_all_kernels = self.x_dtype == self.parameter_dtype == F32 or (BY_HAND and self.x_dtype != F16)
+        self.has_all_kernels = self.x_dtype == self.parameter_dtype == F32 or (BY_HAND and self.x_dtype == F64)
         self.long_row = draw(st.sampled_from([sizes.LONG_ROW, 0])) if self.has_all_kernels else sizes.LONG_ROW
 
     @property

@@ -61,7 +61,8 @@ def statistics(x, at, cols, element, mode, ahead):
         # in float64 it is enough wherever the row begins, since an element is at most sqrt(cols - 1) standard deviations
         # from the mean (Samuelson 1968); difference of squares has no such limit, and loses digits here
         rest, variance = shifted(x, at, cols, shift, np.float64, ahead)
-    hi, lo = split(shift + rest, 0.0, element)
+    mean, lost = two_sum(shift, 0.0, rest)
+    hi, lo = split(mean, lost, element)
     return hi, lo, variance
 
 
