@@ -169,6 +169,17 @@ def test_float64_dy_of_float32_rows_keeps_its_digits(rng):
     assert_grads(grads, dy, x, 1, cancels=False)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value", "eps"), [(np.float32, 3e37, 1e-5), (np.float32, 1e25, 1e-30), (np.float64, 1e306, 1e-5)]
+)
+@pytest.mark.parametrize("long_row", [0, 1 << 16])
+def test_constant_rows_of_large_numbers(rng, monkeypatch, long_row, dtype, value, eps):
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
+    x = np.full((3, 21), value, dtype)
+    dy = rng.standard_normal(x.shape).astype(dtype)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, 21, eps=eps), dy, x, 1, eps=eps)
+
+
 @pytest.mark.parametrize("cols", [15, 768])
 def test_float64_dweight_of_far_float32_rows_keeps_its_digits(rng, cols):
     x = rng.standard_normal((24, cols), dtype=np.float32) + np.float32(1e4)

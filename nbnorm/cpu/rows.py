@@ -239,7 +239,8 @@ def gradient_sums(dy, x, at, cols, hi, lo, scale, is_given, weight, first, eleme
         j = first + cols - count
         g = multiply_add(load_part(dy, k, count, element, zero), load_part(weight, j, count, element, zero), None)
         g = keep(g - shifts, count)
-        d = (load_part(x, k, count, element, zero) - his - los) * scales
+        # not 0 for the other lanes, which the mean times rstd may take to Inf
+        d = (load_part(x, k, count, element, hi) - his - los) * scales
         block_totals = block_totals + g
         block_projected = multiply_add(g, d, block_projected)
     sum_g = total(totals + widen(block_totals)) + np.float64(shift) * cols
