@@ -21,7 +21,7 @@ FORWARD = [
     # TypeError: a wrong kind of object, dtype or device
     ({"x": None}, TypeError, "x: dtype object; supported are float16, bfloat16, float32, float64"),
     ({"x": "text"}, TypeError, "x: dtype <U4; supported"),
-    ({"x": object()}, TypeError, "x: dtype object; supported"),
+    ({"x": ...}, TypeError, "x: dtype object; supported"),
     ({"x": X.astype(complex)}, TypeError, "x: dtype complex128; supported"),
     ({"x": np.ndarray}, TypeError, "x: dtype object; supported"),
     ({"x": [[np.longdouble(1)] * 4]}, TypeError, f"x: dtype {np.dtype(np.longdouble)}; supported"),
