@@ -39,6 +39,11 @@ def from_float16(builder, raw):
     """Float32 from uint16."""
     if has_half_instructions():
         return builder.fpext(builder.bitcast(raw, _like(raw, ir.HalfType())), _like(raw, F32))
+    return from_float16_by_integers(builder, raw)
+
+
+def from_float16_by_integers(builder, raw):
+    """The same on any processor."""
     bits = builder.zext(raw, _like(raw, I32))
     sign = builder.shl(builder.and_(bits, _constant(bits, 0x8000)), _constant(bits, 16))
     size = builder.shl(builder.and_(bits, _constant(bits, 0x7FFF)), _constant(bits, 13))
