@@ -97,7 +97,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                 hi64, lo64, scale64, factor = state[i, HI], state[i, LO], state[i, RSTD], state[i, FACTOR]
                 if factor == 0.0:
                     hi, lo = split(hi64, lo64, element)
-                    normalise(x_, at, width, hi, lo, element(scale64), weight_, bias_, start, element, streaming, y_)
+                    normalise(x_, ((at, hi, lo, element(scale64)),), width, weight_, bias_, start, element, streaming, y_)
                 else:
                     normalise_rescaled(x_, at, width, factor, hi64, lo64, scale64, weight_, bias_, start, y_)
                 if streaming:

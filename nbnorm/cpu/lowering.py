@@ -141,8 +141,8 @@ def _(source, k):
     def code(builder, source, k):
         raw = _splat(builder, builder.load(builder.gep(source, [k])), LLVM_TYPES[stored])
         if stored == types.uint16:
-            # the instruction that loads one float16 keeps the rest of a register, for whose last value it so waits: with it a
-            # backward of rows of 16 or 32 takes 1.4 times as long
+            # the instruction that loads one float16 keeps the rest of a register, for whose last value it so waits: with it,
+            # a backward of rows of 16 or 32 takes 1.4 times as long
             values = _converted(builder, half.from_float16_by_integers(builder, raw), types.float32, types.float64)
         else:
             values = _decoded(builder, raw, stored, types.float64)

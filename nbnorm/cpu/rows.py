@@ -173,35 +173,34 @@ def merged(parts, width, cols):
 
 
 @inlined
-def normalise(x, at, cols, hi, lo, rstd, weight, bias, first, element, streaming, y):
+def normalise(x, rows, cols, weight, bias, first, element, streaming, y):
     """Write y = (x - mean) * rstd * weight + bias; weight and bias may be None.
 
-    `first` is the column where the segment starts, from which on it takes weight and bias.
+    `rows` is a tuple of where a row, or a segment of one, starts, and its hi, lo and rstd; of several such, which are
+    elsewhere in the same columns. `first` is the first of these.
     """
-    his = fill(hi)
-    los = fill(lo)
-    rstds = fill(rstd)
-    k = at
-    j = first
-    for _ in range(cols >> 4):
-        x_hat = (load(x, k, element) - his - los) * rstds
-        values = multiply_add(x_hat, load(weight, j, element), load(bias, j, element))
-        if streaming:
-            stream(y, k, values)
-        else:
-            store(y, k, values)
-        k += 16
-        j += 16
+    for c in range(cols >> 4):
+        weights = load(weight, first + 16 * c, element)
+        biases = load(bias, first + 16 * c, element)
+        for at, hi, lo, rstd in rows:
+            x_hat = (load(x, at + 16 * c, element) - fill(hi) - fill(lo)) * fill(rstd)
+            values = multiply_add(x_hat, weights, biases)
+            if streaming:
+                stream(y, at + 16 * c, values)
+            else:
+                store(y, at + 16 * c, values)
     count = cols & 15
     if count:
-        x_hat = (load_part(x, k, count, element, element(0)) - his - los) * rstds
-        values = multiply_add(
-            x_hat, load_part(weight, j, count, element, element(0)), load_part(bias, j, count, element, element(0))
-        )
-        if streaming:
-            stream_part(y, k, count, values)
-        else:
-            store_part(y, k, count, values)
+        j = cols - count
+        weights = load_part(weight, first + j, count, element, element(0))
+        biases = load_part(bias, first + j, count, element, element(0))
+        for at, hi, lo, rstd in rows:
+            x_hat = (load_part(x, at + j, count, element, element(0)) - fill(hi) - fill(lo)) * fill(rstd)
+            values = multiply_add(x_hat, weights, biases)
+            if streaming:
+                stream_part(y, at + j, count, values)
+            else:
+                store_part(y, at + j, count, values)
 
 
 @inlined
