@@ -188,7 +188,7 @@ def test_a_helper_that_is_edited(site, run):
     assert run(site, LAYER_NORM) == run(site, LAYER_NORM) == "[[-1.0, 1.0]]"
     helper = site / "nbnorm" / "cpu" / "rows.py"
     source = helper.read_text()
-    edited = source.replace("    rstds = fill(rstd)", "    rstds = fill(rstd * element(2))", 1)
+    edited = source.replace(" * fill(rstd)\n", " * fill(rstd * element(2))\n")
     assert edited != source
     # as old as before
     age = helper.stat()
