@@ -180,6 +180,17 @@ def test_constant_rows_of_large_numbers(rng, monkeypatch, long_row, dtype, value
     assert_grads(nbnorm.layer_norm_backward(dy, x, 21, eps=eps), dy, x, 1, eps=eps)
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(np.float32, 1), (np.float32, 1e37), (np.float64, 1), (np.float64, 1e306)])
+@pytest.mark.parametrize("cols", [21, 300])
+@pytest.mark.parametrize("long_row", [0, 1 << 16])
+def test_what_all_elements_have_in_common_is_no_part_of_dx(rng, monkeypatch, long_row, cols, dtype, scale):
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
+    x = (rng.standard_normal((3, cols)) * scale).astype(dtype)
+    dy = np.full(x.shape, -1.4, dtype)
+    weight = np.full(cols, 0.3, dtype)
+    np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, x, cols, weight).dx, 0)
+
+
 @pytest.mark.parametrize("cols", [15, 768])
 def test_float64_dweight_of_far_float32_rows_keeps_its_digits(rng, cols):
     x = rng.standard_normal((24, cols), dtype=np.float32) + np.float32(1e4)

@@ -24,6 +24,7 @@ from nbnorm.cpu.rows import (
     STATE,
     TWO_SWEEPS,
     add_blocks,
+    first_gradient,
     gradient_sums,
     gradients,
     normalise,
@@ -202,13 +203,16 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                             is_ordinary = smallest <= var + eps <= largest
                             scale = element(1.0 / np.sqrt(var + eps))
                         if is_ordinary:
+                            shift = element(0)
                             totals = 0.0, 0.0
                             if with_dx:
+                                if not is_given:
+                                    shift = first_gradient(dy_, at, weight_, element)
                                 near_one = usable(scale, element)
                                 totals = gradient_sums(
-                                    dy_, x_, at, cols, hi, lo, near_one, is_given, weight_, 0, element, ahead
+                                    dy_, x_, at, cols, hi, lo, near_one, shift, weight_, 0, element, ahead
                                 )
-                            remember(pointer(state), count, hi, lo, scale, totals, cols, element)
+                            remember(pointer(state), count, hi, lo, scale, shift, totals, cols, element)
                     if is_ordinary:
                         count += 1
 
@@ -221,9 +225,9 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 if not is_ordinary:
                     at = r * cols
                     factor, hi64, lo64, scale64, _, rstd64 = rescaled(x_, at, cols, eps)
-                    mean_g, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, hi64, lo64, scale64, weight_)
+                    g_hi, g_lo, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, hi64, lo64, scale64, weight_)
                     gradients_rescaled(
-                        dy_, x_, at, cols, factor, hi64, lo64, scale64, rstd64, mean_g, mean_gx, weight_, 0,
+                        dy_, x_, at, cols, factor, hi64, lo64, scale64, rstd64, g_hi, g_lo, mean_gx, weight_, 0,
                         dx_, dweight_sums, dbias_sums, b * cols,
                     )  # fmt: skip
                     r += 1

@@ -15,6 +15,8 @@ from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS
 from nbnorm.cpu.lanes import fence, pointer
 from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
 from nbnorm.cpu.rows import (
+    G_HI,
+    G_LO,
     HI,
     LO,
     PARTS,
@@ -24,6 +26,7 @@ from nbnorm.cpu.rows import (
     SUM_G,
     VARIANCE,
     add_blocks,
+    first_gradient,
     gradient_sums,
     gradients,
     merged,
@@ -37,8 +40,8 @@ from nbnorm.cpu.rows import (
 SEGMENT = 1 << 14
 # elements of the rows that are worked on together: as many as may stay in a shared cache between the two sweeps
 GROUP_ELEMENTS = 1 << 21
-# what is kept of a row that is rescaled, beside HI, LO and RSTD; FACTOR is 0 for the others
-FACTOR, SCALED_RSTD, MEAN_G, MEAN_GX, RESCALED = range(3, 8)
+# what is kept of a row that is rescaled, beside HI to G_LO; FACTOR is 0 for the others
+FACTOR, SCALED_RSTD, MEAN_GX, RESCALED = range(5, 9)
 # columns whose dweight and dbias a thread sums over all rows: their float64 sums take 32 KiB of the first-level cache, and a
 # backward at (16, 2^20) 0.9 of the time that it takes with twice as many
 COLUMNS = 1 << 11
@@ -151,8 +154,9 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     near_one = usable(element(1.0 / np.sqrt(var + eps)), element)
                 sum_g = projected = 0.0
                 if with_dx:
+                    shift = element(0) if is_given else first_gradient(dy_, at - start, weight_, element)
                     sum_g, projected = gradient_sums(
-                        dy_, x_, at, width, hi, lo, near_one, is_given, weight_, start, element, AHEAD
+                        dy_, x_, at, width, hi, lo, near_one, shift, weight_, start, element, AHEAD
                     )
                 parts[i, PARTS * s + HI] = hi
                 parts[i, PARTS * s + LO] = lo
@@ -165,18 +169,22 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 hi, lo = split(hi64, lo64, element)
                 scale = element(rstd[r]) if is_given else element(1.0 / np.sqrt(var + eps))
                 if is_given or smallest <= var + eps <= largest:
-                    remember(pointer(state), r, hi, lo, scale, (sum_g, projected), cols, element)
+                    shift = element(0)
+                    if with_dx and not is_given:
+                        shift = first_gradient(dy_, r * cols, weight_, element)
+                    remember(pointer(state), r, hi, lo, scale, shift, (sum_g, projected), cols, element)
                     rescaled_state[r, FACTOR] = 0.0
                 else:
                     at = r * cols
                     factor, hi64, lo64, scale64, _, rstd64 = rescaled(x_, at, cols, eps)
-                    mean_g, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, hi64, lo64, scale64, weight_)
+                    g_hi, g_lo, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, hi64, lo64, scale64, weight_)
                     rescaled_state[r, FACTOR] = factor
                     rescaled_state[r, HI] = hi64
                     rescaled_state[r, LO] = lo64
                     rescaled_state[r, SCALED_RSTD] = scale64
                     rescaled_state[r, RSTD] = rstd64
-                    rescaled_state[r, MEAN_G] = mean_g
+                    rescaled_state[r, G_HI] = g_hi
+                    rescaled_state[r, G_LO] = g_lo
                     rescaled_state[r, MEAN_GX] = mean_gx
 
         # the gradients of some columns
@@ -201,7 +209,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                         row = rescaled_state[r]
                         gradients_rescaled(
                             dy_, x_, at, width, row[FACTOR], row[HI], row[LO], row[SCALED_RSTD],
-                            row[RSTD], row[MEAN_G], row[MEAN_GX], weight_, start, dx_, dweight_sums, dbias_sums, sums_at,
+                            row[RSTD], row[G_HI], row[G_LO], row[MEAN_GX], weight_, start,
+                            dx_, dweight_sums, dbias_sums, sums_at,
                         )  # fmt: skip
                         r += 1
                         continue

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from nbnorm.cpu.lanes import load_one, store_one
-from nbnorm.cpu.rows import inlined, two_sum
+from nbnorm.cpu.rows import first_gradient, inlined, two_sum
 
 
 @inlined
@@ -60,23 +60,25 @@ def normalise_rescaled(x, at, cols, factor, hi, lo, rstd, weight, bias, first, y
 
 @inlined
 def gradient_means_rescaled(dy, x, at, cols, factor, hi, lo, rstd, weight):
-    """The means of g and of g * x_hat, for a row that is `rescaled`."""
+    """The means of g, in two parts, and of g * x_hat, for a row that is `rescaled`."""
+    shift = first_gradient(dy, at, weight, np.float64)
     mean_g = mean_gx = mean_x_hat = 0.0
     for j in range(cols):
         g = load_one(dy, at + j)
         if weight is not None:
             g *= load_one(weight, j)
         x_hat = (load_one(x, at + j) * factor - hi - lo) * rstd
-        mean_g += g / cols
-        mean_gx += g * x_hat / cols
+        mean_g += (g - shift) / cols
+        mean_gx += (g - shift) * x_hat / cols
         mean_x_hat += x_hat / cols
+    g_hi, g_lo = two_sum(shift, 0.0, mean_g)
     # the last is 0 but for rounding
-    return mean_g, mean_gx - mean_g * mean_x_hat
+    return g_hi, g_lo, mean_gx - mean_g * mean_x_hat
 
 
 @inlined
 def gradients_rescaled(
-    dy, x, at, cols, factor, hi, lo, scaled_rstd, rstd, mean_g, mean_gx, weight, first, dx, dweight, dbias, sums_at
+    dy, x, at, cols, factor, hi, lo, scaled_rstd, rstd, g_hi, g_lo, mean_gx, weight, first, dx, dweight, dbias, sums_at
 ):
     """As `gradients`, for one row that is `rescaled`."""
     for j in range(cols):
@@ -89,4 +91,4 @@ def gradients_rescaled(
         if dx is not None:
             if weight is not None:
                 g *= load_one(weight, first + j)
-            store_one(dx, at + j, (g - mean_g - x_hat * mean_gx) * rstd)
+            store_one(dx, at + j, (g - g_hi - g_lo - x_hat * mean_gx) * rstd)

@@ -204,20 +204,26 @@ def normalise(x, rows, cols, weight, bias, first, element, streaming, y):
 
 
 @inlined
-def gradient_sums(dy, x, at, cols, hi, lo, scale, is_given, weight, first, element, ahead):
-    """The sums over a row of g and of g * (x - mean), where g = dy * weight.
+def first_gradient(dy, at, weight, element):
+    """What dy * weight is in the first column of the row that starts at `at`."""
+    g = element(load_one(dy, at))
+    if weight is not None:
+        g = g * element(load_one(weight, 0))
+    return g
 
-    Of g, what it differs from its first element is summed, so that a large mean of g costs no digits: the sum of x - mean
-    being 0, the second sum is the same. A mean that is given may be another than the row's. `scale` brings x - mean near 1,
-    so that no product is lost to underflow.
+
+@inlined
+def gradient_sums(dy, x, at, cols, hi, lo, scale, shift, weight, first, element, ahead):
+    """The sums over a row of g - shift and of (g - shift) * (x - mean), where g = dy * weight.
+
+    With a shift that is near g, a large mean of g costs no digits: the sum of x - mean being 0, the second sum is that of
+    g * (x - mean). A mean that is given may be another than the row's, and takes a shift of 0. `scale` brings x - mean near
+    1, so that no product is lost to underflow.
     """
     his = fill(hi)
     los = fill(lo)
     scales = fill(scale)
     zero = element(0)
-    shift = element(0 if is_given else load_one(dy, at))
-    if weight is not None:
-        shift = shift * element(load_one(weight, first))
     shifts = fill(shift)
     totals = projected = fill(0.0)
     for block in range(cols // BLOCK):
@@ -242,8 +248,7 @@ def gradient_sums(dy, x, at, cols, hi, lo, scale, is_given, weight, first, eleme
         d = (load_part(x, k, count, element, hi) - his - los) * scales
         block_totals = block_totals + g
         block_projected = multiply_add(g, d, block_projected)
-    sum_g = total(totals + widen(block_totals)) + np.float64(shift) * cols
-    return sum_g, total(projected + widen(block_projected)) / np.float64(scale)
+    return total(totals + widen(block_totals)), total(projected + widen(block_projected)) / np.float64(scale)
 
 
 @inlined
@@ -267,12 +272,12 @@ def usable(scale, element):
 
 
 @inlined
-def remember(state, i, hi, lo, rstd, sums, cols, element):
+def remember(state, i, hi, lo, rstd, shift, sums, cols, element):
     """Keep what `gradients` needs of a row, from its statistics and its `gradient_sums`."""
     totals, projected = sums
     per_element = 1.0 / np.float64(cols)
-    mean_g = totals * per_element
-    g_hi, g_lo = split(mean_g, 0.0, element)
+    mean_g, lost = two_sum(np.float64(shift), 0.0, totals * per_element)
+    g_hi, g_lo = split(mean_g, lost, element)
     state[STATE * i + HI] = hi
     state[STATE * i + LO] = lo
     state[STATE * i + RSTD] = rstd
