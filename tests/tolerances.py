@@ -66,7 +66,7 @@ def assert_statistics(mean, rstd, x, ndim, eps=1e-5, use_diff_of_squares=False, 
 @np.errstate(all="ignore")
 def assert_grads(
     grads, dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=False, cancels=True,
-    gradient_eps=GRADIENT_EPS, sums="float64", mean=None, rstd=None,
+    gradient_eps=GRADIENT_EPS, sums="float64", mean=None, rstd=None, rows_alike=False,
 ):  # fmt: skip
     """Within 8 eps: dx of |dx| + the row's largest |dx|; dweight and dbias of themselves + the root of their terms' squares,
     as random sums grow.
@@ -75,6 +75,8 @@ def assert_grads(
 
     With `cancels`, dx may be small against the terms that it is a difference of, and is measured against the largest of
     them: no arithmetic in the dtype can do better for, say, rows of two elements, whose dx is nearly zero.
+
+    With `rows_alike`, all additions of a float64 sum over n rows may be rounded the same way: by n / 4 eps of it in all.
     """
     exact_dx, exact_dweight, exact_dbias = oracle.backward(dy, x, ndim, weight, eps, mean=mean, rstd=rstd)
     dy = np.asarray(dy).astype(oracle.WIDE)
@@ -103,8 +105,10 @@ def assert_grads(
     ):
         if value is not None:
             relative = gradient_eps * EPS[value.dtype.name] + np.max(rstd_error, initial=0)
-            root = np.sqrt((terms * terms).sum(tuple(range(terms.ndim - ndim))))
-            _assert_close(name, value, exact, relative * (np.abs(exact) + root))
+            batch = tuple(range(terms.ndim - ndim))
+            root = np.sqrt((terms * terms).sum(batch))
+            additions = EPS["float64"] / 4 * len(terms) * np.abs(terms).sum(batch) if rows_alike else 0
+            _assert_close(name, value, exact, relative * (np.abs(exact) + root) + additions)
 
 
 def _rstd_error(x, ndim, eps, sums="float64"):
