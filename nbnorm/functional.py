@@ -106,10 +106,10 @@ def layer_norm(
     array([[ 2.5],
            [15. ]])
     """
-    if return_stats is False and stream is None:
-        y = cpu.quick.forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out)
-        if y is not None:
-            return y
+    if stream is None:
+        result = cpu.quick.forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+        if result is not None:
+            return LayerNormResult(*result) if return_stats else result
     if arrays.is_cuda(x):
         call = x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream
         cuda = _cuda()
@@ -213,8 +213,8 @@ def layer_norm_backward(
     >>> dbias
     array([1., 1., 0., 0.])
     """
-    if mean is None and rstd is None and stream is None:
-        grads = cpu.quick.backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, output_mask, out)
+    if stream is None:
+        grads = cpu.quick.backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, output_mask, out, mean, rstd)
         if grads is not None:
             return LayerNormGrads(*grads)
     if arrays.is_cuda(x):

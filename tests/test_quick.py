@@ -27,18 +27,27 @@ def test_the_same_bits(operands, shape, normalized_shape):
     x, dy, weight, bias = operands
     x, dy = x[: np.prod(shape) // COLS].reshape(shape), dy[: np.prod(shape) // COLS].reshape(shape)
     y = quick.forward(x, normalized_shape, weight, bias, 1e-5, False)
-    long_way = nbnorm.layer_norm(x, normalized_shape, weight, bias, return_stats=True).y
-    np.testing.assert_array_equal(y, long_way)
+    # a list goes the long way
+    expected = nbnorm.layer_norm(x, [COLS], weight, bias, return_stats=True)
+    np.testing.assert_array_equal(y, expected.y)
     out = np.empty_like(x)
     assert quick.forward(x, normalized_shape, weight, bias, 1e-5, False, out) is out
-    np.testing.assert_array_equal(out, long_way)
+    np.testing.assert_array_equal(out, expected.y)
     in_place = x.copy()
     assert quick.forward(in_place, normalized_shape, weight, bias, 1e-5, False, in_place) is in_place
-    np.testing.assert_array_equal(in_place, long_way)
-    grads = quick.backward(dy, x, normalized_shape, weight, 1e-5, False, (True, True, True))
-    expected = nbnorm.layer_norm_backward(dy, x, normalized_shape, weight, out=(np.empty_like(x), None, None))
-    for grad, value in zip(grads, expected, strict=True):
-        np.testing.assert_array_equal(grad, value)
+    np.testing.assert_array_equal(in_place, expected.y)
+    result = quick.forward(x, normalized_shape, weight, bias, 1e-5, False, None, True)
+    assert_same(result, expected)
+    mask = (True, True, True)
+    for statistics in ({}, {"mean": expected.mean, "rstd": expected.rstd}):
+        grads = nbnorm.layer_norm_backward(dy, x, [COLS], weight, **statistics)
+        assert_same(quick.backward(dy, x, normalized_shape, weight, 1e-5, False, mask, **statistics), grads)
+
+
+def assert_same(results, expected):
+    for result, value in zip(results, expected, strict=True):
+        assert (result.shape, result.dtype) == (value.shape, value.dtype)
+        np.testing.assert_array_equal(result, value)
 
 
 @pytest.mark.parametrize("mask", [(True, True, True), (True, False, True), (True, False, False)])
@@ -46,8 +55,7 @@ def test_the_same_bits(operands, shape, normalized_shape):
 def test_gradients_into_out(operands, shape, mask):
     x, dy, weight, _ = operands
     x, dy = x[: np.prod(shape) // COLS].reshape(shape), dy[: np.prod(shape) // COLS].reshape(shape)
-    # a list goes the long way
-    expected = nbnorm.layer_norm_backward(dy, x, COLS, weight, output_mask=mask, out=[None] * 3)
+    expected = nbnorm.layer_norm_backward(dy, x, [COLS], weight, output_mask=mask)
     in_place_of_x, in_place_of_dy, in_place_of_weight = x.copy(), dy.copy(), weight.copy()
     for arrays, *out in (
         ((dy, x, weight), np.empty_like(x), np.empty_like(weight), np.empty_like(weight)),
@@ -71,13 +79,11 @@ def test_the_same_bits_in_16_bits(rng, dtype, shape):
     wide = rng.standard_normal((2, COLS), np.float32)
     narrow = wide.astype(dtype)
     for weight, bias in ((*wide,), (*narrow,), (wide[0], narrow[1]), (narrow[0], None), (None, wide[1])):
-        expected = nbnorm.layer_norm(x, COLS, weight, bias, return_stats=True).y
-        y = quick.forward(x, COLS, weight, bias, 1e-5, False)
-        assert y.dtype == dtype
-        np.testing.assert_array_equal(y, expected)
+        expected = nbnorm.layer_norm(x, [COLS], weight, bias, return_stats=True)
+        assert_same(quick.forward(x, COLS, weight, bias, 1e-5, False, None, True), expected)
         in_place = x.copy()
         assert quick.forward(in_place, COLS, weight, bias, 1e-5, False, in_place) is in_place
-        np.testing.assert_array_equal(in_place, expected)
+        np.testing.assert_array_equal(in_place, expected.y)
     swapped = x.dtype.newbyteorder()
     for array in (x[..., ::-1], x.view(np.uint16), x.view(np.int16), x.astype(swapped)):
         assert quick.forward(array, COLS, None, wide[1], 1e-5, False) is None
@@ -85,6 +91,66 @@ def test_the_same_bits_in_16_bits(rng, dtype, shape):
     other = ml_dtypes.bfloat16 if dtype == np.float16 else np.float16
     for bias in (wide[1].astype(np.float64), wide[1].astype(other), narrow[1].astype(swapped), wide[1:]):
         assert quick.forward(x, COLS, None, bias, 1e-5, False) is None
+
+
+@pytest.mark.parametrize("shape", [(6, COLS), (2, 3, COLS), (COLS,)])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_gradients_of_16_bits(rng, dtype, shape):
+    x, dy = rng.standard_normal((2, *shape), np.float32).astype(dtype)
+    weight = rng.standard_normal(COLS, np.float32)
+    _, mean, rstd = nbnorm.layer_norm(x, COLS, weight, return_stats=True)
+    for statistics in ({}, {"mean": mean, "rstd": rstd}):
+        for mask in ((True, True, True), (True, False, True)):
+            expected = nbnorm.layer_norm_backward(dy, x, [COLS], weight, output_mask=mask, **statistics)
+            out = tuple(None if value is None else np.empty_like(value) for value in expected)
+            for outs in (None, out):
+                grads = quick.backward(dy, x, COLS, weight, 1e-5, False, mask, outs, **statistics)
+                for grad, value in zip(grads, expected, strict=True):
+                    assert (grad is None) == (value is None)
+                    assert value is None or grad.dtype == value.dtype
+                    np.testing.assert_array_equal(grad, value)
+    # parameters of the same dtype take wider sums, and none at all dx's dtype
+    for other in (weight.astype(dtype), None):
+        nbnorm.layer_norm_backward(dy, x, COLS, other)
+        assert quick.backward(dy, x, COLS, other, 1e-5, False, (True, True, True)) is None
+
+
+@pytest.mark.compiled
+def test_statistics_that_are_left_to_the_checks(operands):
+    x, dy, weight, bias = operands
+    assert quick.forward(x, COLS, weight, bias, 1e-5, False, None, 1) is None
+    mask = (True, True, True)
+    _, mean, rstd = nbnorm.layer_norm(x, COLS, weight, bias, return_stats=True)
+    expected = nbnorm.layer_norm_backward(dy, x, COLS, weight, mean=mean, rstd=rstd)
+    other = np.float64 if x.dtype == np.float32 else np.float32
+    swapped = mean.astype(x.dtype.newbyteorder())
+    for wrong in (None, mean.tolist(), mean[0], mean[:, 0], mean.astype(other), swapped, np.repeat(mean, 2, 1)[:, :1]):
+        assert quick.backward(dy, x, COLS, weight, 1e-5, False, mask, None, wrong, rstd) is None
+        assert quick.backward(dy, x, COLS, weight, 1e-5, False, mask, None, mean, wrong) is None
+    # within what is written
+    for name in ("mean", "rstd"):
+        statistics = {"mean": mean, "rstd": rstd}
+        dx = np.zeros_like(x)
+        within = dx[0, :6].reshape(6, 1)
+        within[...] = statistics[name]
+        statistics[name] = within
+        out = (dx, None, None)
+        assert quick.backward(dy, x, COLS, weight, 1e-5, False, mask, out, **statistics) is None
+        assert_same(nbnorm.layer_norm_backward(dy, x, COLS, weight, out=out, **statistics), expected)
+
+
+@pytest.mark.compiled
+def test_a_step_of_training_goes_the_short_way(operands, monkeypatch):
+    x, dy, weight, bias = operands
+
+    def step():
+        y, mean, rstd = nbnorm.layer_norm(x, COLS, weight, bias, return_stats=True)
+        return y, *nbnorm.layer_norm_backward(dy, x, COLS, weight, mean=mean, rstd=rstd)
+
+    expected = step()
+    monkeypatch.setattr("nbnorm.checks.forward", None)
+    monkeypatch.setattr("nbnorm.checks.backward", None)
+    assert_same(step(), expected)
 
 
 @pytest.mark.compiled

@@ -129,10 +129,13 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
             )
             if with_dx:
                 store(dx_rows, dx[index], dx_buffer)
-        same = problem.dtype == problem.weight_dtype == dy.dtype == dtype
-        if with_dx and same and mean is None and problem.cols <= sizes.LONG_ROW:
-            is_diff_of_squares = problem.variance == "diff_of_squares"
-            quick.BACKWARD[dtype, weight is None, output_mask, is_diff_of_squares, workers] = kernel
+        is_usual = (
+            problem.dtype == dy.dtype and dtype == wide_dtype(problem.dtype) == problem.weight_dtype == statistics_dtype
+        )
+        if with_dx and is_usual and problem.cols <= sizes.LONG_ROW:
+            mode = problem.variance == "diff_of_squares" if mean is None else None
+            key = problem.dtype, weight is None, output_mask, mode, workers
+            quick.BACKWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         dweight.fill(0)
         dbias.fill(0)
