@@ -19,8 +19,11 @@ from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, nor
 from nbnorm.cpu.rows import (
     DIFF_OF_SQUARES,
     DIFF_OF_SQUARES_64,
+    HI,
+    LO,
     ONE_SWEEP,
     ONE_SWEEP_64,
+    RSTD,
     STATE,
     TWO_SWEEPS,
     add_blocks,
@@ -49,6 +52,9 @@ AHEAD = 2048
 # rows whose dweight and dbias are summed in registers: as many as fit the first-level cache, at most so many
 GROUP_ROWS = 4
 GROUP_ELEMENTS = 1 << 14
+# and of short rows
+SHORT_GROUP_ROWS = 16
+SHORT_GROUP_ELEMENTS = 1 << 10
 
 
 def _inputs(dtype, ndim):
@@ -182,39 +188,40 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         dx_ = pointer(dx) if with_dx else None
         dweight_sums = pointer(sums[0]) if with_dweight else None
         dbias_sums = pointer(sums[-1]) if with_dbias else None
-        group_rows = max(1, min(GROUP_ROWS, GROUP_ELEMENTS // cols))
+        group_rows = max(1, min(GROUP_ROWS, GROUP_ELEMENTS // cols), min(SHORT_GROUP_ROWS, SHORT_GROUP_ELEMENTS // cols))
         ahead = cols * max(group_rows, -(-AHEAD // cols))
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
             state = np.empty(STATE * group_rows, element)
             r = max(b * block_rows - first, 0)
             stop = min((b + 1) * block_rows - first, rows)
             while r < stop:
-                # statistics and means of the rows of a group, up to one that needs another arithmetic
+                # statistics of the rows of a group, up to one that needs another arithmetic
                 count = 0
                 is_ordinary = True
                 while is_ordinary and count < group_rows and r + count < stop:
-                    at = (r + count) * cols
                     if needs_statistics:
                         if is_given:
                             hi, lo = split(np.float64(mean[r + count]), 0.0, element)
                             scale = element(rstd[r + count])
                         else:
-                            hi, lo, var = statistics(x_, at, cols, element, mode, ahead)
+                            hi, lo, var = statistics(x_, (r + count) * cols, cols, element, mode, ahead)
                             is_ordinary = smallest <= var + eps <= largest
                             scale = element(1.0 / np.sqrt(var + eps))
-                        if is_ordinary:
-                            shift = element(0)
-                            totals = 0.0, 0.0
-                            if with_dx:
-                                if not is_given:
-                                    shift = first_gradient(dy_, at, weight_, element)
-                                near_one = usable(scale, element)
-                                totals = gradient_sums(
-                                    dy_, x_, at, cols, hi, lo, near_one, shift, weight_, 0, element, ahead
-                                )
-                            remember(pointer(state), count, hi, lo, scale, shift, totals, cols, element)
+                        state[STATE * count + HI] = hi
+                        state[STATE * count + LO] = lo
+                        state[STATE * count + RSTD] = scale
                     if is_ordinary:
                         count += 1
+
+                # their means, in a loop of its own: a processor works on several rows while they wait for square roots
+                for i in range(count if with_dx else 0):
+                    at = (r + i) * cols
+                    hi, lo, scale = state[STATE * i + HI], state[STATE * i + LO], state[STATE * i + RSTD]
+                    shift = element(0) if is_given else first_gradient(dy_, at, weight_, element)
+                    totals = gradient_sums(
+                        dy_, x_, at, cols, hi, lo, usable(scale, element), shift, weight_, 0, element, ahead
+                    )
+                    remember(pointer(state), i, scale, shift, totals, cols, element)
 
                 # the gradients of the group, then of that row
                 gradients(

@@ -172,7 +172,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     shift = element(0)
                     if with_dx and not is_given:
                         shift = first_gradient(dy_, r * cols, weight_, element)
-                    remember(pointer(state), r, hi, lo, scale, shift, (sum_g, projected), cols, element)
+                    state[r, HI], state[r, LO], state[r, RSTD] = hi, lo, scale
+                    remember(pointer(state), r, scale, shift, (sum_g, projected), cols, element)
                     rescaled_state[r, FACTOR] = 0.0
                 else:
                     at = r * cols

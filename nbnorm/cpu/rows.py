@@ -272,15 +272,12 @@ def usable(scale, element):
 
 
 @inlined
-def remember(state, i, hi, lo, rstd, shift, sums, cols, element):
-    """Keep what `gradients` needs of a row, from its statistics and its `gradient_sums`."""
+def remember(state, i, rstd, shift, sums, cols, element):
+    """Keep what `gradients` needs of a row beside its statistics, from its `gradient_sums`."""
     totals, projected = sums
     per_element = 1.0 / np.float64(cols)
     mean_g, lost = two_sum(np.float64(shift), 0.0, totals * per_element)
     g_hi, g_lo = split(mean_g, lost, element)
-    state[STATE * i + HI] = hi
-    state[STATE * i + LO] = lo
-    state[STATE * i + RSTD] = rstd
     state[STATE * i + G_HI] = g_hi
     state[STATE * i + G_LO] = g_lo
     state[STATE * i + SLOPE] = -element(projected * per_element * np.float64(rstd)) * rstd
