@@ -169,11 +169,10 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 hi, lo = split(hi64, lo64, element)
                 scale = element(rstd[r]) if is_given else element(1.0 / np.sqrt(var + eps))
                 if is_given or smallest <= var + eps <= largest:
-                    shift = element(0)
-                    if with_dx and not is_given:
-                        shift = first_gradient(dy_, r * cols, weight_, element)
                     state[r, HI], state[r, LO], state[r, RSTD] = hi, lo, scale
-                    remember(pointer(state), r, scale, shift, (sum_g, projected), cols, element)
+                    if with_dx:
+                        shift = element(0) if is_given else first_gradient(dy_, r * cols, weight_, element)
+                        remember(pointer(state), r, scale, shift, (sum_g, projected), cols, element)
                     rescaled_state[r, FACTOR] = 0.0
                 else:
                     at = r * cols

@@ -68,10 +68,10 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
         if (out is not x and may_share_memory(out, x)) or may_share_memory(out, weight) or may_share_memory(out, bias):
             return None
     mean = rstd = absent
-    if return_stats is not False:
-        if return_stats is not True:
-            return None
+    if return_stats is True:
         mean, rstd = empty(size // normalized_shape, wide), empty(size // normalized_shape, wide)
+    elif return_stats is not False:
+        return None
     x_rows, y_rows = x, y
     if len(shape) != 2:
         x_rows, y_rows = x.reshape(-1, normalized_shape), y.reshape(-1, normalized_shape)
