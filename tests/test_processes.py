@@ -48,6 +48,21 @@ def has_help():
 def is_right(results):
     return all(np.array_equal(a, b) for a, b in zip(results, expected, strict=True))
 
+def let_ours_work():
+    parallel.many, parallel._paused_until = parallel.OURS, 0.0
+
+def call_beside(theirs):
+    # for seconds, while another thread does what is theirs
+    stop = time.monotonic() + 2
+    def work():
+        while time.monotonic() < stop:
+            theirs()
+    thread = threading.Thread(target=work)
+    thread.start()
+    while time.monotonic() < stop:
+        assert is_right(call())
+    thread.join()
+
 def child(work):
     # the exit status of a forked process, 99 for one that hangs
     pid = os.fork()
@@ -103,43 +118,23 @@ def own(a):
 a = np.zeros(100_000)
 own(a)
 expect()
-stop = time.monotonic() + 2
-def theirs():
-    while time.monotonic() < stop:
-        own(a)
-thread = threading.Thread(target=theirs)
-thread.start()
-while time.monotonic() < stop:
-    assert is_right(call())
-thread.join()
+call_beside(lambda: own(a))
 """,
     "beside the threads of a matrix product": """
 expect()
 a = rng.standard_normal((300, 300))
 product = a @ a
-stop = time.monotonic() + 2
 def theirs():
-    while time.monotonic() < stop:
-        assert np.array_equal(a @ a, product)
-thread = threading.Thread(target=theirs)
-thread.start()
-while time.monotonic() < stop:
-    assert is_right(call())
-thread.join()
+    assert np.array_equal(a @ a, product)
+call_beside(theirs)
 """,
     "beside the threads of torch": """
 import torch
 expect()
 a = torch.ones(1_000_000)
-stop = time.monotonic() + 2
 def theirs():
-    while time.monotonic() < stop:
-        assert float((a + a).sum()) == 2_000_000
-theirs_thread = threading.Thread(target=theirs)
-theirs_thread.start()
-while time.monotonic() < stop:
-    assert is_right(call())
-theirs_thread.join()
+    assert float((a + a).sum()) == 2_000_000
+call_beside(theirs)
 assert child(lambda: is_right(call())) == 0
 """,
     "a forked child, a grandchild, a daemon, and a fork from another thread": """
@@ -187,7 +182,7 @@ thread.join()
     "signals while our threads work": """
 expect()
 assert is_right(call())
-parallel.many, parallel._paused_until = parallel.OURS, 0.0
+let_ours_work()
 x = np.tile(x, (40, 1))
 expected = nbnorm.layer_norm(x, 768, weight, bias)
 out = np.empty_like(x)
@@ -251,7 +246,8 @@ affinity = os.sched_getaffinity(0)
 for count in range(1, numba.config.NUMBA_NUM_THREADS + 1):
     numba.set_num_threads(count)
     assert is_right(call())
-    chosen, parallel.many, parallel._paused_until = parallel.many, parallel.OURS, 0.0
+    chosen = parallel.many
+    let_ours_work()
     came.clear()
     assert is_right(call())
     assert 1 <= len(came) <= count or count == 1
@@ -274,7 +270,7 @@ assert is_right(call())
     "a thread that cannot be started": """
 expect()
 assert is_right(call())
-parallel.many, parallel._paused_until = parallel.OURS, 0.0
+let_ours_work()
 threads._in_child()
 def refuse(self):
     raise RuntimeError("can't start new thread")
@@ -286,7 +282,7 @@ assert is_right(call()) and has_help()
     "calls while the interpreter ends": """
 import atexit
 expect()
-parallel.many, parallel._paused_until = parallel.OURS, 0.0
+let_ours_work()
 def last():
     assert is_right(call())
     print("done at the end")
@@ -333,7 +329,7 @@ assert subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(cod
     "a handler of signals that calls and forks": """
 expect()
 assert is_right(call())
-parallel.many, parallel._paused_until = parallel.OURS, 0.0
+let_ours_work()
 statuses = []
 def handler(*_):
     statuses.append(child(lambda: is_right(call())))
