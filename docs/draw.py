@@ -81,7 +81,8 @@ def architecture(path):
     box(panel, 31, 29, 30, 7, "arrays.py", ["array type: device and library"], ORANGE)
     box(panel, 7, 42, 34, 7.5, "cpu/__init__.py", ["into rows (staging.py);", "whose threads? (parallel.py)"], BLUE)
     box(panel, 51, 42, 34, 7.5, "cuda/__init__.py", ["into rows (layout.py, strided.py);", "launch.py"], GREEN)
-    box(panel, 7, 56.5, 34, 8, "cpu/kernels.py, long_rows.py", ["@njit, serial and parallel:", "the same bits"], BLUE)
+    lines = ["short_rows.py, long_rows.py; @njit,", "serial and parallel: the same bits"]
+    box(panel, 7, 56.5, 34, 8, "cpu/kernels.py", lines, BLUE)
     box(panel, 51, 56.5, 34, 8, "cuda/kernels.py, combine.py", ["@cuda.jit: enqueued,", "not waited for"], GREEN)
     box(panel, 2, 24, 17, 9, "cpu/quick.py", ["knows what most", "calls look like"], BLUE)
     box(panel, 73, 24, 17, 9, "cuda/quick.py", ["knows calls that", "were made before"], GREEN)

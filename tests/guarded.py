@@ -126,6 +126,8 @@ WAYS = [
     {},
     {(sizes, "STREAMED_BYTES"): 0},
     {(sizes, "LONG_ROW"): 0, (sizes, "STREAMED_BYTES"): 0},
+    {(sizes, "SHORT_ROW"): 0},
+    {(sizes, "SHORT_ROW"): 0, (sizes, "STREAMED_BYTES"): 0},
     {(staging, "BUFFER_ELEMENTS"): 1},
 ]
 
@@ -139,8 +141,8 @@ def run(dtypes=DTYPES, whose=(parallel.ONE, parallel.NUMBAS), modes=(False, True
         elements = 0 if is_parallel else float("inf")
         with patch.multiple(parallel, from_elements=elements, many=workers, _is_decided=True, STALL_SECONDS=float("inf")):
             for dtype, way, has_parameters, mode in itertools.product(dtypes, WAYS, (True, False), modes):
-                # the kernels for long rows, and the parallel ones, are of the same source for all
-                if dtype != np.float32 and (is_parallel or (sizes, "LONG_ROW") in way):
+                # these kernels, and the parallel ones, are of the same source for all
+                if dtype != np.float32 and (is_parallel or {(sizes, "LONG_ROW"), (sizes, "SHORT_ROW")} & way.keys()):
                     continue
                 with ExitStack() as stack:
                     for (module, name), value in way.items():

@@ -55,12 +55,13 @@ class Call:
         self.use_diff_of_squares = draw(st.booleans())
         self.eps = draw(EPS)
         self.operands = {}
-        # by way of buffers of a few rows, past the caches, by the kernels for long rows
+        # by way of buffers of a few rows, past the caches, by the kernels for long rows, not by those for short rows
         self.buffer = draw(st.sampled_from([1 << 18, 50, 1]))
         self.streamed = draw(st.sampled_from([sizes.STREAMED_BYTES, 0]))
         # half a second each, too
         self.has_all_kernels = self.x_dtype == self.parameter_dtype == F32 or (BY_HAND and self.x_dtype == F64)
         self.long_row = draw(st.sampled_from([sizes.LONG_ROW, 0])) if self.has_all_kernels else sizes.LONG_ROW
+        self.short_row = draw(st.sampled_from([sizes.SHORT_ROW, 0])) if self.has_all_kernels else sizes.SHORT_ROW
 
     @property
     def shape(self):
@@ -98,6 +99,7 @@ class Call:
             patch.object(staging, "BUFFER_ELEMENTS", self.buffer),
             patch.object(sizes, "STREAMED_BYTES", self.streamed),
             patch.object(sizes, "LONG_ROW", self.long_row),
+            patch.object(sizes, "SHORT_ROW", self.short_row),
         ):
             return function(
                 **arrays | arguments, normalized_shape=shape, eps=self.eps, use_diff_of_squares=self.use_diff_of_squares

@@ -111,3 +111,42 @@ def test_sums_are_taken_in_the_order_that_lanes_says(rng):
 
     for source in rng.standard_normal((100, 16)).astype(np.float32):
         assert compiled(source) == lanes.total(source)
+
+
+def test_arithmetic_of_lanes(rng):
+    @njit
+    def compiled(a, b, quotients, roots, clipped, narrowed):
+        values, others = lanes.load(lanes.pointer(a), 0, np.float64), lanes.load(lanes.pointer(b), 0, np.float64)
+        lanes.store(lanes.pointer(quotients), 0, values / others)
+        lanes.store(lanes.pointer(roots), 0, lanes.root(others))
+        lanes.store(lanes.pointer(clipped), 0, lanes.at_least_zero(values))
+        lanes.store(lanes.pointer(narrowed), 0, lanes.narrow(values, np.float32))
+
+    a = rng.standard_normal(16)
+    b = np.abs(rng.standard_normal(16))
+    a[3], a[4], a[5] = np.nan, -np.inf, 1 + 2.0**-24
+    results = np.empty((3, 16))
+    narrowed = np.empty(16, np.float32)
+    compiled(a, b, *results, narrowed)
+    np.testing.assert_array_equal(results, [a / b, np.sqrt(b), np.maximum(a, 0)])
+    np.testing.assert_array_equal(results[2], lanes.at_least_zero(a))
+    np.testing.assert_array_equal(narrowed, a.astype(np.float32))
+
+
+def test_totals_of_sixteen_rows_are_those_of_each(rng):
+    @njit
+    def compiled(source, destination):
+        sums = lanes.scratch(140, np.float64)
+        for i in range(16):
+            lanes.store_folded(sums, 3 + 8 * i, lanes.load(lanes.pointer(source), 16 * i, np.float64))
+        lanes.store(lanes.pointer(destination), 0, lanes.totals(sums, 3))
+
+    source = rng.standard_normal((16, 16))
+    destination = np.empty(16)
+    expected = [lanes.total(row) for row in source]
+    compiled(source, destination)
+    np.testing.assert_array_equal(destination, expected)
+    sums = lanes.scratch(140, np.float64)
+    for i in range(16):
+        lanes.store_folded(sums, 3 + 8 * i, source[i])
+    np.testing.assert_array_equal(lanes.totals(sums, 3), expected)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm.arrays import convert
-from nbnorm.cpu import kernels, long_rows, memory, parallel, quick, sizes, threads
+from nbnorm.cpu import kernels, long_rows, memory, parallel, quick, short_rows, sizes, threads
 from nbnorm.cpu.lanes import to_odd
 from nbnorm.cpu.parallel import NUMBAS, OURS
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, row_blocks, rows_of, storage, store
@@ -45,7 +45,7 @@ def forward(problem, x, weight, bias, out, return_stats):
             store(y_rows, y[index], y_buffer)
         if dtype == wide_dtype(problem.dtype) and problem.cols <= sizes.LONG_ROW:
             is_diff_of_squares = problem.variance == "diff_of_squares"
-            key = problem.dtype, weight is None, bias is None, is_diff_of_squares, workers
+            key = problem.dtype, problem.cols < sizes.SHORT_ROW, weight is None, bias is None, is_diff_of_squares, workers
             quick.FORWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         # a row of no columns has no mean
@@ -134,7 +134,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         )
         if with_dx and is_usual and problem.cols <= sizes.LONG_ROW:
             mode = problem.variance == "diff_of_squares" if mean is None else None
-            key = problem.dtype, weight is None, output_mask, mode, workers
+            key = problem.dtype, problem.cols < sizes.SHORT_ROW, weight is None, output_mask, mode, workers
             quick.BACKWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         dweight.fill(0)
@@ -148,7 +148,9 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
 
 
 def _kernels(problem):
-    return long_rows if problem.cols > sizes.LONG_ROW else kernels
+    if problem.cols > sizes.LONG_ROW:
+        return long_rows
+    return short_rows if problem.cols < sizes.SHORT_ROW else kernels
 
 
 def _is_streamed(result, *inputs):

@@ -14,17 +14,13 @@ from numba import from_dtype, prange, types
 
 from nbnorm.cpu import lowering  # noqa: F401  teaches Numba the operations on lanes
 from nbnorm.cpu.compiled import compiled
-from nbnorm.cpu.lanes import fence, pointer
+from nbnorm.cpu.lanes import fence, pointer, scratch
 from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
 from nbnorm.cpu.rows import (
     DIFF_OF_SQUARES,
     DIFF_OF_SQUARES_64,
-    HI,
-    LO,
     ONE_SWEEP,
     ONE_SWEEP_64,
-    RSTD,
-    STATE,
     TWO_SWEEPS,
     add_blocks,
     first_gradient,
@@ -52,9 +48,6 @@ AHEAD = 2048
 # rows whose dweight and dbias are summed in registers: as many as fit the first-level cache, at most so many
 GROUP_ROWS = 4
 GROUP_ELEMENTS = 1 << 14
-# and of short rows
-SHORT_GROUP_ROWS = 16
-SHORT_GROUP_ELEMENTS = 1 << 10
 
 
 def _inputs(dtype, ndim):
@@ -127,7 +120,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
         task_rows = max(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // cols)
         for task in prange(-(-rows // task_rows)):
             stop = min((task + 1) * task_rows, rows)
-            # of short rows, one waits for the next
+            # a row that waits for the other of its pair
             is_waiting = False
             waiting = 0, element(0), element(0), element(0)
             for r in range(task * task_rows, stop):
@@ -188,10 +181,11 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         dx_ = pointer(dx) if with_dx else None
         dweight_sums = pointer(sums[0]) if with_dweight else None
         dbias_sums = pointer(sums[-1]) if with_dbias else None
-        group_rows = max(1, min(GROUP_ROWS, GROUP_ELEMENTS // cols), min(SHORT_GROUP_ROWS, SHORT_GROUP_ELEMENTS // cols))
+        group_rows = max(1, min(GROUP_ROWS, GROUP_ELEMENTS // cols))
         ahead = cols * max(group_rows, -(-AHEAD // cols))
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
-            state = np.empty(STATE * group_rows, element)
+            his, los, rstds = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
+            g_his, g_los, slopes = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
             r = max(b * block_rows - first, 0)
             stop = min((b + 1) * block_rows - first, rows)
             while r < stop:
@@ -207,26 +201,24 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                             hi, lo, var = statistics(x_, (r + count) * cols, cols, element, mode, ahead)
                             is_ordinary = smallest <= var + eps <= largest
                             scale = element(1.0 / np.sqrt(var + eps))
-                        state[STATE * count + HI] = hi
-                        state[STATE * count + LO] = lo
-                        state[STATE * count + RSTD] = scale
+                        his[count], los[count], rstds[count] = hi, lo, scale
                     if is_ordinary:
                         count += 1
 
                 # their means, in a loop of its own: a processor works on several rows while they wait for square roots
                 for i in range(count if with_dx else 0):
                     at = (r + i) * cols
-                    hi, lo, scale = state[STATE * i + HI], state[STATE * i + LO], state[STATE * i + RSTD]
                     shift = element(0) if is_given else first_gradient(dy_, at, weight_, element)
+                    scale = usable(rstds[i], element)
                     totals = gradient_sums(
-                        dy_, x_, at, cols, hi, lo, usable(scale, element), shift, weight_, 0, element, ahead
+                        dy_, x_, at, cols, his[i], los[i], scale, shift, weight_, 0, element, ahead, is_given
                     )
-                    remember(pointer(state), i, scale, shift, totals, cols, element)
+                    remember((g_his, g_los, slopes), i, rstds[i], shift, totals, cols, element)
 
                 # the gradients of the group, then of that row
                 gradients(
-                    dy_, x_, r * cols, cols, count, cols, pointer(state), weight_, 0, element, streaming,
-                    dx_, dweight_sums, dbias_sums, b * cols,
+                    dy_, x_, r * cols, cols, 0, count, cols, (his, los, rstds), (g_his, g_los, slopes), weight_, 0, element,
+                    streaming, dx_, dweight_sums, dbias_sums, b * cols,
                 )  # fmt: skip
                 r += count
                 if not is_ordinary:

@@ -103,6 +103,39 @@ def total(lanes):
     return lanes[0]
 
 
+def scratch(count, element):
+    """Room for `count` elements, which lasts as long as the call of the kernel."""
+    return np.zeros(count, element)
+
+
+def store_folded(destination, k, lanes):
+    """Write eight elements: the sums of the lanes that are eight apart, with which `total` begins."""
+    destination[k : k + COUNT // 2] = lanes[: COUNT // 2] + lanes[COUNT // 2 :]
+
+
+def totals(source, k):
+    """As lanes, what `total` would be of each of sixteen that were written by `store_folded`, one behind the other."""
+    lanes = source[k : k + COUNT * COUNT // 2].reshape(COUNT, COUNT // 2)
+    while lanes.shape[1] > 1:
+        lanes = lanes[:, : lanes.shape[1] // 2] + lanes[:, lanes.shape[1] // 2 :]
+    return lanes[:, 0]
+
+
+def narrow(lanes, element):
+    """Float64 lanes as the type `element`, rounded once."""
+    return lanes.astype(element)
+
+
+def root(lanes):
+    """The square root of each."""
+    return np.sqrt(lanes)
+
+
+def at_least_zero(lanes):
+    """0 instead of what is below; NaN stays NaN."""
+    return np.maximum(lanes, lanes.dtype.type(0))
+
+
 def to_odd(values):
     """Float32 from float64 with the last bit set where inexact: the next rounding is then as if it were the only one."""
     with np.errstate(all="ignore"):

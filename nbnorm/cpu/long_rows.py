@@ -15,14 +15,10 @@ from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS
 from nbnorm.cpu.lanes import fence, pointer
 from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
 from nbnorm.cpu.rows import (
-    G_HI,
-    G_LO,
     HI,
     LO,
     PARTS,
     PROJECTED,
-    RSTD,
-    STATE,
     SUM_G,
     VARIANCE,
     add_blocks,
@@ -40,8 +36,8 @@ from nbnorm.cpu.rows import (
 SEGMENT = 1 << 14
 # elements of the rows that are worked on together: as many as may stay in a shared cache between the two sweeps
 GROUP_ELEMENTS = 1 << 21
-# what is kept of a row that is rescaled, beside HI to G_LO; FACTOR is 0 for the others
-FACTOR, SCALED_RSTD, MEAN_GX, RESCALED = range(5, 9)
+# what is kept of a row that is rescaled, beside HI and LO; FACTOR is 0 for the others
+RSTD, G_HI, G_LO, FACTOR, SCALED_RSTD, MEAN_GX, RESCALED = range(2, 9)
 # columns whose dweight and dbias a thread sums over all rows: their float64 sums take 32 KiB of the first-level cache, and a
 # backward at (16, 2^20) 0.9 of the time that it takes with twice as many
 COLUMNS = 1 << 11
@@ -133,7 +129,9 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         weight_ = pointer(weight) if has_weight else None
         dx_ = pointer(dx) if with_dx else None
         parts = np.empty((group_rows, segments * PARTS))
-        state = np.empty((rows, STATE), element)
+        # hi, lo and rstd; the mean of g in two parts, and the slope
+        row_statistics = np.empty((3, rows), element)
+        row_means = np.empty((3, rows), element)
         rescaled_state = np.empty((rows, RESCALED))
 
         # statistics and means of each row
@@ -156,7 +154,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 if with_dx:
                     shift = element(0) if is_given else first_gradient(dy_, at - start, weight_, element)
                     sum_g, projected = gradient_sums(
-                        dy_, x_, at, width, hi, lo, near_one, shift, weight_, start, element, AHEAD
+                        dy_, x_, at, width, hi, lo, near_one, shift, weight_, start, element, AHEAD, is_given
                     )
                 parts[i, PARTS * s + HI] = hi
                 parts[i, PARTS * s + LO] = lo
@@ -169,10 +167,12 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 hi, lo = split(hi64, lo64, element)
                 scale = element(rstd[r]) if is_given else element(1.0 / np.sqrt(var + eps))
                 if is_given or smallest <= var + eps <= largest:
-                    state[r, HI], state[r, LO], state[r, RSTD] = hi, lo, scale
+                    row_statistics[0, r], row_statistics[1, r], row_statistics[2, r] = hi, lo, scale
                     if with_dx:
                         shift = element(0) if is_given else first_gradient(dy_, r * cols, weight_, element)
-                        remember(pointer(state), r, scale, shift, (sum_g, projected), cols, element)
+                        remember(
+                            (row_means[0], row_means[1], row_means[2]), r, scale, shift, (sum_g, projected), cols, element
+                        )
                     rescaled_state[r, FACTOR] = 0.0
                 else:
                     at = r * cols
@@ -190,6 +190,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         # the gradients of some columns
         task_cols = COLUMNS * max(1, STREAMED_TASK_ELEMENTS // (COLUMNS * rows))
         for task in prange(-(-cols // task_cols)):
+            statistics_ = pointer(row_statistics[0]), pointer(row_statistics[1]), pointer(row_statistics[2])
+            means_ = pointer(row_means[0]), pointer(row_means[1]), pointer(row_means[2])
             own_sums = np.empty(0 if sums.size > 0 else 2 * COLUMNS)
             for start in range(task * task_cols, min((task + 1) * task_cols, cols), COLUMNS):
                 width = min(COLUMNS, cols - start)
@@ -220,7 +222,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                             break
                         count += 1
                     gradients(
-                        dy_, x_, at, cols, count, width, pointer(state[r:]), weight_, start, element, streaming,
+                        dy_, x_, start, cols, r, r + count, width, statistics_, means_, weight_, start, element, streaming,
                         dx_, dweight_sums, dbias_sums, sums_at,
                     )  # fmt: skip
                     r += count

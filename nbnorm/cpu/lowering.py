@@ -88,6 +88,7 @@ def _arithmetic(function, instruction):
 _arithmetic(operator.add, "fadd")
 _arithmetic(operator.sub, "fsub")
 _arithmetic(operator.mul, "fmul")
+_arithmetic(operator.truediv, "fdiv")
 
 
 @lowers(lanes.pointer)
@@ -257,14 +258,81 @@ def _(a, b, c):
 @lowers(lanes.total)
 def _(values):
     def code(builder, value):
-        count = COUNT
-        while count > 1:
-            count //= 2
-            lower, upper = (_shuffle(builder, value, range(start, start + count)) for start in (0, count))
-            value = builder.fadd(lower, upper)
+        while value.type.count > 1:
+            value = _halves_added(builder, value)
         return builder.extract_element(value, I32(0))
 
     return values.element, code
+
+
+@lowers(lanes.scratch)
+def _(count, element):
+    # Numba asks with the constant's type after it has asked with int64
+    if not isinstance(count, types.Literal):
+        return None
+
+    def code(builder, count_, element_):
+        return cgutils.alloca_once(builder, LLVM_TYPES[element.dtype], size=I64(count.literal_value))
+
+    return types.CPointer(element.dtype), code
+
+
+@lowers(lanes.store_folded)
+def _(destination, k, values):
+    def code(builder, destination, k, values):
+        folded = _halves_added(builder, values)
+        builder.store(folded, _address(builder, destination, k, folded.type), align=_size(destination_type))
+
+    destination_type = destination.dtype
+    return types.none, _returning_none(code)
+
+
+@lowers(lanes.totals)
+def _(source, k):
+    def code(builder, source, k):
+        width = COUNT // 2
+        row = ir.VectorType(LLVM_TYPES[source_type], width)
+        rows = [
+            builder.load(_address(builder, source, builder.add(k, I64(width * i)), row), align=_size(source_type))
+            for i in range(COUNT)
+        ]
+        # two vectors become one, with the sums of their halves, until it has one number of each row
+        while width > 1:
+            width //= 2
+            lower = [i for i in range(2 * rows[0].type.count) if i % (2 * width) < width]
+            rows = [
+                builder.fadd(_shuffle(builder, a, lower, b), _shuffle(builder, a, [i + width for i in lower], b))
+                for a, b in zip(rows[::2], rows[1::2], strict=True)
+            ]
+        return _shuffle(builder, rows[0], range(COUNT), rows[1])
+
+    source_type = source.dtype
+    return Lanes(source_type), code
+
+
+@lowers(lanes.narrow)
+def _(values, element):
+    wanted = element.dtype
+    return Lanes(wanted), lambda builder, value, _: _converted(builder, value, values.element, wanted)
+
+
+@lowers(lanes.root)
+def _(values):
+    return values, lambda builder, value: _call(builder, f"llvm.sqrt.{_name(value.type)}", value.type, [value])
+
+
+@lowers(lanes.at_least_zero)
+def _(values):
+    def code(builder, value):
+        zero = value.type(None)
+        return builder.select(builder.fcmp_ordered("<", value, zero), zero, value)
+
+    return values, code
+
+
+def _halves_added(builder, value):
+    half_ = value.type.count // 2
+    return builder.fadd(_shuffle(builder, value, range(half_)), _shuffle(builder, value, range(half_, 2 * half_)))
 
 
 def _vector(element):
@@ -289,9 +357,10 @@ def _call(builder, name, result, arguments):
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
 
 
-def _shuffle(builder, value, indices):
+def _shuffle(builder, value, indices, other=None):
     indices = list(indices)
-    return builder.shuffle_vector(value, value.type(ir.Undefined), ir.VectorType(I32, len(indices))(indices))
+    other = other or value.type(ir.Undefined)
+    return builder.shuffle_vector(value, other, ir.VectorType(I32, len(indices))(indices))
 
 
 def _splat(builder, scalar, element):

@@ -16,8 +16,9 @@ from numpy import empty, may_share_memory, ndarray, zeros
 from nbnorm.cpu import parallel, sizes
 from nbnorm.cpu.parallel import ONE
 
-# the kernels that calls had compiled, by x's dtype, which parameters are absent or asked for, the variance or None for given
-# statistics, and who works; with the dtype that they take parameters in, and the one that they take 16-bit rows as, or None
+# the kernels that calls had compiled, by x's dtype, whether rows are short, which parameters are absent or asked for, the
+# variance or None for given statistics, and who works; with the dtype that they take parameters in, and the one that they
+# take 16-bit rows as, or None
 FORWARD: dict[tuple, Any] = {}
 BACKWARD: dict[tuple, Any] = {}
 # what a kernel takes for an absent parameter or statistics
@@ -34,7 +35,7 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
     if type(normalized_shape) is not int or not shape or shape[-1] != normalized_shape or not 0 <= eps < inf:
         return None
     workers = parallel.many if size >= parallel.from_elements else ONE
-    found = FORWARD.get((dtype, weight is None, bias is None, use_diff_of_squares, workers))
+    found = FORWARD.get((dtype, shape[-1] < sizes.SHORT_ROW, weight is None, bias is None, use_diff_of_squares, workers))
     if found is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
     kernel, wide, stored = found
@@ -107,7 +108,7 @@ def backward(
     if with_dx is not True or type(with_dweight) is not bool or type(with_dbias) is not bool:
         return None
     mode = use_diff_of_squares if mean is None else None
-    found = BACKWARD.get((dtype, weight is None, output_mask, mode, workers))
+    found = BACKWARD.get((dtype, shape[-1] < sizes.SHORT_ROW, weight is None, output_mask, mode, workers))
     if found is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
     kernel, wide, stored = found

@@ -28,10 +28,8 @@ from nbnorm.cpu.lanes import (
     widen,
 )
 
-# what `gradients` knows of each row that it works on: STATE numbers
-HI, LO, RSTD, G_HI, G_LO, SLOPE, STATE = range(7)
-# what `merged` knows of each segment of a row: PARTS numbers, the first two of which are HI and LO
-VARIANCE, SUM_G, PROJECTED, PARTS = range(2, 6)
+# what `merged` knows of each segment of a row: PARTS numbers
+HI, LO, VARIANCE, SUM_G, PROJECTED, PARTS = range(6)
 
 # how the variance is found: from the deviations from the row's first element, in one sweep; from the deviations from the
 # mean, with compensated sums, for float64 rows; or as mean(x²) - mean(x)². Where results are float64 (_64), so are all sums
@@ -183,8 +181,7 @@ def normalise(x, rows, cols, weight, bias, first, element, streaming, y):
         weights = load(weight, first + 16 * c, element)
         biases = load(bias, first + 16 * c, element)
         for at, hi, lo, rstd in rows:
-            x_hat = (load(x, at + 16 * c, element) - fill(hi) - fill(lo)) * fill(rstd)
-            values = multiply_add(x_hat, weights, biases)
+            values = normalised(load(x, at + 16 * c, element), hi, lo, rstd, weights, biases)
             if streaming:
                 stream(y, at + 16 * c, values)
             else:
@@ -195,12 +192,17 @@ def normalise(x, rows, cols, weight, bias, first, element, streaming, y):
         weights = load_part(weight, first + j, count, element, element(0))
         biases = load_part(bias, first + j, count, element, element(0))
         for at, hi, lo, rstd in rows:
-            x_hat = (load_part(x, at + j, count, element, element(0)) - fill(hi) - fill(lo)) * fill(rstd)
-            values = multiply_add(x_hat, weights, biases)
+            values = normalised(load_part(x, at + j, count, element, element(0)), hi, lo, rstd, weights, biases)
             if streaming:
                 stream_part(y, at + j, count, values)
             else:
                 store_part(y, at + j, count, values)
+
+
+@inlined
+def normalised(xs, hi, lo, rstd, weights, biases):
+    """The result, y, of sixteen elements of a row."""
+    return multiply_add((xs - fill(hi) - fill(lo)) * fill(rstd), weights, biases)
 
 
 @inlined
@@ -213,7 +215,7 @@ def first_gradient(dy, at, weight, element):
 
 
 @inlined
-def gradient_sums(dy, x, at, cols, hi, lo, scale, shift, weight, first, element, ahead):
+def gradient_sums(dy, x, at, cols, hi, lo, scale, shift, weight, first, element, ahead, is_given):
     """The sums over a row of g - shift and of (g - shift) * (x - mean), where g = dy * weight.
 
     With a shift that is near g, a large mean of g costs no digits: the sum of x - mean being 0, the second sum is that of
@@ -223,43 +225,44 @@ def gradient_sums(dy, x, at, cols, hi, lo, scale, shift, weight, first, element,
     his = fill(hi)
     los = fill(lo)
     scales = fill(scale)
-    zero = element(0)
     shifts = fill(shift)
     totals = projected = fill(0.0)
     for block in range(cols // BLOCK):
         j = block * BLOCK
         block_totals, block_projected = gradient_block_sums(
-            dy, x, at + j, BLOCK, his, los, scales, shifts, weight, first + j, element, ahead
+            dy, x, at + j, BLOCK, his, los, scales, shifts, weight, first + j, element, ahead, is_given
         )
         totals = totals + widen(block_totals)
         projected = projected + widen(block_projected)
-    rest = cols % BLOCK
-    j = cols - rest
+    j = cols - cols % BLOCK
     block_totals, block_projected = gradient_block_sums(
-        dy, x, at + j, rest, his, los, scales, shifts, weight, first + j, element, ahead
+        dy, x, at + j, cols % BLOCK, his, los, scales, shifts, weight, first + j, element, ahead, is_given
     )
-    count = rest & 15
-    if count:
-        k = at + cols - count
-        j = first + cols - count
-        g = multiply_add(load_part(dy, k, count, element, zero), load_part(weight, j, count, element, zero), None)
-        g = keep(g - shifts, count)
-        # not 0 for the other lanes, which the mean times rstd may take to Inf
-        d = (load_part(x, k, count, element, hi) - his - los) * scales
-        block_totals = block_totals + g
-        block_projected = multiply_add(g, d, block_projected)
     return total(totals + widen(block_totals)), total(projected + widen(block_projected)) / np.float64(scale)
 
 
 @inlined
-def gradient_block_sums(dy, x, at, cols, his, los, scales, shifts, weight, first, element, ahead):
-    """The sums of g - shifts and of that times (x - mean) * scales, over all but a part of sixteen."""
+def gradient_block_sums(dy, x, at, cols, his, los, scales, shifts, weight, first, element, ahead, is_given):
+    """The sums of g - shifts and of that times (x - mean) * scales."""
     totals = projected = fill(element(0))
     for i in range(cols >> 4):
         k = at + 16 * i
         prefetch(dy, k + ahead)
+        if is_given:
+            # no sweep for the statistics has
+            prefetch(x, k + ahead)
         g = multiply_add(load(dy, k, element), load(weight, first + 16 * i, element), None) - shifts
         d = (load(x, k, element) - his - los) * scales
+        totals = totals + g
+        projected = multiply_add(g, d, projected)
+    count = cols & 15
+    if count:
+        j = cols - count
+        dys = load_part(dy, at + j, count, element, element(0))
+        g = multiply_add(dys, load_part(weight, first + j, count, element, element(0)), None)
+        g = keep(g - shifts, count)
+        # the other lanes must not be Inf or NaN, so that they add 0
+        d = keep((load_part(x, at + j, count, element, element(0)) - his - los) * scales, count)
         totals = totals + g
         projected = multiply_add(g, d, projected)
     return totals, projected
@@ -272,34 +275,36 @@ def usable(scale, element):
 
 
 @inlined
-def remember(state, i, rstd, shift, sums, cols, element):
+def remember(means, i, rstd, shift, sums, cols, element):
     """Keep what `gradients` needs of a row beside its statistics, from its `gradient_sums`."""
+    g_his, g_los, slopes = means
     totals, projected = sums
     per_element = 1.0 / np.float64(cols)
     mean_g, lost = two_sum(np.float64(shift), 0.0, totals * per_element)
-    g_hi, g_lo = split(mean_g, lost, element)
-    state[STATE * i + G_HI] = g_hi
-    state[STATE * i + G_LO] = g_lo
-    state[STATE * i + SLOPE] = -element(projected * per_element * np.float64(rstd)) * rstd
+    g_his[i], g_los[i] = split(mean_g, lost, element)
+    slopes[i] = -element(projected * per_element * np.float64(rstd)) * rstd
 
 
 @inlined
-def gradients(dy, x, at, pitch, rows, cols, state, weight, first, element, streaming, dx, dweight, dbias, sums_at):
+def gradients(
+    dy, x, at, pitch, begin, end, cols, statistics, means, weight, first, element, streaming, dx, dweight, dbias, sums_at
+):
     """Gradients of some rows, column by column: add to the sums of dweight and dbias, and write dx.
 
-    dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)). The rows start at `at` and are `pitch` apart. The sums are float64,
-    that of a segment's first column at `sums_at`, and grow row after row, so that it is the same which rows are taken
-    together.
+    dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)). The rows are those from `begin` to `end` of some that start at `at`
+    and are `pitch` apart; `statistics` has their hi, lo and rstd, and `means` what `remember` wrote of them. The sums are
+    float64, that of a segment's first column at `sums_at`, and grow row after row, so that it is the same which rows are
+    taken together.
     """
     for c in range(cols >> 4):
         j = 16 * c
         weights = load(weight, first + j, element)
         dweights = load(dweight, sums_at + j, np.float64)
         dbiases = load(dbias, sums_at + j, np.float64)
-        for i in range(rows):
+        for i in range(begin, end):
             k = at + i * pitch + j
             dys = load(dy, k, element)
-            x_hats, dxs = row_gradients(dys, load(x, k, element), state, i, weights)
+            x_hats, dxs = row_gradients(dys, load(x, k, element), statistics, means, i, weights)
             if dweight is not None:
                 dweights = multiply_add(widen(dys), widen(x_hats), dweights)
             if dbias is not None:
@@ -319,10 +324,10 @@ def gradients(dy, x, at, pitch, rows, cols, state, weight, first, element, strea
         weights = load_part(weight, first + j, count, element, element(0))
         dweights = load_part(dweight, sums_at + j, count, np.float64, 0.0)
         dbiases = load_part(dbias, sums_at + j, count, np.float64, 0.0)
-        for i in range(rows):
+        for i in range(begin, end):
             k = at + i * pitch + j
             dys = load_part(dy, k, count, element, element(0))
-            x_hats, dxs = row_gradients(dys, load_part(x, k, count, element, element(0)), state, i, weights)
+            x_hats, dxs = row_gradients(dys, load_part(x, k, count, element, element(0)), statistics, means, i, weights)
             if dweight is not None:
                 dweights = multiply_add(widen(dys), widen(x_hats), dweights)
             if dbias is not None:
@@ -339,12 +344,14 @@ def gradients(dy, x, at, pitch, rows, cols, state, weight, first, element, strea
 
 
 @inlined
-def row_gradients(dys, xs, state, i, weights):
+def row_gradients(dys, xs, statistics, means, i, weights):
     """x_hat and dx of sixteen elements of a row."""
-    d = xs - fill(state[STATE * i + HI]) - fill(state[STATE * i + LO])
-    g = multiply_add(dys, weights, None) - fill(state[STATE * i + G_HI]) - fill(state[STATE * i + G_LO])
-    rstds = fill(state[STATE * i + RSTD])
-    return d * rstds, multiply_add(d, fill(state[STATE * i + SLOPE]), g) * rstds
+    his, los, rstds = statistics
+    g_his, g_los, slopes = means
+    d = xs - fill(his[i]) - fill(los[i])
+    g = multiply_add(dys, weights, None) - fill(g_his[i]) - fill(g_los[i])
+    row_rstds = fill(rstds[i])
+    return d * row_rstds, multiply_add(d, fill(slopes[i]), g) * row_rstds
 
 
 @inlined

@@ -2,6 +2,8 @@
 
 import functools
 
+# of a row of fewer elements than these, what comes after its sums takes longer than they do
+SHORT_ROW = 1 << 7
 # a row of more elements than these does not stay in a core's cache between its two sweeps
 LONG_ROW = 1 << 16
 # from this size on, a result is written past the caches, which it would only pass through

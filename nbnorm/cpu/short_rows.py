@@ -1,0 +1,170 @@
+"""Kernels for short rows, as factories with the arguments and signatures of those in `kernels`.
+
+Sixteen rows at a time go through each step. `kernels` gives the same bits for rows of any length.
+"""
+
+import functools
+
+import numpy as np
+from numba import prange
+
+from nbnorm.cpu import kernels
+from nbnorm.cpu.compiled import compiled
+from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
+from nbnorm.cpu.lanes import fence, pointer, scratch
+from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
+from nbnorm.cpu.rows import add_blocks, gradients, normalise, split
+from nbnorm.cpu.sixteen_rows import ROWS, SCRATCH, means_of_rows, normalise_rows, statistics_of_rows
+from nbnorm.cpu.sizes import STREAMED_BYTES
+
+
+@functools.cache
+def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
+    """One iteration owns some rows, of which it takes sixteen at a time."""
+    element = dtype.type
+    mode = kernels.mode_of(variance, x_dtype, dtype)
+    smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
+    signature = kernels.forward_signature(x_dtype, dtype)
+
+    @compiled(signature, parallel)
+    def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
+        rows, cols = x.shape
+        x_, y_ = pointer(x), pointer(y)
+        weight_ = pointer(weight) if has_weight else None
+        bias_ = pointer(bias) if has_bias else None
+        ahead = cols * -(-AHEAD // cols)
+        task_rows = max(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // cols)
+        # column by column, a line that leaves the caches would leave in pieces
+        is_by_columns = cols <= 16 or not (streaming or y.size * y.itemsize >= STREAMED_BYTES)
+        for task in prange(-(-rows // task_rows)):
+            sums, variances = scratch(SCRATCH, np.float64), scratch(ROWS, np.float64)
+            his, los, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
+            stop = min((task + 1) * task_rows, rows)
+            for r in range(task * task_rows, stop, ROWS):
+                # statistics of the rows of a group
+                at = r * cols
+                count = min(ROWS, stop - r)
+                statistics_of_rows(x_, at, count, cols, element, mode, eps, ahead, sums, (his, los, rstds), variances)
+
+                # normalise and store
+                end = 0
+                while end < count:
+                    begin = end
+                    # NaN fails the comparison too
+                    while end < count and smallest <= variances[end] + eps <= largest:
+                        end += 1
+                    if is_by_columns:
+                        normalise_rows(x_, at, begin, end, cols, (his, los, rstds), weight_, bias_, element, streaming, y_)
+                    else:
+                        for i in range(begin, end - 1, 2):
+                            pair = (
+                                (at + i * cols, his[i], los[i], rstds[i]),
+                                (at + (i + 1) * cols, his[i + 1], los[i + 1], rstds[i + 1]),
+                            )
+                            normalise(x_, pair, cols, weight_, bias_, 0, element, streaming, y_)
+                        if (end - begin) & 1:
+                            i = end - 1
+                            row = at + i * cols, his[i], los[i], rstds[i]
+                            normalise(x_, (row,), cols, weight_, bias_, 0, element, streaming, y_)
+                    if mean.size > 0:
+                        for i in range(begin, end):
+                            mean[r + i] = np.float64(his[i]) + np.float64(los[i])
+                            rstd[r + i] = rstds[i]
+                    if end < count:
+                        row_at = at + end * cols
+                        factor, hi64, lo64, scale64, row_mean, row_rstd = rescaled(x_, row_at, cols, eps)
+                        normalise_rescaled(x_, row_at, cols, factor, hi64, lo64, scale64, weight_, bias_, 0, y_)
+                        if mean.size > 0:
+                            mean[r + end] = row_mean
+                            rstd[r + end] = row_rstd
+                        end += 1
+            if streaming:
+                fence()
+
+    return kernel
+
+
+@functools.cache
+def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask, parallel):
+    """One iteration owns a block of rows, of which it takes sixteen at a time, and adds to the block's own sums."""
+    element = dtype.type
+    is_given = statistics_from == "given"
+    mode = kernels.mode_of(statistics_from, x_dtype, dtype)
+    smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
+    with_dx, with_dweight, with_dbias = output_mask
+    needs_statistics = with_dx or with_dweight
+    has_sums = with_dweight or with_dbias
+    signature = kernels.backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
+
+    @compiled(signature, parallel)
+    def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
+        rows, cols = x.shape
+        blocks = sums.shape[1]
+        dy_, x_ = pointer(dy), pointer(x)
+        weight_ = pointer(weight) if has_weight else None
+        dx_ = pointer(dx) if with_dx else None
+        dweight_sums = pointer(sums[0]) if with_dweight else None
+        dbias_sums = pointer(sums[-1]) if with_dbias else None
+        # column by column, a line would leave for the memory in pieces
+        together = GROUP_ROWS if streaming and cols > 16 else ROWS
+        ahead = cols * max(ROWS, -(-AHEAD // cols))
+        for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
+            row_sums, variances = scratch(SCRATCH, np.float64), scratch(ROWS, np.float64)
+            his, los, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
+            g_his, g_los, slopes = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
+            stop = min((b + 1) * block_rows - first, rows)
+            for r in range(max(b * block_rows - first, 0), stop, ROWS):
+                # statistics of the rows of a group
+                at = r * cols
+                count = min(ROWS, stop - r)
+                if needs_statistics and is_given:
+                    for i in range(count):
+                        his[i], los[i] = split(np.float64(mean[r + i]), 0.0, element)
+                        rstds[i] = element(rstd[r + i])
+                elif needs_statistics:
+                    statistics_of_rows(
+                        x_, at, count, cols, element, mode, eps, ahead, row_sums, (his, los, rstds), variances
+                    )
+
+                # their means
+                if with_dx:
+                    means_of_rows(
+                        dy_, x_, at, count, cols, (his, los, rstds), is_given, weight_, element, ahead,
+                        row_sums, (g_his, g_los, slopes),
+                    )  # fmt: skip
+
+                # the gradients of the rows up to one that needs another arithmetic, then of that
+                end = 0
+                while end < count:
+                    begin = end
+                    while end < count and (is_given or not needs_statistics or smallest <= variances[end] + eps <= largest):
+                        end += 1
+                    for i in range(begin, end, together):
+                        gradients(
+                            dy_, x_, at, cols, i, min(i + together, end), cols, (his, los, rstds), (g_his, g_los, slopes),
+                            weight_, 0, element, streaming, dx_, dweight_sums, dbias_sums, b * cols,
+                        )  # fmt: skip
+                    if end < count:
+                        row_at = at + end * cols
+                        factor, hi64, lo64, scale64, _, rstd64 = rescaled(x_, row_at, cols, eps)
+                        g_hi, g_lo, mean_gx = gradient_means_rescaled(
+                            dy_, x_, row_at, cols, factor, hi64, lo64, scale64, weight_
+                        )
+                        gradients_rescaled(
+                            dy_, x_, row_at, cols, factor, hi64, lo64, scale64, rstd64, g_hi, g_lo, mean_gx, weight_, 0,
+                            dx_, dweight_sums, dbias_sums, b * cols,
+                        )  # fmt: skip
+                        end += 1
+            if streaming:
+                fence()
+
+        # the blocks' sums
+        if has_sums and last:
+            for c in prange(-(-cols // 16)):
+                j = 16 * c
+                if with_dweight:
+                    add_blocks(dweight_sums, j, blocks, cols, False, pointer(dweight), j, cols - j)
+                if with_dbias:
+                    add_blocks(dbias_sums, j, blocks, cols, False, pointer(dbias), j, cols - j)
+
+    return kernel

@@ -1,0 +1,69 @@
+"""Do the kernels for short rows give the bits of the ordinary ones, which these tests so run on rows of every length?"""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import nbnorm
+from nbnorm.cpu import sizes
+from nbnorm.cpu.rows import BLOCK
+
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+# parts of sixteen, and all numbers of sixteens
+COLS = [1, 2, 15, 16, 17, 40, 64, 100, 127]
+
+
+def operands(rng, rows, cols, dtype):
+    """Ordinary rows between constant ones, ones with NaN or Inf, and ones whose squares leave the range of float32."""
+    with np.errstate(all="ignore"):
+        x, dy = rng.standard_normal((2, rows, cols)).astype(dtype)
+        x[3::7] = 5
+        x[5::16] *= np.float32(1e-30)
+        x[6::16] *= np.float32(1e30)
+        x[8:9, -1:] = np.nan
+        x[15:16, :1] = np.inf
+        x[16:17, :1] = 1e4
+        weight, bias = rng.standard_normal((2, cols)).astype(dtype)
+    return x, dy, weight, bias
+
+
+def results(x, dy, weight, bias, **options):
+    cols = x.shape[1]
+    y, mean, rstd = nbnorm.layer_norm(x, cols, weight, bias, return_stats=True, **options)
+    grads = nbnorm.layer_norm_backward(dy, x, cols, weight, **options)
+    given = nbnorm.layer_norm_backward(dy, x, cols, weight, mean=mean, rstd=rstd, **options)
+    return y, mean, rstd, *grads, *given
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"use_diff_of_squares": True}, {"eps": 0.0}], ids=str)
+def test_same_bits(rng, monkeypatch, dtype, options):
+    for cols, rows in itertools.product(COLS, [1, 16, 53]):
+        case = operands(rng, rows, cols, dtype)
+        actual = results(*case, **options)
+        with monkeypatch.context() as patches:
+            patches.setattr(sizes, "SHORT_ROW", 0)
+            expected = results(*case, **options)
+        for a, b in zip(actual, expected, strict=True):
+            # NumPy knows no NaN of bfloat16
+            np.testing.assert_array_equal(a.astype(np.float64), b.astype(np.float64), err_msg=f"{rows} x {cols}")
+
+
+@pytest.mark.parametrize("has_weight", [True, False])
+@pytest.mark.parametrize("output_mask", [(True, False, False), (False, True, False), (False, False, True)])
+def test_gradients_alone(rng, monkeypatch, has_weight, output_mask):
+    x, dy, weight, _ = operands(rng, 53, 40, np.float32)
+    call = dy, x, 40, weight if has_weight else None
+    actual = nbnorm.layer_norm_backward(*call, output_mask=output_mask)
+    monkeypatch.setattr(sizes, "SHORT_ROW", 0)
+    for a, b in zip(actual, nbnorm.layer_norm_backward(*call, output_mask=output_mask), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_row_is_short_up_to_what_the_kernels_take():
+    # of longer ones, the ordinary kernels may take float32 sums
+    assert sizes.SHORT_ROW <= BLOCK
