@@ -131,7 +131,7 @@ def test_torch_that_requires_grad_names_detach(torch):
     assert nbnorm.layer_norm(x.detach(), SHAPE[1]).shape == SHAPE
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_torch_forward_mode_gradients_are_refused(torch):
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(torch.ones(SHAPE), torch.ones(SHAPE))
