@@ -1,4 +1,4 @@
-"""Do the kernels for short rows give the bits of the ordinary ones, which these tests so run on rows of every length?"""
+"""Do the kernels for short rows give the bits of the ordinary ones?"""
 
 import itertools
 
@@ -39,7 +39,9 @@ def results(x, dy, weight, bias, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [{}, {"use_diff_of_squares": True}, {"eps": 0.0}], ids=str)
-def test_same_bits(rng, monkeypatch, dtype, options):
+@pytest.mark.parametrize("streamed_bytes", [sizes.STREAMED_BYTES, 0])
+def test_same_bits(rng, monkeypatch, dtype, options, streamed_bytes):
+    monkeypatch.setattr(sizes, "STREAMED_BYTES", streamed_bytes)
     for cols, rows in itertools.product(COLS, [1, 16, 53]):
         case = operands(rng, rows, cols, dtype)
         actual = results(*case, **options)
@@ -49,6 +51,18 @@ def test_same_bits(rng, monkeypatch, dtype, options):
         for a, b in zip(actual, expected, strict=True):
             # NumPy knows no NaN of bfloat16
             np.testing.assert_array_equal(a.astype(np.float64), b.astype(np.float64), err_msg=f"{rows} x {cols}")
+
+
+def test_any_given_statistics(rng, monkeypatch):
+    x, dy, weight, _ = operands(rng, 37, 40, np.float32)
+    values = np.array([0, 1, np.inf, -np.inf, np.nan, 3e38], np.float32)
+    mean, rstd = (statistics.reshape(-1, 1)[:36] for statistics in np.meshgrid(values, values))
+    call = dy[:36], x[:36], 40, weight
+    with np.errstate(all="ignore"):
+        actual = nbnorm.layer_norm_backward(*call, mean=mean, rstd=rstd)
+        monkeypatch.setattr(sizes, "SHORT_ROW", 0)
+        for a, b in zip(actual, nbnorm.layer_norm_backward(*call, mean=mean, rstd=rstd), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("has_weight", [True, False])

@@ -249,7 +249,7 @@ def gradient_block_sums(dy, x, at, cols, his, los, scales, shifts, weight, first
         k = at + 16 * i
         prefetch(dy, k + ahead)
         if is_given:
-            # no sweep for the statistics has
+            # which no sweep for the statistics has read
             prefetch(x, k + ahead)
         g = multiply_add(load(dy, k, element), load(weight, first + 16 * i, element), None) - shifts
         d = (load(x, k, element) - his - los) * scales

@@ -1,4 +1,4 @@
-"""The arithmetic of up to sixteen short rows at once, one behind the other in x, for the kernels beside that of `rows`.
+"""The arithmetic of up to sixteen short rows at once, which lie one behind the other; what is done to one row is in `rows`.
 
 Of a row of a few elements, adding up the lanes and finding the square root takes longer than the sums. Here these are steps
 on lanes, each of which is a row: what they cost is shared by all rows, and none waits for another's.
@@ -40,8 +40,11 @@ from nbnorm.cpu.rows import (
 
 # rows that are worked on together
 ROWS = COUNT
-# where their sums are in a scratch of so many float64: after two numbers of each row, two sums of sixteen lanes, folded
-FIRST_SUMS, SECOND_SUMS, SCRATCH = 2 * COUNT, (2 + COUNT // 2) * COUNT, (2 + COUNT) * COUNT
+# what is where in a scratch for their sums: two numbers of each row, and two sums, of FOLDED lanes each
+FOLDED = COUNT // 2
+SHIFTS, SCALES, FIRST_SUMS = 0, ROWS, 2 * ROWS
+SECOND_SUMS = FIRST_SUMS + ROWS * FOLDED
+SUMS_SIZE = SECOND_SUMS + ROWS * FOLDED
 
 
 @inlined
@@ -68,16 +71,16 @@ def statistics_of_rows(x, at, rows, cols, element, mode, eps, ahead, sums, row_s
             d = load_part(x, k, cols & 15, np.float64, shift) - shifts
             row_totals = row_totals + d
             row_squares = multiply_add(d, d, row_squares)
-        sums[i] = shift
-        store_folded(sums, FIRST_SUMS + COUNT // 2 * i, row_totals)
-        store_folded(sums, SECOND_SUMS + COUNT // 2 * i, row_squares)
+        sums[SHIFTS + i] = shift
+        store_folded(sums, FIRST_SUMS + FOLDED * i, row_totals)
+        store_folded(sums, SECOND_SUMS + FOLDED * i, row_squares)
     per_element = fill(1.0 / np.float64(cols))
     rests = totals(sums, FIRST_SUMS) * per_element
-    found = at_least_zero(totals(sums, SECOND_SUMS) * per_element - rests * rests)
-    means, lost = two_sum(load(sums, 0, np.float64), fill(0.0), rests)
-    store_split(his, los, means, lost, element)
-    store(variances, 0, found)
-    store(rstds, 0, narrow(fill(1.0) / root(found + fill(eps)), element))
+    row_variances = at_least_zero(totals(sums, SECOND_SUMS) * per_element - rests * rests)
+    row_means, lost = two_sum(load(sums, SHIFTS, np.float64), fill(0.0), rests)
+    store_split(his, los, row_means, lost, element)
+    store(variances, 0, row_variances)
+    store(rstds, 0, narrow(fill(1.0) / root(row_variances + fill(eps)), element))
 
 
 @inlined
@@ -93,14 +96,14 @@ def means_of_rows(dy, x, at, rows, cols, row_statistics, is_given, weight, eleme
         row_totals, row_projected = gradient_block_sums(
             dy, x, k, cols, fill(his[i]), fill(los[i]), fill(scale), fill(shift), weight, 0, element, ahead, is_given
         )
-        sums[i] = shift
-        sums[ROWS + i] = scale
-        store_folded(sums, FIRST_SUMS + COUNT // 2 * i, widen(row_totals))
-        store_folded(sums, SECOND_SUMS + COUNT // 2 * i, widen(row_projected))
+        sums[SHIFTS + i] = shift
+        sums[SCALES + i] = scale
+        store_folded(sums, FIRST_SUMS + FOLDED * i, widen(row_totals))
+        store_folded(sums, SECOND_SUMS + FOLDED * i, widen(row_projected))
     per_element = fill(1.0 / np.float64(cols))
-    g_means, lost = two_sum(load(sums, 0, np.float64), fill(0.0), totals(sums, FIRST_SUMS) * per_element)
+    g_means, lost = two_sum(load(sums, SHIFTS, np.float64), fill(0.0), totals(sums, FIRST_SUMS) * per_element)
     store_split(g_his, g_los, g_means, lost, element)
-    projected = totals(sums, SECOND_SUMS) / load(sums, ROWS, np.float64)
+    projected = totals(sums, SECOND_SUMS) / load(sums, SCALES, np.float64)
     row_rstds = load(rstds, 0, element)
     slope = narrow(projected * per_element * widen(row_rstds), element) * row_rstds
     store(slopes, 0, slope * fill(element(-1)))

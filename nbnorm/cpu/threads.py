@@ -29,7 +29,7 @@ _calls: SimpleQueue = SimpleQueue()
 
 
 def forward(kernel, x, weight, bias, eps, streaming, y, mean, rstd):
-    """`kernel` of `kernels.forward` or `long_rows.forward`, its rows shared by the threads."""
+    """`kernel` of a factory `forward`, its rows shared by the threads."""
     rows, cols = x.shape
     parallel.end_pause()
     if rows * cols < ELEMENTS:
@@ -44,7 +44,7 @@ def forward(kernel, x, weight, bias, eps, streaming, y, mean, rstd):
 
 
 def backward(kernel, dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
-    """`kernel` of `kernels.backward`, or of `long_rows.backward` for dx alone, its rows shared by the threads."""
+    """`kernel` of a factory `backward`, of that in `long_rows` for dx alone, its rows shared by the threads."""
     rows, cols = x.shape
     parallel.end_pause()
     if rows * cols < ELEMENTS:
