@@ -15,7 +15,7 @@ from numba import from_dtype, prange, types
 from nbnorm.cpu import lowering  # noqa: F401  teaches Numba the operations on lanes
 from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.lanes import fence, pointer, scratch
-from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
+from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.rows import (
     DIFF_OF_SQUARES,
     DIFF_OF_SQUARES_64,
@@ -139,8 +139,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                     is_waiting = not is_waiting
                     row_mean, row_rstd = np.float64(hi) + np.float64(lo), np.float64(scale)
                 else:
-                    factor, hi64, lo64, scale64, row_mean, row_rstd = rescaled(x_, at, cols, eps)
-                    normalise_rescaled(x_, at, cols, factor, hi64, lo64, scale64, weight_, bias_, 0, y_)
+                    row_mean, row_rstd = row_rescaled(x_, at, cols, eps, weight_, bias_, y_)
                 if is_waiting and (cols > PAIRED_COLS or r + 1 == stop):
                     normalise(x_, (waiting,), cols, weight_, bias_, 0, element, streaming, y_)
                     is_waiting = False
@@ -222,13 +221,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 )  # fmt: skip
                 r += count
                 if not is_ordinary:
-                    at = r * cols
-                    factor, hi64, lo64, scale64, _, rstd64 = rescaled(x_, at, cols, eps)
-                    g_hi, g_lo, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, hi64, lo64, scale64, weight_)
-                    gradients_rescaled(
-                        dy_, x_, at, cols, factor, hi64, lo64, scale64, rstd64, g_hi, g_lo, mean_gx, weight_, 0,
-                        dx_, dweight_sums, dbias_sums, b * cols,
-                    )  # fmt: skip
+                    row_gradients_rescaled(dy_, x_, r * cols, cols, eps, weight_, dx_, dweight_sums, dbias_sums, b * cols)
                     r += 1
             if streaming:
                 fence()
@@ -237,9 +230,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         if has_sums and last:
             for c in prange(-(-cols // 16)):
                 j = 16 * c
-                if with_dweight:
-                    add_blocks(dweight_sums, j, blocks, cols, False, pointer(dweight), j, cols - j)
-                if with_dbias:
-                    add_blocks(dbias_sums, j, blocks, cols, False, pointer(dbias), j, cols - j)
+                add_blocks(dweight_sums, j, blocks, cols, False, pointer(dweight), j, cols - j)
+                add_blocks(dbias_sums, j, blocks, cols, False, pointer(dbias), j, cols - j)
 
     return kernel

@@ -228,10 +228,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     r += count
                 if last:
                     for j in range(0, width, 16):
-                        if with_dweight:
-                            add_blocks(dweight_sums, sums_at + j, 1, 0, streaming, pointer(dweight), start + j, width - j)
-                        if with_dbias:
-                            add_blocks(dbias_sums, sums_at + j, 1, 0, streaming, pointer(dbias), start + j, width - j)
+                        add_blocks(dweight_sums, sums_at + j, 1, 0, streaming, pointer(dweight), start + j, width - j)
+                        add_blocks(dbias_sums, sums_at + j, 1, 0, streaming, pointer(dbias), start + j, width - j)
             if streaming:
                 fence()
 

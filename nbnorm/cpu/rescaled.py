@@ -92,3 +92,21 @@ def gradients_rescaled(
             if weight is not None:
                 g *= load_one(weight, first + j)
             store_one(dx, at + j, (g - g_hi - g_lo - x_hat * mean_gx) * rstd)
+
+
+@inlined
+def row_rescaled(x, at, cols, eps, weight, bias, y):
+    """Statistics and y of a whole row: writes y, and returns the mean and rstd of the row as it is."""
+    factor, hi, lo, scaled_rstd, mean, rstd = rescaled(x, at, cols, eps)
+    normalise_rescaled(x, at, cols, factor, hi, lo, scaled_rstd, weight, bias, 0, y)
+    return mean, rstd
+
+
+@inlined
+def row_gradients_rescaled(dy, x, at, cols, eps, weight, dx, dweight, dbias, sums_at):
+    """Statistics, means and gradients of a whole row."""
+    factor, hi, lo, scaled_rstd, _, rstd = rescaled(x, at, cols, eps)
+    g_hi, g_lo, mean_gx = gradient_means_rescaled(dy, x, at, cols, factor, hi, lo, scaled_rstd, weight)
+    gradients_rescaled(
+        dy, x, at, cols, factor, hi, lo, scaled_rstd, rstd, g_hi, g_lo, mean_gx, weight, 0, dx, dweight, dbias, sums_at
+    )

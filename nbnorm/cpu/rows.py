@@ -356,7 +356,12 @@ def row_gradients(dys, xs, statistics, means, i, weights):
 
 @inlined
 def add_blocks(sums, at, blocks, pitch, streaming, result, j, width):
-    """Write up to sixteen columns of the result, from j on: the sum over the blocks, `pitch` apart, rounded once."""
+    """Write up to sixteen columns of the result, from j on: the sum over the blocks, `pitch` apart, rounded once.
+
+    Nothing where sums is None.
+    """
+    if sums is None:
+        return
     totals = fill(0.0)
     if width >= 16:
         for b in range(blocks):
