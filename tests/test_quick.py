@@ -97,22 +97,25 @@ def test_the_same_bits_in_16_bits(rng, dtype, shape):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_gradients_of_16_bits(rng, dtype, shape):
     x, dy = rng.standard_normal((2, *shape), np.float32).astype(dtype)
-    weight = rng.standard_normal(COLS, np.float32)
-    _, mean, rstd = nbnorm.layer_norm(x, COLS, weight, return_stats=True)
-    for statistics in ({}, {"mean": mean, "rstd": rstd}):
-        for mask in ((True, True, True), (True, False, True)):
-            expected = nbnorm.layer_norm_backward(dy, x, [COLS], weight, output_mask=mask, **statistics)
-            out = tuple(None if value is None else np.empty_like(value) for value in expected)
-            for outs in (None, out):
-                grads = quick.backward(dy, x, COLS, weight, 1e-5, False, mask, outs, **statistics)
-                for grad, value in zip(grads, expected, strict=True):
-                    assert (grad is None) == (value is None)
-                    assert value is None or grad.dtype == value.dtype
-                    np.testing.assert_array_equal(grad, value)
-    # parameters of the same dtype take wider sums, and none at all dx's dtype
-    for other in (weight.astype(dtype), None):
-        nbnorm.layer_norm_backward(dy, x, COLS, other)
-        assert quick.backward(dy, x, COLS, other, 1e-5, False, (True, True, True)) is None
+    wide = rng.standard_normal(COLS, np.float32)
+    _, mean, rstd = nbnorm.layer_norm(x, COLS, wide, return_stats=True)
+    for weight in (wide, wide.astype(dtype), None):
+        for statistics in ({}, {"mean": mean, "rstd": rstd}):
+            for mask in ((True, True, True), (True, False, True)):
+                expected = nbnorm.layer_norm_backward(dy, x, [COLS], weight, output_mask=mask, **statistics)
+                out = tuple(None if value is None else np.empty_like(value) for value in expected)
+                for outs in (None, out):
+                    grads = quick.backward(dy, x, COLS, weight, 1e-5, False, mask, outs, **statistics)
+                    for grad, value in zip(grads, expected, strict=True):
+                        assert (grad is None) == (value is None)
+                        assert value is None or grad.dtype == value.dtype
+                        np.testing.assert_array_equal(grad, value)
+    other = np.dtype(ml_dtypes.bfloat16 if dtype == np.float16 else np.float16)
+    for weight in (wide.astype(np.float64), wide.astype(other), wide.astype(x.dtype.newbyteorder()), wide[1:]):
+        assert quick.backward(dy, x, COLS, weight, 1e-5, False, (True, True, True)) is None
+    for dweight in (np.empty(COLS, other), np.empty(COLS, np.float32), np.empty(COLS, x.dtype.newbyteorder())):
+        out = (np.empty_like(x), dweight, np.empty(COLS, dtype))
+        assert quick.backward(dy, x, COLS, wide.astype(dtype), 1e-5, False, (True, True, True), out) is None
 
 
 @pytest.mark.compiled

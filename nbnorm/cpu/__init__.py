@@ -8,7 +8,6 @@ import numpy as np
 
 from nbnorm.arrays import convert
 from nbnorm.cpu import kernels, long_rows, memory, parallel, quick, short_rows, sizes, threads
-from nbnorm.cpu.lanes import to_odd
 from nbnorm.cpu.parallel import NUMBAS, OURS
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, row_blocks, rows_of, storage, store
 from nbnorm.problem import wide_dtype
@@ -71,11 +70,9 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     dx: Any = dx_out
     if with_dx and (dx_out is None or order is None):
         dx = memory.empty(problem.shape, problem.dtype)
-    # where the kernel would round to another type than it computes in, it leaves that to NumPy, and is one for all of them
-    sum_dtype = problem.weight_dtype if problem.weight_dtype == problem.compute_dtype else np.dtype(np.float64)
     inputs = [array for array in (dy, x, weight, mean, rstd) if array is not None]
-    dweight = _row(with_dweight, problem.cols, sum_dtype, dweight_out, inputs)
-    dbias = _row(with_dbias, problem.cols, sum_dtype, dbias_out, inputs)
+    dweight = _parameter_like(with_dweight, problem, dweight_out, inputs)
+    dbias = _parameter_like(with_dbias, problem, dbias_out, inputs)
 
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
         x_dtype = storage(x.dtype)
@@ -83,6 +80,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         statistics_dtype = wide_dtype(x.dtype)
         if mean is not None:
             statistics_dtype = np.result_type(wide_dtype(mean.dtype), wide_dtype(rstd.dtype))
+        sum_dtype = storage(problem.weight_dtype)
         dtypes = (storage(dy.dtype), x_dtype, dtype, statistics_dtype, sum_dtype)
         statistics = problem.variance if mean is None else "given"
         factory = _kernels(problem).backward
@@ -96,6 +94,8 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         weight_row = _flat(weight, dtype, dx)
         mean_row = _flat(mean, statistics_dtype, dx)
         rstd_row = _flat(rstd, statistics_dtype, dx)
+        dweight_row = dweight.reshape(-1).view(sum_dtype)
+        dbias_row = dbias.reshape(-1).view(sum_dtype)
         # a kernel for long rows writes dweight and dbias past the caches too
         streaming = with_dx and _is_streamed(dx, dy, x) and dweight.ctypes.data % 16 == dbias.ctypes.data % 16 == 0
         limit = block_limit(problem, order, dy, x, dx)
@@ -124,17 +124,16 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
                 streaming,
                 dx_rows,
                 sums,
-                dweight,
-                dbias,
+                dweight_row,
+                dbias_row,
             )
             if with_dx:
                 store(dx_rows, dx[index], dx_buffer)
-        is_usual = (
-            problem.dtype == dy.dtype and dtype == wide_dtype(problem.dtype) == problem.weight_dtype == statistics_dtype
-        )
-        if with_dx and is_usual and problem.cols <= sizes.LONG_ROW:
+        is_usual = problem.dtype == dy.dtype and dtype == wide_dtype(problem.dtype) == statistics_dtype
+        if with_dx and is_usual and problem.weight_dtype in (problem.dtype, dtype) and problem.cols <= sizes.LONG_ROW:
             mode = problem.variance == "diff_of_squares" if mean is None else None
-            key = problem.dtype, problem.cols < sizes.SHORT_ROW, weight is None, output_mask, mode, workers
+            parameter = None if weight is None else problem.weight_dtype
+            key = problem.dtype, problem.cols < sizes.SHORT_ROW, parameter, output_mask, mode, workers
             quick.BACKWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         dweight.fill(0)
@@ -142,8 +141,8 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
 
     return (
         _delivered(dx, dx_out) if with_dx else None,
-        _parameter_like(dweight, problem, dweight_out) if with_dweight else None,
-        _parameter_like(dbias, problem, dbias_out) if with_dbias else None,
+        _delivered(dweight, dweight_out) if with_dweight else None,
+        _delivered(dbias, dbias_out) if with_dbias else None,
     )
 
 
@@ -175,27 +174,13 @@ def _flat(array, dtype, result):
     return array.reshape(-1)
 
 
-def _row(is_wanted, cols, dtype, out, inputs):
+def _parameter_like(is_wanted, problem, out, inputs):
     """What the kernel writes dweight or dbias into: `out` where it can, which of few long rows is as large as dx."""
     if not is_wanted:
-        return np.empty(0, dtype)
-    is_possible = out is not None and out.dtype == dtype and is_ready(out)
-    if is_possible and not any(np.may_share_memory(out, array) for array in inputs):
-        return out.reshape(-1)
-    return memory.empty((cols,), dtype)
-
-
-def _parameter_like(row, problem, out):
-    """A row as `out`, or as a new array, of weight's shape and dtype."""
-    row = row.reshape(problem.normalized_shape)
-    if row.dtype == problem.weight_dtype and (out is None or row.ctypes.data == out.ctypes.data):
-        return row if out is None else out
-    result = np.empty(problem.normalized_shape, problem.weight_dtype) if out is None else out
-    if result.dtype.name == "bfloat16":
-        # ml_dtypes rounds a float64 to float32 first
-        row = to_odd(row)
-    convert(row, result)
-    return result
+        return np.empty(0, problem.weight_dtype)
+    if out is not None and is_ready(out) and not any(np.may_share_memory(out, array) for array in inputs):
+        return out
+    return memory.empty(problem.normalized_shape, problem.weight_dtype)
 
 
 def _delivered(result, out):

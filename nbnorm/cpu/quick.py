@@ -1,5 +1,5 @@
 """Calls as most are, without the cost of the checks: contiguous NumPy arrays, all float32 or all float64; or 16-bit ones
-with float32 parameters, forward also with parameters of their own dtype.
+with parameters of float32 or of their own dtype.
 
 What is asked here is only whether a call is such a one, and right; the kernels' own look at the types of their arguments is
 a part of that, for strides. Every other call, wrong ones among them, is left to `checks`, and so is one whose kernel is not
@@ -16,9 +16,9 @@ from numpy import empty, may_share_memory, ndarray, zeros
 from nbnorm.cpu import parallel, sizes
 from nbnorm.cpu.parallel import ONE
 
-# the kernels that calls had compiled, by x's dtype, whether rows are short, which parameters are absent or asked for, the
-# variance or None for given statistics, and who works; with the dtype that they take parameters in, and the one that they
-# take 16-bit rows as, or None
+# the kernels that calls had compiled, by x's dtype, whether rows are short, which parameters are absent (backward: weight's
+# dtype, or None) or asked for, the variance or None for given statistics, and who works; with the dtype that they take
+# parameters in, and the one that they take what has 16 bits as, or None
 FORWARD: dict[tuple, Any] = {}
 BACKWARD: dict[tuple, Any] = {}
 # what a kernel takes for an absent parameter or statistics
@@ -108,16 +108,22 @@ def backward(
     if with_dx is not True or type(with_dweight) is not bool or type(with_dbias) is not bool:
         return None
     mode = use_diff_of_squares if mean is None else None
-    found = BACKWARD.get((dtype, shape[-1] < sizes.SHORT_ROW, weight is None, output_mask, mode, workers))
+    row = shape[-1:]
+    if weight is None:
+        parameter = None
+    elif type(weight) is not ndarray or weight.shape != row:
+        return None
+    else:
+        parameter = weight.dtype
+    found = BACKWARD.get((dtype, shape[-1] < sizes.SHORT_ROW, parameter, output_mask, mode, workers))
     if found is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
     kernel, wide, stored = found
     absent = ABSENT[wide]
-    row = shape[-1:]
     if weight is None:
-        weight = absent
-    elif type(weight) is not ndarray or weight.dtype != wide or weight.shape != row:
-        return None
+        weight, parameter = absent, dtype
+    elif parameter != wide:
+        weight = weight.astype(wide)
     if type(dy) is not ndarray or dy.shape != shape or dy.dtype != dtype:
         return None
     if not x.flags.c_contiguous or not dy.flags.c_contiguous:
@@ -137,16 +143,16 @@ def backward(
     dweight: Any
     if out is None:
         dx = empty(shape, dtype)
-        dweight = empty(normalized_shape, wide) if with_dweight else absent
-        dbias = empty(normalized_shape, wide) if with_dbias else absent
+        dweight = empty(normalized_shape if with_dweight else 0, parameter)
+        dbias = empty(normalized_shape if with_dbias else 0, parameter)
     elif not isinstance(out, tuple) or len(out) != 3:
         return None
     else:
         grads = []
-        shapes, dtypes = (shape, row, row), (dtype, wide, wide)
+        shapes, dtypes = (shape, row, row), (dtype, parameter, parameter)
         for grad, wanted, grad_shape, grad_dtype in zip(out, output_mask, shapes, dtypes, strict=True):
             if grad is None:
-                grad = empty(grad_shape, grad_dtype) if wanted else absent
+                grad = empty(grad_shape if wanted else 0, grad_dtype)
             elif not wanted or type(grad) is not ndarray or grad.shape != grad_shape or grad.dtype != grad_dtype:
                 return None
             if not grad.flags.carray:
@@ -173,11 +179,14 @@ def backward(
         dx_rows = dx.reshape(-1, normalized_shape)
     if stored is not None:
         dy_rows, x_rows, dx_rows = dy_rows.view(stored), x_rows.view(stored), dx_rows.view(stored)
+    dweight_row, dbias_row = dweight, dbias
+    if parameter != wide:
+        dweight_row, dbias_row = dweight.view(stored), dbias.view(stored)
     block_rows = sizes.block_rows(len(x_rows), normalized_shape)
     sums = zeros((with_dweight + with_dbias, -(-len(x_rows) // block_rows), normalized_shape))
     try:
         kernel(
-            dy_rows, x_rows, weight, eps, mean, rstd, 0, block_rows, True, False, dx_rows, sums, dweight, dbias
+            dy_rows, x_rows, weight, eps, mean, rstd, 0, block_rows, True, False, dx_rows, sums, dweight_row, dbias_row
         )  # fmt: skip
     except TypeError:
         # strides that a kernel does not take
