@@ -187,8 +187,12 @@ def test_what_all_elements_have_in_common_is_no_part_of_dx(rng, monkeypatch, lon
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     x = (rng.standard_normal((3, cols)) * scale).astype(dtype)
     dy = np.full(x.shape, -1.4, dtype)
-    weight = np.full(cols, 0.3, dtype)
-    np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, x, cols, weight).dx, 0)
+    for weight in (None, np.ones(cols, dtype), np.full(cols, 0.5, dtype)):
+        np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, x, cols, weight).dx, 0)
+    # here dy * weight is no number of the type: twice as many digits as that has are left
+    dx = nbnorm.layer_norm_backward(dy, x, cols, np.full(cols, 0.3, dtype)).dx
+    largest_rstd = 1 / float((x / dtype(scale)).std(axis=1).min()) / scale
+    assert np.abs(dx).max() <= float(np.finfo(dtype).eps) ** 2 * 1.4 * 0.3 * largest_rstd
 
 
 @pytest.mark.parametrize("cols", [15, 768])

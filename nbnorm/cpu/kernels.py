@@ -28,6 +28,7 @@ from nbnorm.cpu.rows import (
     gradients,
     normalise,
     remember,
+    rest_of,
     split,
     statistics,
     usable,
@@ -132,7 +133,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                 # normalise and store; NaN fails the comparison too
                 if smallest <= var + eps <= largest:
                     scale = element(1.0 / np.sqrt(var + eps))
-                    row = at, hi, lo, scale
+                    row = at, hi, rest_of(lo, scale), scale
                     if is_waiting:
                         normalise(x_, (waiting, row), cols, weight_, bias_, 0, element, streaming, y_)
                     waiting = row
@@ -183,8 +184,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         group_rows = max(1, min(GROUP_ROWS, GROUP_ELEMENTS // cols))
         ahead = cols * max(group_rows, -(-AHEAD // cols))
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
-            his, los, rstds = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
-            g_his, g_los, slopes = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
+            his, rests, rstds = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
+            g_his, g_rests, slopes = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
             r = max(b * block_rows - first, 0)
             stop = min((b + 1) * block_rows - first, rows)
             while r < stop:
@@ -200,7 +201,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                             hi, lo, var = statistics(x_, (r + count) * cols, cols, element, mode, ahead)
                             is_ordinary = smallest <= var + eps <= largest
                             scale = element(1.0 / np.sqrt(var + eps))
-                        his[count], los[count], rstds[count] = hi, lo, scale
+                        his[count], rests[count], rstds[count] = hi, rest_of(lo, scale), scale
                     if is_ordinary:
                         count += 1
 
@@ -210,14 +211,14 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     shift = element(0) if is_given else first_gradient(dy_, at, weight_, element)
                     scale = usable(rstds[i], element)
                     totals = gradient_sums(
-                        dy_, x_, at, cols, his[i], los[i], scale, shift, weight_, 0, element, ahead, is_given
+                        dy_, x_, at, cols, his[i], rests[i], scale, shift, weight_, 0, element, ahead, is_given
                     )
-                    remember((g_his, g_los, slopes), i, rstds[i], shift, totals, cols, element)
+                    remember((g_his, g_rests, slopes), i, rstds[i], shift, totals, cols, element)
 
                 # the gradients of the group, then of that row
                 gradients(
-                    dy_, x_, r * cols, cols, 0, count, cols, (his, los, rstds), (g_his, g_los, slopes), weight_, 0, element,
-                    streaming, dx_, dweight_sums, dbias_sums, b * cols,
+                    dy_, x_, r * cols, cols, 0, count, cols, (his, rests, rstds), (g_his, g_rests, slopes), weight_, 0,
+                    element, streaming, dx_, dweight_sums, dbias_sums, b * cols, True,
                 )  # fmt: skip
                 r += count
                 if not is_ordinary:

@@ -28,6 +28,7 @@ from nbnorm.cpu.rows import (
     merged,
     normalise,
     remember,
+    rest_of,
     split,
     statistics,
     usable,
@@ -96,7 +97,9 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                 hi64, lo64, scale64, factor = state[i, HI], state[i, LO], state[i, RSTD], state[i, FACTOR]
                 if factor == 0.0:
                     hi, lo = split(hi64, lo64, element)
-                    normalise(x_, ((at, hi, lo, element(scale64)),), width, weight_, bias_, start, element, streaming, y_)
+                    scale = element(scale64)
+                    row = at, hi, rest_of(lo, scale), scale
+                    normalise(x_, (row,), width, weight_, bias_, start, element, streaming, y_)
                 else:
                     normalise_rescaled(x_, at, width, factor, hi64, lo64, scale64, weight_, bias_, start, y_)
                 if streaming:
@@ -129,7 +132,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         weight_ = pointer(weight) if has_weight else None
         dx_ = pointer(dx) if with_dx else None
         parts = np.empty((group_rows, segments * PARTS))
-        # hi, lo and rstd; the mean of g in two parts, and the slope
+        # what `gradients` takes of each row
         row_statistics = np.empty((3, rows), element)
         row_means = np.empty((3, rows), element)
         rescaled_state = np.empty((rows, RESCALED))
@@ -153,8 +156,9 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 sum_g = projected = 0.0
                 if with_dx:
                     shift = element(0) if is_given else first_gradient(dy_, at - start, weight_, element)
+                    rest = rest_of(lo, near_one)
                     sum_g, projected = gradient_sums(
-                        dy_, x_, at, width, hi, lo, near_one, shift, weight_, start, element, AHEAD, is_given
+                        dy_, x_, at, width, hi, rest, near_one, shift, weight_, start, element, AHEAD, is_given
                     )
                 parts[i, PARTS * s + HI] = hi
                 parts[i, PARTS * s + LO] = lo
@@ -167,7 +171,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 hi, lo = split(hi64, lo64, element)
                 scale = element(rstd[r]) if is_given else element(1.0 / np.sqrt(var + eps))
                 if is_given or smallest <= var + eps <= largest:
-                    row_statistics[0, r], row_statistics[1, r], row_statistics[2, r] = hi, lo, scale
+                    row_statistics[0, r], row_statistics[1, r], row_statistics[2, r] = hi, rest_of(lo, scale), scale
                     if with_dx:
                         shift = element(0) if is_given else first_gradient(dy_, r * cols, weight_, element)
                         remember(
@@ -223,7 +227,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                         count += 1
                     gradients(
                         dy_, x_, start, cols, r, r + count, width, statistics_, means_, weight_, start, element, streaming,
-                        dx_, dweight_sums, dbias_sums, sums_at,
+                        dx_, dweight_sums, dbias_sums, sums_at, True,
                     )  # fmt: skip
                     r += count
                 if last:

@@ -13,7 +13,7 @@ from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
 from nbnorm.cpu.lanes import fence, pointer, scratch
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
-from nbnorm.cpu.rows import add_blocks, gradients, normalise, split
+from nbnorm.cpu.rows import add_blocks, gradients, normalise, rest_of, split
 from nbnorm.cpu.sixteen_rows import ROWS, SUMS_SIZE, means_of_rows, normalise_rows, statistics_of_rows
 from nbnorm.cpu.sizes import STREAMED_BYTES
 
@@ -38,15 +38,16 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
         # a call takes 0.65 of the time there
         is_by_columns = cols <= 16 or not (streaming or y.size * y.itemsize >= STREAMED_BYTES)
         for task in prange(-(-rows // task_rows)):
-            scratch_sums, variances = scratch(SUMS_SIZE, np.float64), scratch(ROWS, np.float64)
-            his, los, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
+            scratch_sums = scratch(SUMS_SIZE, np.float64)
+            means, variances = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
+            his, rests, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
             stop = min((task + 1) * task_rows, rows)
             for r in range(task * task_rows, stop, ROWS):
                 # statistics of the rows of a group
                 at = r * cols
                 count = min(ROWS, stop - r)
                 statistics_of_rows(
-                    x_, at, count, cols, element, mode, eps, ahead, scratch_sums, (his, los, rstds), variances
+                    x_, at, count, cols, element, mode, eps, ahead, scratch_sums, (his, rests, rstds), means, variances
                 )
 
                 # normalise and store
@@ -57,21 +58,21 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                     while end < count and smallest <= variances[end] + eps <= largest:
                         end += 1
                     if is_by_columns:
-                        normalise_rows(x_, at, begin, end, cols, (his, los, rstds), weight_, bias_, element, streaming, y_)
+                        normalise_rows(x_, at, begin, end, cols, (his, rests, rstds), weight_, bias_, element, streaming, y_)
                     else:
                         for i in range(begin, end - 1, 2):
                             pair = (
-                                (at + i * cols, his[i], los[i], rstds[i]),
-                                (at + (i + 1) * cols, his[i + 1], los[i + 1], rstds[i + 1]),
+                                (at + i * cols, his[i], rests[i], rstds[i]),
+                                (at + (i + 1) * cols, his[i + 1], rests[i + 1], rstds[i + 1]),
                             )
                             normalise(x_, pair, cols, weight_, bias_, 0, element, streaming, y_)
                         if (end - begin) & 1:
                             i = end - 1
-                            row = at + i * cols, his[i], los[i], rstds[i]
+                            row = at + i * cols, his[i], rests[i], rstds[i]
                             normalise(x_, (row,), cols, weight_, bias_, 0, element, streaming, y_)
                     if mean.size > 0:
                         for i in range(begin, end):
-                            mean[r + i] = np.float64(his[i]) + np.float64(los[i])
+                            mean[r + i] = means[i]
                             rstd[r + i] = rstds[i]
                     if end < count:
                         row_mean, row_rstd = row_rescaled(x_, at + end * cols, cols, eps, weight_, bias_, y_)
@@ -110,9 +111,10 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         together = GROUP_ROWS if streaming and cols > 16 else ROWS
         ahead = cols * -(-AHEAD // cols)
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
-            scratch_sums, variances = scratch(SUMS_SIZE, np.float64), scratch(ROWS, np.float64)
-            his, los, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
-            g_his, g_los, slopes = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
+            scratch_sums = scratch(SUMS_SIZE, np.float64)
+            means, variances = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
+            his, rests, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
+            g_his, g_rests, slopes = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
             stop = min((b + 1) * block_rows - first, rows)
             for r in range(max(b * block_rows - first, 0), stop, ROWS):
                 # statistics of the rows of a group
@@ -120,18 +122,19 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 count = min(ROWS, stop - r)
                 if needs_statistics and is_given:
                     for i in range(count):
-                        his[i], los[i] = split(np.float64(mean[r + i]), 0.0, element)
-                        rstds[i] = element(rstd[r + i])
+                        hi, lo = split(np.float64(mean[r + i]), 0.0, element)
+                        scale = element(rstd[r + i])
+                        his[i], rests[i], rstds[i] = hi, rest_of(lo, scale), scale
                 elif needs_statistics:
                     statistics_of_rows(
-                        x_, at, count, cols, element, mode, eps, ahead, scratch_sums, (his, los, rstds), variances
+                        x_, at, count, cols, element, mode, eps, ahead, scratch_sums, (his, rests, rstds), means, variances
                     )
 
                 # their means
                 if with_dx:
                     means_of_rows(
-                        dy_, x_, at, count, cols, (his, los, rstds), is_given, weight_, element, ahead,
-                        scratch_sums, (g_his, g_los, slopes),
+                        dy_, x_, at, count, cols, (his, rests, rstds), is_given, weight_, element, ahead,
+                        scratch_sums, (g_his, g_rests, slopes),
                     )  # fmt: skip
 
                 # the gradients of the rows up to one that needs another arithmetic, then of that
@@ -142,8 +145,9 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                         end += 1
                     for i in range(begin, end, together):
                         gradients(
-                            dy_, x_, at, cols, i, min(i + together, end), cols, (his, los, rstds), (g_his, g_los, slopes),
-                            weight_, 0, element, streaming, dx_, dweight_sums, dbias_sums, b * cols,
+                            dy_, x_, at, cols, i, min(i + together, end), cols, (his, rests, rstds),
+                            (g_his, g_rests, slopes), weight_, 0, element, streaming,
+                            dx_, dweight_sums, dbias_sums, b * cols, False,
                         )  # fmt: skip
                     if end < count:
                         row_gradients_rescaled(

@@ -19,9 +19,6 @@ from nbnorm.cpu.lanes import (
     root,
     store,
     store_folded,
-    store_part,
-    stream,
-    stream_part,
     totals,
     widen,
 )
@@ -33,6 +30,8 @@ from nbnorm.cpu.rows import (
     gradient_block_sums,
     inlined,
     normalised,
+    put,
+    put_part,
     statistics,
     two_sum,
     usable,
@@ -48,13 +47,17 @@ SUMS_SIZE = SECOND_SUMS + ROWS * FOLDED
 
 
 @inlined
-def statistics_of_rows(x, at, rows, cols, element, mode, eps, ahead, sums, row_statistics, variances):
-    """Write hi, lo and rstd of each row into the three arrays `row_statistics`, and its variance; `sums` is a scratch."""
-    his, los, rstds = row_statistics
+def statistics_of_rows(x, at, rows, cols, element, mode, eps, ahead, sums, row_statistics, means, variances):
+    """Write hi, rest and rstd of each row into the three arrays `row_statistics`, and its mean and variance.
+
+    `sums` is a scratch.
+    """
     if mode == TWO_SWEEPS:
+        his, los, _ = row_statistics
         for i in range(rows):
             his[i], los[i], variances[i] = statistics(x, at + i * cols, cols, element, mode, ahead)
-        store(rstds, 0, narrow(fill(1.0) / root(load(variances, 0, np.float64) + fill(eps)), element))
+        hi, lo = load(his, 0, element), load(los, 0, element)
+        store_statistics(row_statistics, means, hi, lo, load(variances, 0, np.float64), eps, element)
         return
     for i in range(rows):
         k = at + i * cols
@@ -75,26 +78,37 @@ def statistics_of_rows(x, at, rows, cols, element, mode, eps, ahead, sums, row_s
         store_folded(sums, FIRST_SUMS + FOLDED * i, row_totals)
         store_folded(sums, SECOND_SUMS + FOLDED * i, row_squares)
     per_element = fill(1.0 / np.float64(cols))
-    rests = totals(sums, FIRST_SUMS) * per_element
-    row_variances = at_least_zero(totals(sums, SECOND_SUMS) * per_element - rests * rests)
-    row_means, lost = two_sum(load(sums, SHIFTS, np.float64), fill(0.0), rests)
-    store_split(his, los, row_means, lost, element)
+    shifted_means = totals(sums, FIRST_SUMS) * per_element
+    row_variances = at_least_zero(totals(sums, SECOND_SUMS) * per_element - shifted_means * shifted_means)
+    row_means, lost = two_sum(load(sums, SHIFTS, np.float64), fill(0.0), shifted_means)
     store(variances, 0, row_variances)
-    store(rstds, 0, narrow(fill(1.0) / root(row_variances + fill(eps)), element))
+    hi, lo = split_rows(row_means, lost, element)
+    store_statistics(row_statistics, means, hi, lo, row_variances, eps, element)
+
+
+@inlined
+def store_statistics(row_statistics, means, hi, lo, row_variances, eps, element):
+    """Write hi, rest, rstd and mean of sixteen rows."""
+    his, rests, rstds = row_statistics
+    row_rstds = narrow(fill(1.0) / root(row_variances + fill(eps)), element)
+    store(his, 0, hi)
+    store(rests, 0, rests_of(lo, row_rstds, element))
+    store(rstds, 0, row_rstds)
+    store(means, 0, widen(hi) + widen(lo))
 
 
 @inlined
 def means_of_rows(dy, x, at, rows, cols, row_statistics, is_given, weight, element, ahead, sums, means):
     """Write what `remember` does of each row, from the same sums, into the three arrays `means`; `sums` is a scratch."""
-    his, los, rstds = row_statistics
-    g_his, g_los, slopes = means
+    his, rests, rstds = row_statistics
+    g_his, g_rests, slopes = means
     for i in range(rows):
         k = at + i * cols
         shift = element(0) if is_given else first_gradient(dy, k, weight, element)
         # recomputed, it is one, or the row needs another arithmetic anyway
         scale = usable(rstds[i], element) if is_given else rstds[i]
         row_totals, row_projected = gradient_block_sums(
-            dy, x, k, cols, fill(his[i]), fill(los[i]), fill(scale), fill(shift), weight, 0, element, ahead, is_given
+            dy, x, k, cols, fill(his[i]), fill(rests[i]), fill(scale), fill(-shift), weight, 0, element, ahead, is_given
         )
         sums[SHIFTS + i] = shift
         sums[SCALES + i] = scale
@@ -102,35 +116,39 @@ def means_of_rows(dy, x, at, rows, cols, row_statistics, is_given, weight, eleme
         store_folded(sums, SECOND_SUMS + FOLDED * i, widen(row_projected))
     per_element = fill(1.0 / np.float64(cols))
     g_means, lost = two_sum(load(sums, SHIFTS, np.float64), fill(0.0), totals(sums, FIRST_SUMS) * per_element)
-    store_split(g_his, g_los, g_means, lost, element)
     projected = totals(sums, SECOND_SUMS) / load(sums, SCALES, np.float64)
     row_rstds = load(rstds, 0, element)
+    hi, lo = split_rows(g_means, lost, element)
+    store(g_his, 0, hi)
+    store(g_rests, 0, rests_of(lo, row_rstds, element))
     slope = narrow(projected * per_element * widen(row_rstds), element) * row_rstds
     store(slopes, 0, slope * fill(element(-1)))
 
 
 @inlined
-def store_split(his, los, values, rests, element):
+def split_rows(values, rests, element):
     """As `split`, of sixteen."""
     hi = narrow(values, element)
-    store(his, 0, hi)
-    store(los, 0, narrow((values - widen(hi)) + rests, element))
+    return hi, narrow((values - widen(hi)) + rests, element)
+
+
+@inlined
+def rests_of(lo, rstd, element):
+    """As `rest_of`, of sixteen."""
+    return lo * rstd * fill(element(-1))
 
 
 @inlined
 def normalise_rows(x, at, begin, end, cols, row_statistics, weight, bias, element, streaming, y):
     """As `normalise`, column by column, for the rows from `begin` to `end` of those that start at `at`."""
-    his, los, rstds = row_statistics
+    his, rests, rstds = row_statistics
     for c in range(cols >> 4):
         weights = load(weight, 16 * c, element)
         biases = load(bias, 16 * c, element)
         for i in range(begin, end):
             k = at + i * cols + 16 * c
-            values = normalised(load(x, k, element), his[i], los[i], rstds[i], weights, biases)
-            if streaming:
-                stream(y, k, values)
-            else:
-                store(y, k, values)
+            values = normalised(load(x, k, element), his[i], rests[i], rstds[i], weights, biases)
+            put(y, k, values, streaming)
     count = cols & 15
     if count:
         j = cols - count
@@ -139,8 +157,5 @@ def normalise_rows(x, at, begin, end, cols, row_statistics, weight, bias, elemen
         for i in range(begin, end):
             k = at + i * cols + j
             xs = load_part(x, k, count, element, element(0))
-            values = normalised(xs, his[i], los[i], rstds[i], weights, biases)
-            if streaming:
-                stream_part(y, k, count, values)
-            else:
-                store_part(y, k, count, values)
+            values = normalised(xs, his[i], rests[i], rstds[i], weights, biases)
+            put_part(y, k, count, values, streaming)
