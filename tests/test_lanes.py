@@ -1,11 +1,14 @@
 """Do the lanes' operations mean the same compiled as in NumPy, above all the conversions of 16-bit numbers?"""
 
+import platform
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
 from numba import njit
 
-from nbnorm.cpu import half, lanes, lowering  # noqa: F401  the last teaches Numba the operations
+from nbnorm.cpu import half, lanes, lowering, rows  # noqa: F401  lowering teaches Numba the operations
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -150,3 +153,29 @@ def test_totals_of_sixteen_rows_are_those_of_each(rng):
     for i in range(16):
         lanes.store_folded(sums, 3 + 8 * i, source[i])
     np.testing.assert_array_equal(lanes.totals(sums, 3), expected)
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="looks for the instructions of x86-64")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_what_is_streamed_goes_past_the_caches(dtype):
+    """LLVM may drop the hint, as it did for float16, and for the part of a row that was a loop."""
+    stored = {"float16": np.uint16, "bfloat16": np.int16}.get(dtype)
+    array = np.zeros(40, stored or dtype)
+    element = np.float64 if dtype == "float64" else np.float32
+
+    @njit
+    def write(source, destination, factor, streaming):
+        source_, destination_ = lanes.pointer(source), lanes.pointer(destination)
+        for k in range(0, source.size - 15, 16):
+            rows.put(destination_, k, lanes.load(source_, k, element) * lanes.fill(factor), streaming)
+        count = source.size & 15
+        if count:
+            k = source.size - count
+            values = lanes.load_part(source_, k, count, element, element(0)) * lanes.fill(factor)
+            rows.put_part(destination_, k, count, values, streaming)
+
+    write(array, array.copy(), element(2), True)
+    code = "".join(write.inspect_asm().values())
+    # each piece of 16 bytes of the sixteen, and of at most fifteen elements, is an instruction of its own
+    assert len(re.findall(r"\bv?movnt(?:ps|pd|dq)\b", code)) >= 2 * array.itemsize - 1
