@@ -188,7 +188,7 @@ def test_a_helper_that_is_edited(site, run):
     assert run(site, LAYER_NORM) == run(site, LAYER_NORM) == "[[-1.0, 1.0]]"
     helper = site / "nbnorm" / "cpu" / "rows.py"
     source = helper.read_text()
-    edited = source.replace(" * fill(rstd), ", " * fill(rstd + rstd), ")
+    edited = source.replace("fill(rstd), fill(rest)), weights", "fill(rstd + rstd), fill(rest)), weights")
     assert edited != source
     # as old as before
     age = helper.stat()
