@@ -182,7 +182,6 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         dweight_sums = pointer(sums[0]) if with_dweight else None
         dbias_sums = pointer(sums[-1]) if with_dbias else None
         group_rows = max(1, min(GROUP_ROWS, GROUP_ELEMENTS // cols))
-        ahead = cols * max(group_rows, -(-AHEAD // cols))
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
             his, rests, rstds = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
             g_his, g_rests, slopes = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
@@ -198,7 +197,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                             hi, lo = split(np.float64(mean[r + count]), 0.0, element)
                             scale = element(rstd[r + count])
                         else:
-                            hi, lo, var = statistics(x_, (r + count) * cols, cols, element, mode, ahead)
+                            hi, lo, var = statistics(x_, (r + count) * cols, cols, element, mode, None)
                             is_ordinary = smallest <= var + eps <= largest
                             scale = element(1.0 / np.sqrt(var + eps))
                         his[count], rests[count], rstds[count] = hi, rest_of(lo, scale), scale
@@ -211,14 +210,15 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     shift = element(0) if is_given else first_gradient(dy_, at, weight_, element)
                     scale = usable(rstds[i], element)
                     totals = gradient_sums(
-                        dy_, x_, at, cols, his[i], rests[i], scale, shift, weight_, 0, element, ahead, is_given
+                        dy_, x_, at, cols, his[i], rests[i], scale, shift, weight_, 0, element, None, is_given
                     )
                     remember((g_his, g_rests, slopes), i, rstds[i], shift, totals, cols, element)
 
-                # the gradients of the group, then of that row
+                # the gradients of the group, then of that row; the next group is fetched meanwhile
                 gradients(
-                    dy_, x_, r * cols, cols, 0, count, cols, (his, rests, rstds), (g_his, g_rests, slopes), weight_, 0,
-                    element, streaming, dx_, dweight_sums, dbias_sums, b * cols, True,
+                    dy_, x_, r * cols, cols, 0, count, cols, (r + count) * cols, (his, rests, rstds),
+                    (g_his, g_rests, slopes), weight_, 0, element, streaming,
+                    dx_, dweight_sums, dbias_sums, b * cols, True,
                 )  # fmt: skip
                 r += count
                 if not is_ordinary:

@@ -76,8 +76,8 @@ def fence():
     """Make what was streamed visible to other threads."""
 
 
-def prefetch(source, k):
-    """Ask for the cache line of element k, which may be one that does not exist."""
+def prefetch(source, k, ahead):
+    """Ask for the cache line of element k + ahead, which may be one that does not exist; for none where ahead is None."""
 
 
 def fill(value):

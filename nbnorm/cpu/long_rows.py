@@ -226,8 +226,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                             break
                         count += 1
                     gradients(
-                        dy_, x_, start, cols, r, r + count, width, statistics_, means_, weight_, start, element, streaming,
-                        dx_, dweight_sums, dbias_sums, sums_at, True,
+                        dy_, x_, start, cols, r, r + count, width, None, statistics_, means_, weight_, start, element,
+                        streaming, dx_, dweight_sums, dbias_sums, sums_at, True,
                     )  # fmt: skip
                     r += count
                 if last:

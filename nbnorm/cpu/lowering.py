@@ -215,11 +215,14 @@ def _():
 
 
 @lowers(lanes.prefetch)
-def _(source, k):
-    def code(builder, source, k):
-        address = builder.bitcast(builder.gep(source, [k]), I8.as_pointer())
-        # to read, into the first-level cache, as data
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(3), I32(1)])
+def _(source, k, ahead):
+    if ahead == types.none:
+        return NOTHING
+
+    def code(builder, source, k, ahead):
+        address = builder.bitcast(builder.gep(source, [builder.add(k, ahead)]), I8.as_pointer())
+        # to read, into the second-level cache, as data: in the first, it would take the place of the rows worked on
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, I32(0), I32(2), I32(1)])
 
     return types.none, _returning_none(code)
 

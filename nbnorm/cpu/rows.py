@@ -46,7 +46,7 @@ inlined = njit(forceinline=True, error_model="numpy")
 
 @inlined
 def statistics(x, at, cols, element, mode, ahead):
-    """hi, lo and variance; prefetches the element that is `ahead` of each that it reads."""
+    """hi, lo and variance; prefetches the element that is `ahead` of each that it reads, unless that is None."""
     if mode == TWO_SWEEPS:
         return compensated(x, at, cols, element, ahead)
     shift = load_one(x, at) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
@@ -74,7 +74,7 @@ def shifted(x, at, cols, shift, sum_type, ahead):
     for _ in range(cols // BLOCK):
         block_totals = block_squares = fill(sum_type(0))
         for _ in range(BLOCK // 16):
-            prefetch(x, k + ahead)
+            prefetch(x, k, ahead)
             d = load(x, k, sum_type) - shifts
             block_totals = block_totals + d
             block_squares = multiply_add(d, d, block_squares)
@@ -84,7 +84,7 @@ def shifted(x, at, cols, shift, sum_type, ahead):
     rest = cols % BLOCK
     block_totals = block_squares = fill(sum_type(0))
     for _ in range(rest >> 4):
-        prefetch(x, k + ahead)
+        prefetch(x, k, ahead)
         d = load(x, k, sum_type) - shifts
         block_totals = block_totals + d
         block_squares = multiply_add(d, d, block_squares)
@@ -104,7 +104,7 @@ def compensated(x, at, cols, element, ahead):
     totals = fill(0.0)
     k = at
     for _ in range(cols >> 4):
-        prefetch(x, k + ahead)
+        prefetch(x, k, ahead)
         totals = totals + load(x, k, np.float64)
         k += 16
     if cols & 15:
@@ -247,10 +247,10 @@ def gradient_block_sums(dy, x, at, cols, his, rests, scales, minus_shifts, weigh
     totals = projected = fill(element(0))
     for i in range(cols >> 4):
         k = at + 16 * i
-        prefetch(dy, k + ahead)
+        prefetch(dy, k, ahead)
         if is_given:
             # which no sweep for the statistics has read
-            prefetch(x, k + ahead)
+            prefetch(x, k, ahead)
         g = multiply_add(load(dy, k, element), load(weight, first + 16 * i, element), minus_shifts)
         d = multiply_add(load(x, k, element) - his, scales, rests)
         totals = totals + g
@@ -287,15 +287,16 @@ def remember(means, i, rstd, shift, sums, cols, element):
 
 @inlined
 def gradients(
-    dy, x, at, pitch, begin, end, cols, statistics, means, weight, first, element, streaming, dx, dweight, dbias, sums_at,
-    in_registers,
+    dy, x, at, pitch, begin, end, cols, following, statistics, means, weight, first, element, streaming, dx, dweight, dbias,
+    sums_at, in_registers,
 ):  # fmt: skip
     """Gradients of some rows, column by column: add to the sums of dweight and dbias, and write dx.
 
     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)). The rows are those from `begin` to `end` of some that start at `at`
     and are `pitch` apart; `statistics` has their hi, rest and rstd, and `means` what `remember` wrote of them. The sums are
     float64, that of a segment's first column at `sums_at`, and grow row after row, so that it is the same which rows are
-    taken together. `in_registers` is for rows of more than a few columns.
+    taken together. As many elements as these rows have are prefetched, from `following` on, unless that is None.
+    `in_registers` is for rows of more than a few columns.
     """
     done = 0
     if in_registers and end - begin == 4:
@@ -312,7 +313,11 @@ def gradients(
             weights = load(weight, first + j, element)
             dweights = load(dweight, sums_at + j, np.float64)
             dbiases = load(dbias, sums_at + j, np.float64)
+            k = 4 * j
             for row_at, row in rows:
+                prefetch(dy, k, following)
+                prefetch(x, k, following)
+                k += 16
                 dys = load(dy, row_at + j, element)
                 x_hats, dxs = row_gradients(dys, load(x, row_at + j, element), row, weights)
                 dweights, dbiases = with_row(dweights, dbiases, dys, x_hats)
@@ -324,7 +329,11 @@ def gradients(
         weights = load(weight, first + j, element)
         dweights = load(dweight, sums_at + j, np.float64)
         dbiases = load(dbias, sums_at + j, np.float64)
+        k = (end - begin) * j
         for i in range(begin, end):
+            prefetch(dy, k, following)
+            prefetch(x, k, following)
+            k += 16
             row_at, row = row_of(at, pitch, statistics, means, i)
             dys = load(dy, row_at + j, element)
             x_hats, dxs = row_gradients(dys, load(x, row_at + j, element), row, weights)

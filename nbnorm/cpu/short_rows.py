@@ -145,7 +145,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                         end += 1
                     for i in range(begin, end, together):
                         gradients(
-                            dy_, x_, at, cols, i, min(i + together, end), cols, (his, rests, rstds),
+                            dy_, x_, at, cols, i, min(i + together, end), cols, None, (his, rests, rstds),
                             (g_his, g_rests, slopes), weight_, 0, element, streaming,
                             dx_, dweight_sums, dbias_sums, b * cols, False,
                         )  # fmt: skip

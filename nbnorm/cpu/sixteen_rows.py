@@ -65,7 +65,7 @@ def statistics_of_rows(x, at, rows, cols, element, mode, eps, ahead, sums, row_s
         shifts = fill(shift)
         row_totals = row_squares = fill(0.0)
         for _ in range(cols >> 4):
-            prefetch(x, k + ahead)
+            prefetch(x, k, ahead)
             d = load(x, k, np.float64) - shifts
             row_totals = row_totals + d
             row_squares = multiply_add(d, d, row_squares)
