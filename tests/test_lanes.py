@@ -107,6 +107,19 @@ def test_parts_of_sixteen(rng):
         assert first == source[1]
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.float64])
+def test_elements_until_sixteen_are_aligned(dtype):
+    @njit
+    def until_aligned(array, k):
+        return lanes.until_aligned(lanes.pointer(array), k)
+
+    array = np.zeros(100, dtype)
+    for start, k in ((0, 0), (3, 0), (0, 5), (20, 40)):
+        count = until_aligned(array[start:], k)
+        assert 0 <= count < 16
+        assert (array.ctypes.data + (start + k + count) * array.itemsize) % (16 * array.itemsize) == 0
+
+
 def test_sums_are_taken_in_the_order_that_lanes_says(rng):
     @njit
     def compiled(source):

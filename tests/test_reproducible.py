@@ -90,6 +90,28 @@ def test_written_past_the_caches(rng, monkeypatch, dtype, cols, long_row):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("cols", [8, 136, 1000])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_written_past_the_caches_wherever_a_line_begins(rng, monkeypatch, dtype, cols, long_row):
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
+    monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", 0)
+    with np.errstate(under="ignore"):
+        x, dy = rng.standard_normal((2, 7, cols)).astype(dtype)
+        weight = rng.standard_normal(cols).astype(dtype)
+    expected = nbnorm.layer_norm_backward(dy, x, cols, weight)
+    memory = np.empty(x.size + 256, dtype)
+    begin = -memory.ctypes.data % 128 // memory.itemsize
+    pieces = 16 // memory.itemsize
+    for offset in range(begin, begin + 128 // memory.itemsize, pieces):
+        dx = memory[offset : offset + x.size].reshape(x.shape)
+        memory[:] = 7
+        for a, b in zip(nbnorm.layer_norm_backward(dy, x, cols, weight, out=(dx, None, None)), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert (memory[:offset] == 7).all()
+        assert (memory[offset + x.size :] == 7).all()
+
+
 @pytest.mark.parametrize("shape", [(1, 21), (1, 1, 21), (21,)])
 @pytest.mark.parametrize("long_row", [0, 1 << 16])
 def test_one_row_of_a_wider_array_is_written_to_its_end(rng, monkeypatch, long_row, shape):

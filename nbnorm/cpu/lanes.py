@@ -72,6 +72,12 @@ def stream_part(destination, k, count, lanes):
     store_part(destination, k, count, lanes)
 
 
+def until_aligned(destination, k):
+    """How many elements there are from k to the first whose address is a multiple of the size of sixteen."""
+    address = destination.ctypes.data // destination.itemsize + k
+    return -address % COUNT
+
+
 def fence():
     """Make what was streamed visible to other threads."""
 

@@ -209,6 +209,16 @@ def _(destination, k, count, values):
     return types.none, _returning_none(code)
 
 
+@lowers(lanes.until_aligned)
+def _(destination, k):
+    def code(builder, destination, k):
+        address = builder.ptrtoint(builder.gep(destination, [k]), I64)
+        return builder.and_(builder.neg(builder.udiv(address, I64(size))), I64(COUNT - 1))
+
+    size = _size(destination.dtype)
+    return types.int64, code
+
+
 @lowers(lanes.fence)
 def _():
     return types.none, _returning_none(lambda builder: builder.fence("seq_cst"))

@@ -25,6 +25,7 @@ from nbnorm.cpu.lanes import (
     stream,
     stream_part,
     total,
+    until_aligned,
     widen,
 )
 
@@ -288,20 +289,23 @@ def remember(means, i, rstd, shift, sums, cols, element):
 @inlined
 def gradients(
     dy, x, at, pitch, begin, end, cols, following, statistics, means, weight, first, element, streaming, dx, dweight, dbias,
-    sums_at, in_registers,
+    sums_at, is_wide,
 ):  # fmt: skip
     """Gradients of some rows, column by column: add to the sums of dweight and dbias, and write dx.
 
     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)). The rows are those from `begin` to `end` of some that start at `at`
     and are `pitch` apart; `statistics` has their hi, rest and rstd, and `means` what `remember` wrote of them. The sums are
     float64, that of a segment's first column at `sums_at`, and grow row after row, so that it is the same which rows are
-    taken together. As many elements as these rows have are prefetched, from `following` on, unless that is None.
-    `in_registers` is for rows of more than a few columns.
+    taken together. As many elements as these rows have are prefetched, from `following` on, unless that is None. `is_wide`
+    is for rows of more than a few columns.
     """
+    # what is streamed should leave in whole lines, not in parts by turns: 1.3x at (4096, 4096)
+    head = min(cols, until_aligned(dx, at + begin * pitch)) if is_wide and streaming and dx is not None else 0
+    blocks = (cols - head) >> 4
     done = 0
-    if in_registers and end - begin == 4:
+    if is_wide and end - begin == 4:
         # as numbers, not elements of arrays, what is known of four rows stays in registers: 1.1 to 1.4x in bfloat16
-        done = cols >> 4
+        done = blocks
         rows = (
             row_of(at, pitch, statistics, means, begin),
             row_of(at, pitch, statistics, means, begin + 1),
@@ -309,11 +313,11 @@ def gradients(
             row_of(at, pitch, statistics, means, begin + 3),
         )
         for c in range(done):
-            j = 16 * c
+            j = head + 16 * c
             weights = load(weight, first + j, element)
             dweights = load(dweight, sums_at + j, np.float64)
             dbiases = load(dbias, sums_at + j, np.float64)
-            k = 4 * j
+            k = 64 * c
             for row_at, row in rows:
                 prefetch(dy, k, following)
                 prefetch(x, k, following)
@@ -324,12 +328,12 @@ def gradients(
                 put(dx, row_at + j, dxs, streaming)
             put(dweight, sums_at + j, dweights, False)
             put(dbias, sums_at + j, dbiases, False)
-    for c in range(done, cols >> 4):
-        j = 16 * c
+    for c in range(done, blocks):
+        j = head + 16 * c
         weights = load(weight, first + j, element)
         dweights = load(dweight, sums_at + j, np.float64)
         dbiases = load(dbias, sums_at + j, np.float64)
-        k = (end - begin) * j
+        k = (end - begin) * 16 * c
         for i in range(begin, end):
             prefetch(dy, k, following)
             prefetch(x, k, following)
@@ -341,9 +345,10 @@ def gradients(
             put(dx, row_at + j, dxs, streaming)
         put(dweight, sums_at + j, dweights, False)
         put(dbias, sums_at + j, dbiases, False)
-    count = cols & 15
-    if count:
-        j = cols - count
+    rest = (cols - head) & 15
+    for j, count in ((0, head), (cols - rest, rest)):
+        if count == 0:
+            continue
         weights = load_part(weight, first + j, count, element, element(0))
         dweights = load_part(dweight, sums_at + j, count, np.float64, 0.0)
         dbiases = load_part(dbias, sums_at + j, count, np.float64, 0.0)
