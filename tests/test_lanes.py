@@ -120,6 +120,16 @@ def test_elements_until_sixteen_are_aligned(dtype):
         assert (array.ctypes.data + (start + k + count) * array.itemsize) % (16 * array.itemsize) == 0
 
 
+@pytest.mark.compiled
+def test_scratch_begins_with_a_line():
+    @njit
+    def until_aligned():
+        first, second, third = lanes.scratch(5, np.float32), lanes.scratch(3, np.float32), lanes.scratch(9, np.float32)
+        return lanes.until_aligned(first, 0), lanes.until_aligned(second, 0), lanes.until_aligned(third, 0)
+
+    assert until_aligned() == (0, 0, 0)
+
+
 def test_sums_are_taken_in_the_order_that_lanes_says(rng):
     @njit
     def compiled(source):

@@ -278,7 +278,11 @@ def _(count, element):
         return None
 
     def code(builder, count_, element_):
-        return cgutils.alloca_once(builder, LLVM_TYPES[element.dtype], size=I64(count.literal_value))
+        room = cgutils.alloca_once(builder, LLVM_TYPES[element.dtype], size=I64(count.literal_value))
+        # or sixteen numbers lie in two lines, by where the stack of a process begins: a forward of rows of 16 takes up to
+        # 1.8 times as long
+        room.align = 64
+        return room
 
     return types.CPointer(element.dtype), code
 
