@@ -63,6 +63,32 @@ def test_a_row_does_not_depend_on_the_others(case, use_diff_of_squares):
         np.testing.assert_array_equal(a, b[order])
 
 
+# kernels as plain Python do in our threads, to which `numpy.errstate` does not go
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("workers", WORKERS)
+def test_whatever_new_memory_holds(case, monkeypatch, choose_workers, workers, long_row):
+    choose_workers(workers)
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
+    # sums go from call to call, which begin in the middle of a block of rows
+    monkeypatch.setattr("nbnorm.cpu.staging.BUFFER_ELEMENTS", 10 * case[0].shape[1])
+    x, dy, weight, bias = case
+    strided = np.concatenate([x, dy], 1)[:, : x.shape[1]]
+    cases = [case, (strided, dy, weight, bias), (x[:1], dy[:1], weight, bias)]
+    expected = [results(operands, False) for operands in cases]
+
+    def full_of_nan(*arguments, empty=np.empty):
+        array = empty(*arguments)
+        array.reshape(-1).view(np.uint8).fill(255)
+        return array
+
+    monkeypatch.setattr(np, "empty", full_of_nan)
+    monkeypatch.setattr("nbnorm.cpu.quick.empty", full_of_nan)
+    for operands, values in zip(cases, expected, strict=True):
+        for a, b in zip(results(operands, False), values, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("offset", [1, 2, 5, 9])
 def test_any_alignment_of_whole_elements(case, offset):
     x, dy, weight, bias = case

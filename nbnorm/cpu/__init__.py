@@ -108,7 +108,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         if problem.cols > sizes.LONG_ROW:
             # a kernel for long rows has sums of its own, unless there are several calls to add up
             blocks = int(limit < problem.rows)
-        sums = np.zeros((with_dweight + with_dbias, blocks, problem.cols))
+        sums = np.empty((with_dweight + with_dbias, blocks, problem.cols))
         for index, rows in row_blocks(problem.batch, limit, order):
             dx_rows = rows_of(dx[index], dx_buffer, problem.cols) if with_dx else absent_dx
             kernel(

@@ -23,6 +23,7 @@ from nbnorm.cpu.rows import (
     ONE_SWEEP_64,
     TWO_SWEEPS,
     add_blocks,
+    clear,
     first_gradient,
     gradient_sums,
     gradients,
@@ -159,8 +160,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
 
     `statistics_from` is "given" or the variance to recompute them by. Block b owns rows b * block_rows to
     (b + 1) * block_rows of the whole problem, of which x holds those from `first` on. It adds dy * x_hat to sums[0, b] and
-    dy to sums[1, b], of which there is only the one that is asked for where the other is not. With `last`, the blocks' sums
-    are added up in their order and written to dweight and dbias.
+    dy to sums[1, b], of which there is only the one that is asked for where the other is not, from 0 on where it owns the
+    block's first row. With `last`, the blocks' sums are added up in their order and written to dweight and dbias.
     Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
     """
     element = dtype.type
@@ -185,6 +186,9 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
             his, rests, rstds = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
             g_his, g_rests, slopes = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
+            if b * block_rows >= first:
+                clear(dweight_sums, b * cols, cols)
+                clear(dbias_sums, b * cols, cols)
             r = max(b * block_rows - first, 0)
             stop = min((b + 1) * block_rows - first, rows)
             while r < stop:

@@ -22,6 +22,7 @@ from nbnorm.cpu.rows import (
     SUM_G,
     VARIANCE,
     add_blocks,
+    clear,
     first_gradient,
     gradient_sums,
     gradients,
@@ -113,7 +114,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     """One iteration owns a segment of a row in the first loop, and in the second some columns of all rows.
 
     Of those it writes dx, and with `last` dweight and dbias. Between calls for rows of the same problem, sums has what they
-    are so far; in a call for all rows it may be empty.
+    are so far, and is begun by the one whose `first` is 0; in a call for all rows it may be empty.
     """
     element = dtype.type
     is_given = statistics_from == "given"
@@ -202,12 +203,14 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 if sums.size > 0:
                     dweight_sums, dbias_sums, sums_at = pointer(sums[0]), pointer(sums[-1]), start
                 else:
-                    own_sums[:] = 0.0
                     dweight_sums, dbias_sums, sums_at = pointer(own_sums), pointer(own_sums[COLUMNS:]), 0
                 if not with_dweight:
                     dweight_sums = None
                 if not with_dbias:
                     dbias_sums = None
+                if first == 0:
+                    clear(dweight_sums, sums_at, width)
+                    clear(dbias_sums, sums_at, width)
                 r = 0
                 while r < rows:
                     at = r * cols + start

@@ -11,7 +11,7 @@ from math import inf
 from typing import Any
 
 import numpy as np
-from numpy import empty, may_share_memory, ndarray, zeros
+from numpy import empty, may_share_memory, ndarray
 
 from nbnorm.cpu import parallel, sizes
 from nbnorm.cpu.parallel import ONE
@@ -183,7 +183,7 @@ def backward(
     if parameter != wide:
         dweight_row, dbias_row = dweight.view(stored), dbias.view(stored)
     block_rows = sizes.block_rows(len(x_rows), normalized_shape)
-    sums = zeros((with_dweight + with_dbias, -(-len(x_rows) // block_rows), normalized_shape))
+    sums = empty((with_dweight + with_dbias, -(-len(x_rows) // block_rows), normalized_shape))
     try:
         kernel(
             dy_rows, x_rows, weight, eps, mean, rstd, 0, block_rows, True, False, dx_rows, sums, dweight_row, dbias_row

@@ -363,6 +363,14 @@ def gradients(
 
 
 @inlined
+def clear(sums, at, cols):
+    """Begin the sums of some columns; nothing where sums is None."""
+    if sums is not None:
+        for j in range(at, at + cols):
+            sums[j] = 0.0
+
+
+@inlined
 def row_of(at, pitch, statistics, means, i):
     """Where row i starts, and all that its gradients need to know of it."""
     his, rests, rstds = statistics

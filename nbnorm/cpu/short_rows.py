@@ -13,7 +13,7 @@ from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
 from nbnorm.cpu.lanes import fence, pointer, scratch
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
-from nbnorm.cpu.rows import add_blocks, gradients, normalise, rest_of, split
+from nbnorm.cpu.rows import add_blocks, clear, gradients, normalise, rest_of, split
 from nbnorm.cpu.sixteen_rows import ROWS, SUMS_SIZE, means_of_rows, normalise_rows, statistics_of_rows
 from nbnorm.cpu.sizes import STREAMED_BYTES
 
@@ -115,6 +115,9 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
             means, variances = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
             his, rests, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
             g_his, g_rests, slopes = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
+            if b * block_rows >= first:
+                clear(dweight_sums, b * cols, cols)
+                clear(dbias_sums, b * cols, cols)
             stop = min((b + 1) * block_rows - first, rows)
             for r in range(max(b * block_rows - first, 0), stop, ROWS):
                 # statistics of the rows of a group
