@@ -7,6 +7,8 @@ import os
 import platform
 from pathlib import Path
 
+from llvmlite.binding import get_host_cpu_name
+
 import nbnorm
 
 PACKAGES = {"numpy": "NumPy", "numba": "numba", "torch": "torch", "onnxruntime": "ONNX Runtime", "jax": "JAX"}
@@ -41,12 +43,13 @@ def versions(peers):
 
 
 def cpu_model():
+    """The processor's name, and LLVM's for its kind: a virtual machine may tell only the maker."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {get_host_cpu_name()}"
 
 
 def cache_bytes():
