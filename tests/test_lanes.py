@@ -118,6 +118,7 @@ def test_elements_until_sixteen_are_aligned(dtype):
         count = until_aligned(array[start:], k)
         assert 0 <= count < 16
         assert (array.ctypes.data + (start + k + count) * array.itemsize) % (16 * array.itemsize) == 0
+    assert njit(lambda: lanes.until_aligned(None, 3))() == 0
 
 
 @pytest.mark.compiled

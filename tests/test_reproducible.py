@@ -117,7 +117,7 @@ def test_written_past_the_caches(rng, monkeypatch, dtype, cols, long_row):
 
 
 @pytest.mark.parametrize("long_row", [0, 1 << 16])
-@pytest.mark.parametrize("cols", [8, 136, 1000])
+@pytest.mark.parametrize("cols", [8, 48, 136, 1000])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 def test_written_past_the_caches_wherever_a_line_begins(rng, monkeypatch, dtype, cols, long_row):
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)

@@ -73,7 +73,9 @@ def stream_part(destination, k, count, lanes):
 
 
 def until_aligned(destination, k):
-    """How many elements there are from k to the first whose address is a multiple of the size of sixteen."""
+    """How many elements there are from k to the first whose address is a multiple of the size of sixteen; 0 of None."""
+    if destination is None:
+        return 0
     address = destination.ctypes.data // destination.itemsize + k
     return -address % COUNT
 

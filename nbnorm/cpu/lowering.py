@@ -211,6 +211,9 @@ def _(destination, k, count, values):
 
 @lowers(lanes.until_aligned)
 def _(destination, k):
+    if destination == types.none:
+        return types.int64, lambda builder, destination, k: I64(0)
+
     def code(builder, destination, k):
         address = builder.ptrtoint(builder.gep(destination, [k]), I64)
         return builder.and_(builder.neg(builder.udiv(address, I64(size))), I64(COUNT - 1))

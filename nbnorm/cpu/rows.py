@@ -300,7 +300,7 @@ def gradients(
     is for rows of more than a few columns.
     """
     # what is streamed should leave in whole lines, not in parts by turns: 1.3x at (4096, 4096)
-    head = min(cols, until_aligned(dx, at + begin * pitch)) if is_wide and streaming and dx is not None else 0
+    head = min(cols, until_aligned(dx, at + begin * pitch)) if is_wide and streaming else 0
     blocks = (cols - head) >> 4
     done = 0
     if is_wide and end - begin == 4:
