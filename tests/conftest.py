@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import numba
@@ -21,6 +22,12 @@ settings.register_profile("default", max_examples=100, deadline=None)
 # a kernel as plain Python takes milliseconds
 settings.register_profile("no-jit", max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no-jit" if JIT_DISABLED else "default")
+
+
+def pytest_configure(config):
+    """A shell that runs the tests in the background has them ignore Ctrl-C, and so would the processes that they start."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config):
