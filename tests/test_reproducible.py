@@ -121,17 +121,18 @@ def test_written_past_the_caches(rng, monkeypatch, dtype, cols, long_row):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 def test_written_past_the_caches_wherever_a_line_begins(rng, monkeypatch, dtype, cols, long_row):
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
-    monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", 0)
     with np.errstate(under="ignore"):
         x, dy = rng.standard_normal((2, 7, cols)).astype(dtype)
         weight = rng.standard_normal(cols).astype(dtype)
     expected = nbnorm.layer_norm_backward(dy, x, cols, weight)
+    monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", 0)
     memory = np.empty(x.size + 256, dtype)
     begin = -memory.ctypes.data % 128 // memory.itemsize
     pieces = 16 // memory.itemsize
     for offset in range(begin, begin + 128 // memory.itemsize, pieces):
         dx = memory[offset : offset + x.size].reshape(x.shape)
         memory[:] = 7
+        assert nbnorm.cpu._is_streamed(dx, dy, x)
         for a, b in zip(nbnorm.layer_norm_backward(dy, x, cols, weight, out=(dx, None, None)), expected, strict=True):
             np.testing.assert_array_equal(a, b)
         assert (memory[:offset] == 7).all()

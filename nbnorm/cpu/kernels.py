@@ -160,8 +160,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
 
     `statistics_from` is "given" or the variance to recompute them by. Block b owns rows b * block_rows to
     (b + 1) * block_rows of the whole problem, of which x holds those from `first` on. It adds dy * x_hat to sums[0, b] and
-    dy to sums[1, b], of which there is only the one that is asked for where the other is not, from 0 on where it owns the
-    block's first row. With `last`, the blocks' sums are added up in their order and written to dweight and dbias.
+    dy to sums[1, b], of which there is only the one that is asked for where the other is not; the call that has a block's
+    first row clears its sums. With `last`, the blocks' sums are added up in their order and written to dweight and dbias.
     Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
     """
     element = dtype.type

@@ -112,7 +112,7 @@ def total(lanes):
 
 
 def scratch(count, element):
-    """Room for `count` elements, whatever they are, at a line's beginning, which lasts as long as the call of the kernel."""
+    """Room for `count` elements, whatever they are, for as long as the call of the kernel; it begins with a cache line."""
     # NumPy would warn of what becomes of others in lanes that nothing reads
     return np.ones(count, element)
 

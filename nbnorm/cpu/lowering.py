@@ -282,8 +282,8 @@ def _(count, element):
 
     def code(builder, count_, element_):
         room = cgutils.alloca_once(builder, LLVM_TYPES[element.dtype], size=I64(count.literal_value))
-        # or sixteen numbers lie in two lines, by where the stack of a process begins: a forward of rows of 16 takes up to
-        # 1.8 times as long
+        # unaligned, sixteen float32 may lie in two lines, by where a process's stack begins: a forward of rows of 16 then
+        # takes up to 1.8 times as long
         room.align = 64
         return room
 

@@ -296,10 +296,10 @@ def gradients(
     dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat)). The rows are those from `begin` to `end` of some that start at `at`
     and are `pitch` apart; `statistics` has their hi, rest and rstd, and `means` what `remember` wrote of them. The sums are
     float64, that of a segment's first column at `sums_at`, and grow row after row, so that it is the same which rows are
-    taken together. As many elements as these rows have are prefetched, from `following` on, unless that is None. `is_wide`
-    is for rows of more than a few columns.
+    taken together. About as many elements as these rows have are prefetched, from `following` on, unless that is None.
+    `is_wide` is False in the kernels for short rows.
     """
-    # what is streamed should leave in whole lines, not in parts by turns: 1.3x at (4096, 4096)
+    # what is streamed should leave in whole lines, of the first row at least, not in parts by turns: 1.3x at (4096, 4096)
     head = min(cols, until_aligned(dx, at + begin * pitch)) if is_wide and streaming else 0
     blocks = (cols - head) >> 4
     done = 0
@@ -319,8 +319,7 @@ def gradients(
             dbiases = load(dbias, sums_at + j, np.float64)
             k = 64 * c
             for row_at, row in rows:
-                prefetch(dy, k, following)
-                prefetch(x, k, following)
+                prefetch_both(dy, x, k, following, dx, dweight)
                 k += 16
                 dys = load(dy, row_at + j, element)
                 x_hats, dxs = row_gradients(dys, load(x, row_at + j, element), row, weights)
@@ -335,8 +334,7 @@ def gradients(
         dbiases = load(dbias, sums_at + j, np.float64)
         k = (end - begin) * 16 * c
         for i in range(begin, end):
-            prefetch(dy, k, following)
-            prefetch(x, k, following)
+            prefetch_both(dy, x, k, following, dx, dweight)
             k += 16
             row_at, row = row_of(at, pitch, statistics, means, i)
             dys = load(dy, row_at + j, element)
@@ -360,6 +358,14 @@ def gradients(
             put_part(dx, row_at + j, count, dxs, streaming)
         put_part(dweight, sums_at + j, count, dweights, False)
         put_part(dbias, sums_at + j, count, dbiases, False)
+
+
+@inlined
+def prefetch_both(dy, x, k, following, dx, dweight):
+    """Prefetch dy, and x where the gradients that are asked for need it."""
+    prefetch(dy, k, following)
+    if dx is not None or dweight is not None:
+        prefetch(x, k, following)
 
 
 @inlined
