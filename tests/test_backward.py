@@ -53,8 +53,10 @@ def test_float64_beside_16_bits(rng, dtype, dy_dtype, weight_dtype):
 
 
 @pytest.mark.parametrize("cols", [31, 300])
-@pytest.mark.parametrize("scales", [(1e-36, 1e-3), (1e-20, 1e-20), (1e10, 1e33), (1e30, 1e-3), (1.0, 1e34)])
-def test_products_beyond_the_range_of_float32(rng, scales, cols):
+@pytest.mark.parametrize("scales", [(1e-36, 1e-3), (1e-20, 1e-20), (1e-11, 1e-33), (1e10, 1e33), (1e30, 1e-3), (1.0, 1e34)])
+@pytest.mark.parametrize("long_row", [0, 1 << 16])
+def test_products_beyond_the_range_of_float32(rng, monkeypatch, long_row, scales, cols):
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     with np.errstate(under="ignore"):
         x, dy = (np.reshape(scales, (2, 1, 1)) * rng.standard_normal((2, 20, cols))).astype(np.float32)
     dx = nbnorm.layer_norm_backward(dy, x, cols, eps=0.0).dx

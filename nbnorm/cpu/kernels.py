@@ -23,6 +23,7 @@ from nbnorm.cpu.rows import (
     ONE_SWEEP_64,
     TWO_SWEEPS,
     add_blocks,
+    are_exact,
     clear,
     first_gradient,
     gradient_sums,
@@ -32,6 +33,7 @@ from nbnorm.cpu.rows import (
     rest_of,
     split,
     statistics,
+    statistics_and_sums,
     usable,
 )
 
@@ -186,6 +188,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
             his, rests, rstds = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
             g_his, g_rests, slopes = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
+            totals, projected = scratch(GROUP_ROWS, np.float64), scratch(GROUP_ROWS, np.float64)
             if b * block_rows >= first:
                 clear(dweight_sums, b * cols, cols)
                 clear(dbias_sums, b * cols, cols)
@@ -201,7 +204,12 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                             hi, lo = split(np.float64(mean[r + count]), 0.0, element)
                             scale = element(rstd[r + count])
                         else:
-                            hi, lo, var = statistics(x_, (r + count) * cols, cols, element, mode, None)
+                            at = (r + count) * cols
+                            shift = first_gradient(dy_, at, weight_, element) if with_dx else element(0)
+                            hi, lo, var, sums_of_g = statistics_and_sums(
+                                dy_ if with_dx else None, x_, at, cols, shift, weight_, 0, element, mode, None
+                            )
+                            totals[count], projected[count] = sums_of_g
                             is_ordinary = smallest <= var + eps <= largest
                             scale = element(1.0 / np.sqrt(var + eps))
                         his[count], rests[count], rstds[count] = hi, rest_of(lo, scale), scale
@@ -212,11 +220,13 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 for i in range(count if with_dx else 0):
                     at = (r + i) * cols
                     shift = element(0) if is_given else first_gradient(dy_, at, weight_, element)
-                    scale = usable(rstds[i], element)
-                    totals = gradient_sums(
-                        dy_, x_, at, cols, his[i], rests[i], scale, shift, weight_, 0, element, None, is_given
-                    )
-                    remember((g_his, g_rests, slopes), i, rstds[i], shift, totals, cols, element)
+                    sums_of_g = totals[i], projected[i]
+                    if is_given or not are_exact(sums_of_g):
+                        scale = usable(rstds[i], element)
+                        sums_of_g = gradient_sums(
+                            dy_, x_, at, cols, his[i], rests[i], scale, shift, weight_, 0, element, None, is_given
+                        )
+                    remember((g_his, g_rests, slopes), i, rstds[i], shift, sums_of_g, cols, element)
 
                 # the gradients of the group, then of that row; the next group is fetched meanwhile
                 gradients(

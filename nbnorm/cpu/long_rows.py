@@ -22,6 +22,7 @@ from nbnorm.cpu.rows import (
     SUM_G,
     VARIANCE,
     add_blocks,
+    are_exact,
     clear,
     first_gradient,
     gradient_sums,
@@ -32,6 +33,7 @@ from nbnorm.cpu.rows import (
     rest_of,
     split,
     statistics,
+    statistics_and_sums,
     usable,
 )
 
@@ -150,22 +152,24 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     hi, lo = split(np.float64(mean[group + i]), 0.0, element)
                     var = 0.0
                     near_one = usable(element(rstd[group + i]), element)
+                    sums_of_g = 0.0, 0.0
+                    shift = element(0)
                 else:
-                    hi, lo, var = statistics(x_, at, width, element, mode, AHEAD)
+                    shift = first_gradient(dy_, at - start, weight_, element) if with_dx else element(0)
+                    hi, lo, var, sums_of_g = statistics_and_sums(
+                        dy_ if with_dx else None, x_, at, width, shift, weight_, start, element, mode, AHEAD
+                    )
                     # a segment may be constant where its row is not
                     near_one = usable(element(1.0 / np.sqrt(var + eps)), element)
-                sum_g = projected = 0.0
-                if with_dx:
-                    shift = element(0) if is_given else first_gradient(dy_, at - start, weight_, element)
+                if with_dx and not are_exact(sums_of_g):
                     rest = rest_of(lo, near_one)
-                    sum_g, projected = gradient_sums(
+                    sums_of_g = gradient_sums(
                         dy_, x_, at, width, hi, rest, near_one, shift, weight_, start, element, AHEAD, is_given
                     )
                 parts[i, PARTS * s + HI] = hi
                 parts[i, PARTS * s + LO] = lo
                 parts[i, PARTS * s + VARIANCE] = var
-                parts[i, PARTS * s + SUM_G] = sum_g
-                parts[i, PARTS * s + PROJECTED] = projected
+                parts[i, PARTS * s + SUM_G], parts[i, PARTS * s + PROJECTED] = sums_of_g
             for i in range(count):
                 r = group + i
                 hi64, lo64, var, sum_g, projected = merged(pointer(parts[i]), SEGMENT, cols)

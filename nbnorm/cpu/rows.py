@@ -48,55 +48,108 @@ inlined = njit(forceinline=True, error_model="numpy")
 @inlined
 def statistics(x, at, cols, element, mode, ahead):
     """hi, lo and variance; prefetches the element that is `ahead` of each that it reads, unless that is None."""
+    hi, lo, variance, _ = statistics_and_sums(None, x, at, cols, 0.0, None, 0, element, mode, ahead)
+    return hi, lo, variance
+
+
+@inlined
+def statistics_and_sums(dy, x, at, cols, g_shift, weight, first, element, mode, ahead):
+    """As `statistics`, and in the same sweep the sums that `gradient_sums` finds, which it must where `are_exact` says no.
+
+    dy may be None.
+    """
+    sums = np.nan, np.nan
     if mode == TWO_SWEEPS:
-        return compensated(x, at, cols, element, ahead)
+        hi, lo, variance = compensated(x, at, cols, element, ahead)
+        return hi, lo, variance, sums
     shift = load_one(x, at) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
     is_enough = False
     if cols >= BLOCK and mode in (ONE_SWEEP, DIFF_OF_SQUARES):
-        rest, variance = shifted(x, at, cols, shift, np.float32, ahead)
+        rest, variance, sums = shifted(dy, x, at, cols, shift, g_shift, weight, first, np.float32, ahead)
         # NaN fails the comparison too
         is_enough = SMALLEST < variance < LARGEST and rest * rest <= CONDITION * variance
     if not is_enough:
         # in float64 it is enough wherever the row begins, since an element is at most sqrt(cols - 1) standard deviations
         # from the mean (Samuelson 1968); difference of squares has no such limit, and loses digits here
-        rest, variance = shifted(x, at, cols, shift, np.float64, ahead)
+        rest, variance, sums = shifted(None, x, at, cols, shift, 0.0, None, 0, np.float64, ahead)
     mean, lost = two_sum(shift, 0.0, rest)
     hi, lo = split(mean, lost, element)
-    return hi, lo, variance
+    return hi, lo, variance, sums
 
 
 @inlined
-def shifted(x, at, cols, shift, sum_type, ahead):
-    """The mean less shift, and the variance, from one sweep over x - shift (Chan, Golub and LeVeque 1983, eq. 1.4)."""
+def are_exact(sums):
+    """Whether no product in the sums of `statistics_and_sums`, which are not scaled, was lost to underflow or overflow."""
+    # NaN fails the comparison too
+    return SMALLEST < abs(sums[1]) < LARGEST
+
+
+@inlined
+def shifted(dy, x, at, cols, shift, g_shift, weight, first, sum_type, ahead):
+    """The mean less shift, and the variance, from one sweep over d = x - shift (Chan, Golub and LeVeque 1983, eq. 1.4).
+
+    And the sums over g = dy * weight - g_shift of g and of g * (x - mean); NaN where dy is None.
+    """
     shifts = fill(sum_type(shift))
-    totals = squares = fill(0.0)
-    k = at
+    minus_shifts = fill(sum_type(-g_shift))
+    zeros = fill(sum_type(0))
+    totals = squares = g_totals = projected = fill(0.0)
+    k, j = at, first
     # the loop over a block is here twice: as a function of its own, it makes backward at (8192, 768) take 1.07 times as long
     for _ in range(cols // BLOCK):
-        block_totals = block_squares = fill(sum_type(0))
+        block = zeros, zeros, zeros, zeros
         for _ in range(BLOCK // 16):
-            prefetch(x, k, ahead)
-            d = load(x, k, sum_type) - shifts
-            block_totals = block_totals + d
-            block_squares = multiply_add(d, d, block_squares)
+            block = with_sixteen(block, dy, x, k, weight, j, shifts, minus_shifts, sum_type, ahead)
             k += 16
-        totals = totals + widen(block_totals)
-        squares = squares + widen(block_squares)
+            j += 16
+        totals = totals + widen(block[0])
+        squares = squares + widen(block[1])
+        g_totals = g_totals + widen(block[2])
+        projected = projected + widen(block[3])
     rest = cols % BLOCK
-    block_totals = block_squares = fill(sum_type(0))
+    block = zeros, zeros, zeros, zeros
     for _ in range(rest >> 4):
-        prefetch(x, k, ahead)
-        d = load(x, k, sum_type) - shifts
-        block_totals = block_totals + d
-        block_squares = multiply_add(d, d, block_squares)
+        block = with_sixteen(block, dy, x, k, weight, j, shifts, minus_shifts, sum_type, ahead)
         k += 16
-    if rest & 15:
-        d = load_part(x, k, rest & 15, sum_type, sum_type(shift)) - shifts
-        block_totals = block_totals + d
-        block_squares = multiply_add(d, d, block_squares)
+        j += 16
+    count = rest & 15
+    if count:
+        d = load_part(x, k, count, sum_type, sum_type(shift)) - shifts
+        g = None
+        if dy is not None:
+            dys = load_part(dy, k, count, sum_type, sum_type(0))
+            weights = load_part(weight, j, count, sum_type, sum_type(0))
+            g = keep(multiply_add(dys, weights, minus_shifts), count)
+        block = with_elements(block, d, g)
     per_element = 1.0 / np.float64(cols)
-    mean = total(totals + widen(block_totals)) * per_element
-    return mean, max(total(squares + widen(block_squares)) * per_element - mean * mean, 0.0)
+    mean = total(totals + widen(block[0])) * per_element
+    variance = max(total(squares + widen(block[1])) * per_element - mean * mean, 0.0)
+    if dy is None:
+        return mean, variance, (np.nan, np.nan)
+    sum_g = total(g_totals + widen(block[2]))
+    # the deviations from the mean are d less mean
+    return mean, variance, (sum_g, total(projected + widen(block[3])) - mean * sum_g)
+
+
+@inlined
+def with_sixteen(sums, dy, x, k, weight, j, shifts, minus_shifts, sum_type, ahead):
+    """The sums of `with_elements` with those from k on in them; weight's are from j on."""
+    prefetch(x, k, ahead)
+    g = None
+    if dy is not None:
+        prefetch(dy, k, ahead)
+        g = multiply_add(load(dy, k, sum_type), load(weight, j, sum_type), minus_shifts)
+    return with_elements(sums, load(x, k, sum_type) - shifts, g)
+
+
+@inlined
+def with_elements(sums, d, g):
+    """The sums of d, d², g and g * d with sixteen more of each; g may be None."""
+    totals, squares, g_totals, projected = sums
+    if g is not None:
+        g_totals = g_totals + g
+        projected = multiply_add(g, d, projected)
+    return totals + d, multiply_add(d, d, squares), g_totals, projected
 
 
 @inlined
