@@ -142,22 +142,22 @@ def test_sums_are_taken_in_the_order_that_lanes_says(rng):
 
 def test_arithmetic_of_lanes(rng):
     @njit
-    def compiled(a, b, quotients, roots, clipped, narrowed):
+    def compiled(a, b, quotients, roots, clipped, cast):
         values, others = lanes.load(lanes.pointer(a), 0, np.float64), lanes.load(lanes.pointer(b), 0, np.float64)
         lanes.store(lanes.pointer(quotients), 0, values / others)
         lanes.store(lanes.pointer(roots), 0, lanes.root(others))
         lanes.store(lanes.pointer(clipped), 0, lanes.at_least_zero(values))
-        lanes.store(lanes.pointer(narrowed), 0, lanes.narrow(values, np.float32))
+        lanes.store(lanes.pointer(cast), 0, lanes.cast(values, np.float32))
 
     a = rng.standard_normal(16)
     b = np.abs(rng.standard_normal(16))
     a[3], a[4], a[5] = np.nan, -np.inf, 1 + 2.0**-24
     results = np.empty((3, 16))
-    narrowed = np.empty(16, np.float32)
-    compiled(a, b, *results, narrowed)
+    cast = np.empty(16, np.float32)
+    compiled(a, b, *results, cast)
     np.testing.assert_array_equal(results, [a / b, np.sqrt(b), np.maximum(a, 0)])
     np.testing.assert_array_equal(results[2], lanes.at_least_zero(a))
-    np.testing.assert_array_equal(narrowed, a.astype(np.float32))
+    np.testing.assert_array_equal(cast, a.astype(np.float32))
 
 
 def test_totals_of_sixteen_rows_are_those_of_each(rng):

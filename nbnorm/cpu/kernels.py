@@ -23,8 +23,8 @@ from nbnorm.cpu.rows import (
     ONE_SWEEP_64,
     TWO_SWEEPS,
     add_blocks,
-    are_exact,
     clear,
+    compensated,
     first_gradient,
     gradient_sums,
     gradients,
@@ -126,12 +126,15 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
             stop = min((task + 1) * task_rows, rows)
             # a row that waits for the other of its pair
             is_waiting = False
-            waiting = 0, element(0), element(0), element(0)
+            waiting = rows, element(0), element(0), element(0)
             for r in range(task * task_rows, stop):
                 at = r * cols
 
                 # statistics
-                hi, lo, var = statistics(x_, at, cols, element, mode, ahead)
+                if mode == TWO_SWEEPS:
+                    hi, lo, var = compensated(x_, at, cols, element, ahead)
+                else:
+                    hi, lo, var = statistics(x_, at, cols, element, mode, ahead)
 
                 # normalise and store; NaN fails the comparison too
                 if smallest <= var + eps <= largest:
@@ -172,6 +175,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     smallest, largest = VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
+    # dx's means of g are found with the statistics
+    in_one_sweep = with_dx and not is_given and dtype == np.float32
     has_sums = with_dweight or with_dbias
     signature = backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
 
@@ -205,11 +210,16 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                             scale = element(rstd[r + count])
                         else:
                             at = (r + count) * cols
-                            shift = first_gradient(dy_, at, weight_, element) if with_dx else element(0)
-                            hi, lo, var, sums_of_g = statistics_and_sums(
-                                dy_ if with_dx else None, x_, at, cols, shift, weight_, 0, element, mode, None
-                            )
-                            totals[count], projected[count] = sums_of_g
+                            if mode == TWO_SWEEPS:
+                                hi, lo, var = compensated(x_, at, cols, element, None)
+                            elif in_one_sweep:
+                                shift = first_gradient(dy_, at, weight_, element)
+                                hi, lo, var, sums_of_g = statistics_and_sums(
+                                    dy_, x_, at, cols, shift, weight_, -at, element, mode, None
+                                )
+                                totals[count], projected[count] = sums_of_g
+                            else:
+                                hi, lo, var = statistics(x_, at, cols, element, mode, None)
                             is_ordinary = smallest <= var + eps <= largest
                             scale = element(1.0 / np.sqrt(var + eps))
                         his[count], rests[count], rstds[count] = hi, rest_of(lo, scale), scale
@@ -220,8 +230,9 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 for i in range(count if with_dx else 0):
                     at = (r + i) * cols
                     shift = element(0) if is_given else first_gradient(dy_, at, weight_, element)
-                    sums_of_g = totals[i], projected[i]
-                    if is_given or not are_exact(sums_of_g):
+                    if in_one_sweep:
+                        sums_of_g = totals[i], projected[i]
+                    else:
                         scale = usable(rstds[i], element)
                         sums_of_g = gradient_sums(
                             dy_, x_, at, cols, his[i], rests[i], scale, shift, weight_, 0, element, None, is_given

@@ -130,8 +130,8 @@ def totals(source, k):
     return lanes[:, 0]
 
 
-def narrow(lanes, element):
-    """Float64 lanes as the type `element`, rounded once."""
+def cast(lanes, element):
+    """As the type `element`, rounded once."""
     return lanes.astype(element)
 
 

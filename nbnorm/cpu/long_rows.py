@@ -20,10 +20,11 @@ from nbnorm.cpu.rows import (
     PARTS,
     PROJECTED,
     SUM_G,
+    TWO_SWEEPS,
     VARIANCE,
     add_blocks,
-    are_exact,
     clear,
+    compensated,
     first_gradient,
     gradient_sums,
     gradients,
@@ -73,7 +74,11 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                 i, s = task // segments, task % segments
                 start = s * SEGMENT
                 at = (first + i) * cols + start
-                hi, lo, var = statistics(x_, at, min(SEGMENT, cols - start), element, mode, AHEAD)
+                width = min(SEGMENT, cols - start)
+                if mode == TWO_SWEEPS:
+                    hi, lo, var = compensated(x_, at, width, element, AHEAD)
+                else:
+                    hi, lo, var = statistics(x_, at, width, element, mode, AHEAD)
                 parts[i, PARTS * s + HI] = hi
                 parts[i, PARTS * s + LO] = lo
                 parts[i, PARTS * s + VARIANCE] = var
@@ -124,6 +129,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
+    in_one_sweep = with_dx and not is_given and dtype == np.float32
     signature = kernels.backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
 
     @compiled(signature, parallel)
@@ -148,20 +154,25 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 start = s * SEGMENT
                 width = min(SEGMENT, cols - start)
                 at = (group + i) * cols + start
+                sums_of_g = 0.0, 0.0
                 if is_given:
                     hi, lo = split(np.float64(mean[group + i]), 0.0, element)
                     var = 0.0
                     near_one = usable(element(rstd[group + i]), element)
-                    sums_of_g = 0.0, 0.0
-                    shift = element(0)
                 else:
-                    shift = first_gradient(dy_, at - start, weight_, element) if with_dx else element(0)
-                    hi, lo, var, sums_of_g = statistics_and_sums(
-                        dy_ if with_dx else None, x_, at, width, shift, weight_, start, element, mode, AHEAD
-                    )
+                    if mode == TWO_SWEEPS:
+                        hi, lo, var = compensated(x_, at, width, element, AHEAD)
+                    elif in_one_sweep:
+                        shift = first_gradient(dy_, at - start, weight_, element)
+                        hi, lo, var, sums_of_g = statistics_and_sums(
+                            dy_, x_, at, width, shift, weight_, start - at, element, mode, AHEAD
+                        )
+                    else:
+                        hi, lo, var = statistics(x_, at, width, element, mode, AHEAD)
                     # a segment may be constant where its row is not
                     near_one = usable(element(1.0 / np.sqrt(var + eps)), element)
-                if with_dx and not are_exact(sums_of_g):
+                if with_dx and not in_one_sweep:
+                    shift = element(0) if is_given else first_gradient(dy_, at - start, weight_, element)
                     rest = rest_of(lo, near_one)
                     sums_of_g = gradient_sums(
                         dy_, x_, at, width, hi, rest, near_one, shift, weight_, start, element, AHEAD, is_given

@@ -323,7 +323,7 @@ def _(source, k):
     return Lanes(source_type), code
 
 
-@lowers(lanes.narrow)
+@lowers(lanes.cast)
 def _(values, element):
     wanted = element.dtype
     return Lanes(wanted), lambda builder, value, _: _converted(builder, value, values.element, wanted)

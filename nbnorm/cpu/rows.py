@@ -5,14 +5,15 @@ widest of all operands; sums are float64, but for those of a few elements. A mea
 the small rest `lo`, so that `(x - hi) * rstd - lo * rstd` loses no digits where the mean is large against the deviations: a
 float32 mean alone costs 1e-3 at mean/std = 1e4.
 
-Numba inlines these functions into every kernel that calls them, and compiles none of their branches on `mode` but the
-kernel's.
+These functions are inlined into every kernel that calls them. What is behind a branch on `mode` is compiled, and then left
+out; behind a branch on it in a kernel, or on `is None`, it is not compiled at all.
 """
 
 import numpy as np
 from numba import njit
 
 from nbnorm.cpu.lanes import (
+    cast,
     fill,
     keep,
     load,
@@ -47,109 +48,112 @@ inlined = njit(forceinline=True, error_model="numpy")
 
 @inlined
 def statistics(x, at, cols, element, mode, ahead):
-    """hi, lo and variance; prefetches the element that is `ahead` of each that it reads, unless that is None."""
+    """hi, lo and variance; prefetches the element that is `ahead` of each that it reads, unless that is None.
+
+    Of any mode but TWO_SWEEPS, which has `compensated`.
+    """
     hi, lo, variance, _ = statistics_and_sums(None, x, at, cols, 0.0, None, 0, element, mode, ahead)
     return hi, lo, variance
 
 
 @inlined
-def statistics_and_sums(dy, x, at, cols, g_shift, weight, first, element, mode, ahead):
-    """As `statistics`, and in the same sweep the sums that `gradient_sums` finds, which it must where `are_exact` says no.
+def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mode, ahead):
+    """As `statistics`, and in the same sweep the sums that `gradient_sums` finds; NaN where dy is None.
 
-    dy may be None.
+    dy is for rows whose `element` is float32; what it is multiplied by is `to_weight` places further on in weight.
     """
-    sums = np.nan, np.nan
-    if mode == TWO_SWEEPS:
-        hi, lo, variance = compensated(x, at, cols, element, ahead)
-        return hi, lo, variance, sums
     shift = load_one(x, at) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
+    rest, variance, sums = 0.0, 0.0, (np.nan, np.nan)
     is_enough = False
     if cols >= BLOCK and mode in (ONE_SWEEP, DIFF_OF_SQUARES):
-        rest, variance, sums = shifted(dy, x, at, cols, shift, g_shift, weight, first, np.float32, ahead)
+        rest, variance, sums = shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, np.float32, ahead)
         # NaN fails the comparison too
         is_enough = SMALLEST < variance < LARGEST and rest * rest <= CONDITION * variance
-    if not is_enough:
-        # in float64 it is enough wherever the row begins, since an element is at most sqrt(cols - 1) standard deviations
-        # from the mean (Samuelson 1968); difference of squares has no such limit, and loses digits here
-        rest, variance, sums = shifted(None, x, at, cols, shift, 0.0, None, 0, np.float64, ahead)
+    # a product that was lost to underflow or overflow does not show in a sum that is neither small nor large
+    if not is_enough or (dy is not None and not SMALLEST < abs(sums[1]) < LARGEST):
+        rest_64, variance_64, sums = shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, np.float64, ahead)
+        # the statistics are of x alone, whatever dy is
+        if not is_enough:
+            # in float64 it is enough wherever the row begins, since an element is at most sqrt(cols - 1) standard deviations
+            # from the mean (Samuelson 1968); difference of squares has no such limit, and loses digits here
+            rest, variance = rest_64, variance_64
     mean, lost = two_sum(shift, 0.0, rest)
     hi, lo = split(mean, lost, element)
     return hi, lo, variance, sums
 
 
 @inlined
-def are_exact(sums):
-    """Whether no product in the sums of `statistics_and_sums`, which are not scaled, was lost to underflow or overflow."""
-    # NaN fails the comparison too
-    return SMALLEST < abs(sums[1]) < LARGEST
-
-
-@inlined
-def shifted(dy, x, at, cols, shift, g_shift, weight, first, sum_type, ahead):
+def shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, sum_type, ahead):
     """The mean less shift, and the variance, from one sweep over d = x - shift (Chan, Golub and LeVeque 1983, eq. 1.4).
 
-    And the sums over g = dy * weight - g_shift of g and of g * (x - mean); NaN where dy is None.
+    And the sums of g and of g * (x - mean), where g = dy * weight - g_shift in float32; NaN where dy is None.
     """
     shifts = fill(sum_type(shift))
-    minus_shifts = fill(sum_type(-g_shift))
-    zeros = fill(sum_type(0))
+    minus_shifts = fill(np.float32(-g_shift))
     totals = squares = g_totals = projected = fill(0.0)
-    k, j = at, first
-    # the loop over a block is here twice: as a function of its own, it makes backward at (8192, 768) take 1.07 times as long
+    k = at
+    # not by `sums_over`, with which backward at (8192, 768) took 1.07 times as long
     for _ in range(cols // BLOCK):
-        block = zeros, zeros, zeros, zeros
+        block_totals = block_squares = block_g = block_projected = fill(sum_type(0))
         for _ in range(BLOCK // 16):
-            block = with_sixteen(block, dy, x, k, weight, j, shifts, minus_shifts, sum_type, ahead)
+            prefetch(x, k, ahead)
+            d = load(x, k, sum_type) - shifts
+            block_totals = block_totals + d
+            block_squares = multiply_add(d, d, block_squares)
+            if dy is not None:
+                prefetch(dy, k, ahead)
+                weights = load(weight, k + to_weight, np.float32)
+                g = cast(multiply_add(load(dy, k, np.float32), weights, minus_shifts), sum_type)
+                block_g = block_g + g
+                block_projected = multiply_add(g, d, block_projected)
             k += 16
-            j += 16
-        totals = totals + widen(block[0])
-        squares = squares + widen(block[1])
-        g_totals = g_totals + widen(block[2])
-        projected = projected + widen(block[3])
-    rest = cols % BLOCK
-    block = zeros, zeros, zeros, zeros
-    for _ in range(rest >> 4):
-        block = with_sixteen(block, dy, x, k, weight, j, shifts, minus_shifts, sum_type, ahead)
-        k += 16
-        j += 16
-    count = rest & 15
-    if count:
-        d = load_part(x, k, count, sum_type, sum_type(shift)) - shifts
-        g = None
-        if dy is not None:
-            dys = load_part(dy, k, count, sum_type, sum_type(0))
-            weights = load_part(weight, j, count, sum_type, sum_type(0))
-            g = keep(multiply_add(dys, weights, minus_shifts), count)
-        block = with_elements(block, d, g)
+        totals = totals + widen(block_totals)
+        squares = squares + widen(block_squares)
+        g_totals = g_totals + widen(block_g)
+        projected = projected + widen(block_projected)
+    block_totals, block_squares, block_g, block_projected = sums_over(
+        dy, x, k, cols % BLOCK, shift, g_shift, weight, to_weight, sum_type, ahead
+    )
     per_element = 1.0 / np.float64(cols)
-    mean = total(totals + widen(block[0])) * per_element
-    variance = max(total(squares + widen(block[1])) * per_element - mean * mean, 0.0)
+    mean = total(totals + widen(block_totals)) * per_element
+    variance = max(total(squares + widen(block_squares)) * per_element - mean * mean, 0.0)
     if dy is None:
         return mean, variance, (np.nan, np.nan)
-    sum_g = total(g_totals + widen(block[2]))
+    sum_g = total(g_totals + widen(block_g))
     # the deviations from the mean are d less mean
-    return mean, variance, (sum_g, total(projected + widen(block[3])) - mean * sum_g)
+    return mean, variance, (sum_g, total(projected + widen(block_projected)) - mean * sum_g)
 
 
 @inlined
-def with_sixteen(sums, dy, x, k, weight, j, shifts, minus_shifts, sum_type, ahead):
-    """The sums of `with_elements` with those from k on in them; weight's are from j on."""
-    prefetch(x, k, ahead)
-    g = None
-    if dy is not None:
-        prefetch(dy, k, ahead)
-        g = multiply_add(load(dy, k, sum_type), load(weight, j, sum_type), minus_shifts)
-    return with_elements(sums, load(x, k, sum_type) - shifts, g)
-
-
-@inlined
-def with_elements(sums, d, g):
-    """The sums of d, d², g and g * d with sixteen more of each; g may be None."""
-    totals, squares, g_totals, projected = sums
-    if g is not None:
-        g_totals = g_totals + g
-        projected = multiply_add(g, d, projected)
-    return totals + d, multiply_add(d, d, squares), g_totals, projected
+def sums_over(dy, x, k, cols, shift, g_shift, weight, to_weight, sum_type, ahead):
+    """The sums, still in lanes, of d, d², g and g * d as in `shifted`, over the elements from k on."""
+    shifts = fill(sum_type(shift))
+    minus_shifts = fill(np.float32(-g_shift))
+    totals = squares = g_totals = projected = fill(sum_type(0))
+    for _ in range(cols >> 4):
+        prefetch(x, k, ahead)
+        d = load(x, k, sum_type) - shifts
+        totals = totals + d
+        squares = multiply_add(d, d, squares)
+        if dy is not None:
+            prefetch(dy, k, ahead)
+            weights = load(weight, k + to_weight, np.float32)
+            g = cast(multiply_add(load(dy, k, np.float32), weights, minus_shifts), sum_type)
+            g_totals = g_totals + g
+            projected = multiply_add(g, d, projected)
+        k += 16
+    count = cols & 15
+    if count:
+        d = load_part(x, k, count, sum_type, sum_type(shift)) - shifts
+        totals = totals + d
+        squares = multiply_add(d, d, squares)
+        if dy is not None:
+            dys = load_part(dy, k, count, np.float32, np.float32(0))
+            weights = load_part(weight, k + to_weight, count, np.float32, np.float32(0))
+            g = cast(keep(multiply_add(dys, weights, minus_shifts), count), sum_type)
+            g_totals = g_totals + g
+            projected = multiply_add(g, d, projected)
+    return totals, squares, g_totals, projected
 
 
 @inlined
@@ -361,10 +365,10 @@ def gradients(
         # as numbers, not elements of arrays, what is known of four rows stays in registers: 1.1 to 1.4x in bfloat16
         done = blocks
         rows = (
-            row_of(at, pitch, statistics, means, begin),
-            row_of(at, pitch, statistics, means, begin + 1),
-            row_of(at, pitch, statistics, means, begin + 2),
-            row_of(at, pitch, statistics, means, begin + 3),
+            row_of(at, pitch, statistics, means, end - 4),
+            row_of(at, pitch, statistics, means, end - 3),
+            row_of(at, pitch, statistics, means, end - 2),
+            row_of(at, pitch, statistics, means, end - 1),
         )
         for c in range(done):
             j = head + 16 * c

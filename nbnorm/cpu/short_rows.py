@@ -13,8 +13,8 @@ from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
 from nbnorm.cpu.lanes import fence, pointer, scratch, until_aligned
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
-from nbnorm.cpu.rows import add_blocks, clear, gradients, normalise, rest_of, split
-from nbnorm.cpu.sixteen_rows import ROWS, SUMS_SIZE, means_of_rows, normalise_rows, statistics_of_rows
+from nbnorm.cpu.rows import TWO_SWEEPS, add_blocks, clear, gradients, normalise, rest_of, split
+from nbnorm.cpu.sixteen_rows import ROWS, SUMS_SIZE, compensated_of_rows, means_of_rows, normalise_rows, statistics_of_rows
 from nbnorm.cpu.sizes import STREAMED_BYTES
 
 
@@ -46,9 +46,13 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                 # statistics of the rows of a group
                 at = r * cols
                 count = min(ROWS, stop - r)
-                statistics_of_rows(
-                    x_, at, count, cols, element, mode, eps, ahead, scratch_sums, (his, rests, rstds), means, variances
-                )
+                if mode == TWO_SWEEPS:
+                    compensated_of_rows(x_, at, count, cols, element, eps, ahead, (his, rests, rstds), means, variances)
+                else:
+                    statistics_of_rows(
+                        None, x_, at, count, cols, None, element, mode, eps, ahead,
+                        scratch_sums, (his, rests, rstds), means, variances, None,
+                    )  # fmt: skip
 
                 # normalise and store
                 end = 0
@@ -95,6 +99,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
+    in_one_sweep = with_dx and not is_given and dtype == np.float32
     # sixteen elements are a line
     has_lines = x_dtype.itemsize == 4
     has_sums = with_dweight or with_dbias
@@ -134,13 +139,16 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                         hi, lo = split(np.float64(mean[r + i]), 0.0, element)
                         scale = element(rstd[r + i])
                         his[i], rests[i], rstds[i] = hi, rest_of(lo, scale), scale
+                elif needs_statistics and mode == TWO_SWEEPS:
+                    compensated_of_rows(x_, at, count, cols, element, eps, ahead, (his, rests, rstds), means, variances)
                 elif needs_statistics:
                     statistics_of_rows(
-                        x_, at, count, cols, element, mode, eps, ahead, scratch_sums, (his, rests, rstds), means, variances
-                    )
+                        dy_ if in_one_sweep else None, x_, at, count, cols, weight_, element, mode, eps, ahead,
+                        scratch_sums, (his, rests, rstds), means, variances, (g_his, g_rests, slopes),
+                    )  # fmt: skip
 
                 # their means
-                if with_dx:
+                if with_dx and not in_one_sweep:
                     means_of_rows(
                         dy_, x_, at, count, cols, (his, rests, rstds), is_given, weight_, element, ahead,
                         scratch_sums, (g_his, g_rests, slopes),

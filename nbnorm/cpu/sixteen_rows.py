@@ -9,13 +9,11 @@ import numpy as np
 from nbnorm.cpu.lanes import (
     COUNT,
     at_least_zero,
+    cast,
     fill,
     load,
     load_one,
     load_part,
-    multiply_add,
-    narrow,
-    prefetch,
     root,
     store,
     store_folded,
@@ -25,58 +23,59 @@ from nbnorm.cpu.lanes import (
 from nbnorm.cpu.rows import (
     ONE_SWEEP,
     ONE_SWEEP_64,
-    TWO_SWEEPS,
+    compensated,
     first_gradient,
     gradient_block_sums,
     inlined,
     normalised,
     put,
     put_part,
-    statistics,
+    sums_over,
     two_sum,
     usable,
 )
 
 # rows that are worked on together
 ROWS = COUNT
-# what is where in a scratch for their sums: two numbers of each row, and two sums, of FOLDED lanes each
+# what is where in a scratch for their sums: three numbers of each row, and four sums, of FOLDED lanes each
 FOLDED = COUNT // 2
-SHIFTS, SCALES, FIRST_SUMS = 0, ROWS, 2 * ROWS
-SECOND_SUMS = FIRST_SUMS + ROWS * FOLDED
-SUMS_SIZE = SECOND_SUMS + ROWS * FOLDED
+SHIFTS, G_SHIFTS, SCALES, FIRST_SUMS = 0, ROWS, 2 * ROWS, 3 * ROWS
+SECOND_SUMS, THIRD_SUMS, FOURTH_SUMS, SUMS_SIZE = (FIRST_SUMS + ROWS * FOLDED * sums for sums in (1, 2, 3, 4))
 
 
 @inlined
-def statistics_of_rows(x, at, rows, cols, element, mode, eps, ahead, sums, row_statistics, means, variances):
-    """Write hi, rest and rstd of each row into the three arrays `row_statistics`, and its mean and variance.
+def compensated_of_rows(x, at, rows, cols, element, eps, ahead, row_statistics, means, variances):
+    """Write hi, rest and rstd of each row into the three arrays `row_statistics`, and its mean and variance."""
+    his, los, _ = row_statistics
+    for i in range(rows):
+        his[i], los[i], variances[i] = compensated(x, at + i * cols, cols, element, ahead)
+    hi, lo = load(his, 0, element), load(los, 0, element)
+    store_statistics(row_statistics, means, hi, lo, load(variances, 0, np.float64), eps, element)
 
-    `sums` is a scratch.
+
+@inlined
+def statistics_of_rows(
+    dy, x, at, rows, cols, weight, element, mode, eps, ahead, sums, row_statistics, means, variances, g_means
+):  # fmt: skip
+    """As `compensated_of_rows`, of any other mode.
+
+    And write what `remember` does into the three arrays `g_means`, from sums of the same sweep, unless dy is None; dy is for
+    rows whose `element` is float32. `sums` is a scratch.
     """
-    if mode == TWO_SWEEPS:
-        his, los, _ = row_statistics
-        for i in range(rows):
-            his[i], los[i], variances[i] = statistics(x, at + i * cols, cols, element, mode, ahead)
-        hi, lo = load(his, 0, element), load(los, 0, element)
-        store_statistics(row_statistics, means, hi, lo, load(variances, 0, np.float64), eps, element)
-        return
     for i in range(rows):
         k = at + i * cols
         shift = load_one(x, k) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
-        shifts = fill(shift)
-        row_totals = row_squares = fill(0.0)
-        for _ in range(cols >> 4):
-            prefetch(x, k, ahead)
-            d = load(x, k, np.float64) - shifts
-            row_totals = row_totals + d
-            row_squares = multiply_add(d, d, row_squares)
-            k += 16
-        if cols & 15:
-            d = load_part(x, k, cols & 15, np.float64, shift) - shifts
-            row_totals = row_totals + d
-            row_squares = multiply_add(d, d, row_squares)
+        g_shift = 0.0 if dy is None else np.float64(first_gradient(dy, k, weight, element))
+        row_totals, row_squares, row_g, row_projected = sums_over(
+            dy, x, k, cols, shift, g_shift, weight, -k, np.float64, ahead
+        )
         sums[SHIFTS + i] = shift
         store_folded(sums, FIRST_SUMS + FOLDED * i, row_totals)
         store_folded(sums, SECOND_SUMS + FOLDED * i, row_squares)
+        if dy is not None:
+            sums[G_SHIFTS + i] = g_shift
+            store_folded(sums, THIRD_SUMS + FOLDED * i, row_g)
+            store_folded(sums, FOURTH_SUMS + FOLDED * i, row_projected)
     per_element = fill(1.0 / np.float64(cols))
     shifted_means = totals(sums, FIRST_SUMS) * per_element
     row_variances = at_least_zero(totals(sums, SECOND_SUMS) * per_element - shifted_means * shifted_means)
@@ -84,13 +83,18 @@ def statistics_of_rows(x, at, rows, cols, element, mode, eps, ahead, sums, row_s
     store(variances, 0, row_variances)
     hi, lo = split_rows(row_means, lost, element)
     store_statistics(row_statistics, means, hi, lo, row_variances, eps, element)
+    if dy is not None:
+        g_totals = totals(sums, THIRD_SUMS)
+        projected = totals(sums, FOURTH_SUMS) - shifted_means * g_totals
+        _, _, rstds = row_statistics
+        remember_rows(g_means, load(rstds, 0, element), load(sums, G_SHIFTS, np.float64), g_totals, projected, cols, element)
 
 
 @inlined
 def store_statistics(row_statistics, means, hi, lo, row_variances, eps, element):
     """Write hi, rest, rstd and mean of sixteen rows."""
     his, rests, rstds = row_statistics
-    row_rstds = narrow(fill(1.0) / root(row_variances + fill(eps)), element)
+    row_rstds = cast(fill(1.0) / root(row_variances + fill(eps)), element)
     store(his, 0, hi)
     store(rests, 0, rests_of(lo, row_rstds, element))
     store(rstds, 0, row_rstds)
@@ -98,10 +102,9 @@ def store_statistics(row_statistics, means, hi, lo, row_variances, eps, element)
 
 
 @inlined
-def means_of_rows(dy, x, at, rows, cols, row_statistics, is_given, weight, element, ahead, sums, means):
-    """Write what `remember` does of each row, from the same sums, into the three arrays `means`; `sums` is a scratch."""
+def means_of_rows(dy, x, at, rows, cols, row_statistics, is_given, weight, element, ahead, sums, g_means):
+    """Write what `remember` does of each row, from the same sums, into the three arrays `g_means`; `sums` is a scratch."""
     his, rests, rstds = row_statistics
-    g_his, g_rests, slopes = means
     for i in range(rows):
         k = at + i * cols
         shift = element(0) if is_given else first_gradient(dy, k, weight, element)
@@ -110,26 +113,33 @@ def means_of_rows(dy, x, at, rows, cols, row_statistics, is_given, weight, eleme
         row_totals, row_projected = gradient_block_sums(
             dy, x, k, cols, fill(his[i]), fill(rests[i]), fill(scale), fill(-shift), weight, 0, element, ahead, is_given
         )
-        sums[SHIFTS + i] = shift
         sums[SCALES + i] = scale
+        sums[G_SHIFTS + i] = shift
         store_folded(sums, FIRST_SUMS + FOLDED * i, widen(row_totals))
         store_folded(sums, SECOND_SUMS + FOLDED * i, widen(row_projected))
-    per_element = fill(1.0 / np.float64(cols))
-    g_means, lost = two_sum(load(sums, SHIFTS, np.float64), fill(0.0), totals(sums, FIRST_SUMS) * per_element)
     projected = totals(sums, SECOND_SUMS) / load(sums, SCALES, np.float64)
-    row_rstds = load(rstds, 0, element)
-    hi, lo = split_rows(g_means, lost, element)
+    shifts = load(sums, G_SHIFTS, np.float64)
+    remember_rows(g_means, load(rstds, 0, element), shifts, totals(sums, FIRST_SUMS), projected, cols, element)
+
+
+@inlined
+def remember_rows(g_means, row_rstds, shifts, g_totals, projected, cols, element):
+    """As `remember`, of sixteen."""
+    g_his, g_rests, slopes = g_means
+    per_element = fill(1.0 / np.float64(cols))
+    means, lost = two_sum(shifts, fill(0.0), g_totals * per_element)
+    hi, lo = split_rows(means, lost, element)
     store(g_his, 0, hi)
     store(g_rests, 0, rests_of(lo, row_rstds, element))
-    slope = narrow(projected * per_element * widen(row_rstds), element) * row_rstds
+    slope = cast(projected * per_element * widen(row_rstds), element) * row_rstds
     store(slopes, 0, slope * fill(element(-1)))
 
 
 @inlined
 def split_rows(values, rests, element):
     """As `split`, of sixteen."""
-    hi = narrow(values, element)
-    return hi, narrow((values - widen(hi)) + rests, element)
+    hi = cast(values, element)
+    return hi, cast((values - widen(hi)) + rests, element)
 
 
 @inlined
