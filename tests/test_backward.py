@@ -116,6 +116,74 @@ def test_float32_dy_with_a_large_mean_keeps_its_digits(rng):
     assert_grads(nbnorm.layer_norm_backward(dy, x, 768, output_mask=(True, False, False)), dy, x, 1, cancels=False)
 
 
+@pytest.mark.parametrize("first", [0.7, 0.1, -0.9])
+@pytest.mark.parametrize("cols", [100, 255, 768, 4096])
+@pytest.mark.parametrize("long_row", [0, 1 << 16])
+def test_dy_of_one_element_keeps_its_digits(rng, monkeypatch, long_row, cols, first):
+    # all other g are the same distance from the first one: sums of them are off by the same in every lane, if they are off;
+    # x's first element is far from the mean, and there is a deviation that is large
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
+    x = rng.standard_normal((8, cols), dtype=np.float32)
+    x[:, 0] = np.linspace(-2.4, 2.4, 8)
+    x[:, 7] = cols**0.5 * 0.9
+    dy = np.zeros_like(x)
+    dy[:, 0] = first
+    weight = rng.standard_normal(cols, dtype=np.float32)
+    weight[:2] = 1
+    assert_grads(nbnorm.layer_norm_backward(dy, x, cols), dy, x, 1, cancels=False)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, cols, weight), dy, x, 1, weight, cancels=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [20, 300])
+@pytest.mark.parametrize("long_row", [0, 1 << 16])
+def test_rows_of_padding(rng, monkeypatch, long_row, cols, dtype):
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
+    x, dy = (rng.standard_normal((9, cols)).astype(dtype) for _ in range(2))
+    dy[[0, 3, 8]] = 0
+    dy[3, 5] = -0.0
+    dx = nbnorm.layer_norm_backward(dy, x, cols).dx
+    assert not dx[[0, 3, 8]].any()
+    assert_grads(nbnorm.layer_norm_backward(dy, x, cols), dy, x, 1)
+
+
+@pytest.mark.parametrize("cols", [100, 300])
+@pytest.mark.parametrize("dy_scale", [0, 1e-36, 1e38])
+@pytest.mark.parametrize("long_row", [0, 1 << 16])
+def test_statistics_do_not_depend_on_dy(rng, monkeypatch, long_row, dy_scale, cols):
+    # where the sums of g need another sweep than the statistics; dweight of rows that have a dy shows it
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
+    x = rng.standard_normal((64, cols), dtype=np.float32) + np.float32(1)
+    x[:, 0] = 1.5
+    with np.errstate(under="ignore"):
+        dy = (dy_scale * rng.uniform(-1, 1, x.shape)).astype(np.float32)
+    dy[:, 1] = 1
+    for use_diff_of_squares in (False, True):
+        alone, both = (
+            nbnorm.layer_norm_backward(dy, x, cols, use_diff_of_squares=use_diff_of_squares, output_mask=mask).dweight
+            for mask in ((False, True, False), (True, True, True))
+        )
+        np.testing.assert_array_equal(both, alone)
+
+
+@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize(
+    ("dy_dtype", "x_dtype", "weight_dtype"),
+    [
+        ("f4", "f2", "f4"),
+        ("f2", "f4", "f2"),
+        ("f4", ml_dtypes.bfloat16, ml_dtypes.bfloat16),
+        (ml_dtypes.bfloat16, "f4", "f4"),
+    ],
+)
+@pytest.mark.parametrize("cols", [128, 300])
+def test_mixed_dtypes_of_longer_rows(rng, cols, dy_dtype, x_dtype, weight_dtype, use_diff_of_squares):
+    x, dy = (rng.standard_normal((9, cols)).astype(dtype) for dtype in (x_dtype, dy_dtype))
+    weight = rng.standard_normal(cols).astype(weight_dtype)
+    grads = nbnorm.layer_norm_backward(dy, x, cols, weight, use_diff_of_squares=use_diff_of_squares)
+    assert_grads(grads, dy, x, 1, weight, use_diff_of_squares=use_diff_of_squares, sums="float32")
+
+
 @pytest.mark.parametrize(
     ("dtype", "scale"), [(np.float32, 1e38), (np.float64, 1e305), (np.float32, 1e-35), (np.float64, 1e-300)]
 )

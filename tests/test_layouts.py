@@ -134,6 +134,22 @@ def test_in_place(operands, buffer):
             np.testing.assert_array_equal(grad, expected)
 
 
+@pytest.mark.parametrize("offset", range(0, 20, 3))
+def test_rows_in_groups_in_place(rng, offset):
+    # rows are taken four at a time, from where a line of dx begins
+    cols, rows = 150, 9
+    x, dy = rng.standard_normal((2, rows, cols), dtype=np.float32)
+    expected = nbnorm.layer_norm_backward(dy, x, cols)
+    for which in (0, 1):
+        inputs = [dy, x]
+        memory = np.empty(rows * cols + 32, np.float32)
+        inputs[which] = memory[offset : offset + rows * cols].reshape(rows, cols)
+        inputs[which][:] = (dy, x)[which]
+        result = nbnorm.layer_norm_backward(*inputs, cols, out=(inputs[which], None, None))
+        for grad, value in zip(result, expected, strict=True):
+            np.testing.assert_array_equal(grad, value)
+
+
 def test_out_may_be_the_weight():
     x, weight = np.random.default_rng(0).standard_normal((2, COLS))
     expected = nbnorm.layer_norm(x, COLS, weight)

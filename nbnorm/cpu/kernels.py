@@ -124,7 +124,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
         task_rows = max(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // cols)
         for task in prange(-(-rows // task_rows)):
             stop = min((task + 1) * task_rows, rows)
-            # a row that waits for the other of its pair
+            # a row that waits for the other of its pair; not yet one, but no literal 0, for which Numba would compile twice
             is_waiting = False
             waiting = rows, element(0), element(0), element(0)
             for r in range(task * task_rows, stop):
@@ -175,7 +175,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     smallest, largest = VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
-    # dx's means of g are found with the statistics
+    # the means of g and g * x_hat are found with the statistics
     in_one_sweep = with_dx and not is_given and dtype == np.float32
     has_sums = with_dweight or with_dbias
     signature = backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)

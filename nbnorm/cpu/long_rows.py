@@ -158,7 +158,6 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 if is_given:
                     hi, lo = split(np.float64(mean[group + i]), 0.0, element)
                     var = 0.0
-                    near_one = usable(element(rstd[group + i]), element)
                 else:
                     if mode == TWO_SWEEPS:
                         hi, lo, var = compensated(x_, at, width, element, AHEAD)
@@ -169,10 +168,10 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                         )
                     else:
                         hi, lo, var = statistics(x_, at, width, element, mode, AHEAD)
-                    # a segment may be constant where its row is not
-                    near_one = usable(element(1.0 / np.sqrt(var + eps)), element)
                 if with_dx and not in_one_sweep:
                     shift = element(0) if is_given else first_gradient(dy_, at - start, weight_, element)
+                    # a segment may be constant where its row is not
+                    near_one = usable(element(rstd[group + i] if is_given else 1.0 / np.sqrt(var + eps)), element)
                     rest = rest_of(lo, near_one)
                     sums_of_g = gradient_sums(
                         dy_, x_, at, width, hi, rest, near_one, shift, weight_, start, element, AHEAD, is_given

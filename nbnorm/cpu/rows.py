@@ -37,7 +37,8 @@ HI, LO, VARIANCE, SUM_G, PROJECTED, PARTS = range(6)
 # mean, with compensated sums, for float64 rows; or as mean(x²) - mean(x)². Where results are float64 (_64), so are all sums
 ONE_SWEEP, ONE_SWEEP_64, TWO_SWEEPS, DIFF_OF_SQUARES, DIFF_OF_SQUARES_64 = range(5)
 
-# a float32 sum of squares is enough where it is not mostly the square of the mean, and far from overflow and underflow
+# a float32 sum of squares is enough where it is not mostly the square of the mean, and far from overflow and underflow; one
+# of products is where it is as far from them
 CONDITION = 4.0
 SMALLEST, LARGEST = 2.0**-80, 2.0**80
 # elements whose float32 sums are taken before float64 goes on: eight additions a lane, off by 2 eps at most
@@ -58,9 +59,9 @@ def statistics(x, at, cols, element, mode, ahead):
 
 @inlined
 def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mode, ahead):
-    """As `statistics`, and in the same sweep the sums that `gradient_sums` finds; NaN where dy is None.
+    """As `statistics`, and in the same sweeps the sums that `gradient_sums` finds; NaN where dy is None.
 
-    dy is for rows whose `element` is float32; what it is multiplied by is `to_weight` places further on in weight.
+    dy is for rows whose `element` is float32; element k of it belongs to element k + `to_weight` of weight.
     """
     shift = load_one(x, at) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
     rest, variance, sums = 0.0, 0.0, (np.nan, np.nan)
@@ -70,7 +71,7 @@ def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mo
         # NaN fails the comparison too
         is_enough = SMALLEST < variance < LARGEST and rest * rest <= CONDITION * variance
     # a product that was lost to underflow or overflow does not show in a sum that is neither small nor large
-    if not is_enough or (dy is not None and not SMALLEST < abs(sums[1]) < LARGEST):
+    if not is_enough or (dy is not None and not SMALLEST < abs(sums[1]) < LARGEST and not is_zero(dy, at, cols)):
         rest_64, variance_64, sums = shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, np.float64, ahead)
         # the statistics are of x alone, whatever dy is
         if not is_enough:
@@ -83,6 +84,15 @@ def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mo
 
 
 @inlined
+def is_zero(row, at, cols):
+    """Whether all elements are 0, as dy of padding is."""
+    others = 0
+    for k in range(at, at + cols):
+        others += row[k] != 0
+    return others == 0
+
+
+@inlined
 def shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, sum_type, ahead):
     """The mean less shift, and the variance, from one sweep over d = x - shift (Chan, Golub and LeVeque 1983, eq. 1.4).
 
@@ -92,21 +102,29 @@ def shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, sum_type, ahead)
     minus_shifts = fill(np.float32(-g_shift))
     totals = squares = g_totals = projected = fill(0.0)
     k = at
-    # not by `sums_over`, with which backward at (8192, 768) took 1.07 times as long
     for _ in range(cols // BLOCK):
         block_totals = block_squares = block_g = block_projected = fill(sum_type(0))
-        for _ in range(BLOCK // 16):
-            prefetch(x, k, ahead)
-            d = load(x, k, sum_type) - shifts
-            block_totals = block_totals + d
-            block_squares = multiply_add(d, d, block_squares)
+        for _ in range(BLOCK // 64):
+            for j in range(k, k + 64, 16):
+                prefetch(x, j, ahead)
+            d0 = load(x, k, sum_type) - shifts
+            d1 = load(x, k + 16, sum_type) - shifts
+            d2 = load(x, k + 32, sum_type) - shifts
+            d3 = load(x, k + 48, sum_type) - shifts
+            block_totals = block_totals + d0 + d1 + d2 + d3
+            block_squares = multiply_add(d1, d1, multiply_add(d0, d0, block_squares))
+            block_squares = multiply_add(d3, d3, multiply_add(d2, d2, block_squares))
             if dy is not None:
-                prefetch(dy, k, ahead)
-                weights = load(weight, k + to_weight, np.float32)
-                g = cast(multiply_add(load(dy, k, np.float32), weights, minus_shifts), sum_type)
-                block_g = block_g + g
-                block_projected = multiply_add(g, d, block_projected)
-            k += 16
+                g0 = shifted_g(dy, k, weight, to_weight, minus_shifts, sum_type, ahead)
+                g1 = shifted_g(dy, k + 16, weight, to_weight, minus_shifts, sum_type, ahead)
+                g2 = shifted_g(dy, k + 32, weight, to_weight, minus_shifts, sum_type, ahead)
+                g3 = shifted_g(dy, k + 48, weight, to_weight, minus_shifts, sum_type, ahead)
+                # in pairs, which are exact where g is constant: one by one, the sum would be off by the same in every block,
+                # and dx by that times the mean of d
+                block_g = block_g + ((g0 + g1) + (g2 + g3))
+                block_projected = multiply_add(g1, d1, multiply_add(g0, d0, block_projected))
+                block_projected = multiply_add(g3, d3, multiply_add(g2, d2, block_projected))
+            k += 64
         totals = totals + widen(block_totals)
         squares = squares + widen(block_squares)
         g_totals = g_totals + widen(block_g)
@@ -119,27 +137,26 @@ def shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, sum_type, ahead)
     variance = max(total(squares + widen(block_squares)) * per_element - mean * mean, 0.0)
     if dy is None:
         return mean, variance, (np.nan, np.nan)
-    sum_g = total(g_totals + widen(block_g))
+    sum_g = total(g_totals + block_g)
     # the deviations from the mean are d less mean
     return mean, variance, (sum_g, total(projected + widen(block_projected)) - mean * sum_g)
 
 
 @inlined
 def sums_over(dy, x, k, cols, shift, g_shift, weight, to_weight, sum_type, ahead):
-    """The sums, still in lanes, of d, d², g and g * d as in `shifted`, over the elements from k on."""
+    """The sums, still in lanes, of d, d², g and g * d as in `shifted`, over the elements from k on; that of g is float64."""
     shifts = fill(sum_type(shift))
     minus_shifts = fill(np.float32(-g_shift))
-    totals = squares = g_totals = projected = fill(sum_type(0))
+    totals = squares = projected = fill(sum_type(0))
+    g_totals = fill(0.0)
     for _ in range(cols >> 4):
         prefetch(x, k, ahead)
         d = load(x, k, sum_type) - shifts
         totals = totals + d
         squares = multiply_add(d, d, squares)
         if dy is not None:
-            prefetch(dy, k, ahead)
-            weights = load(weight, k + to_weight, np.float32)
-            g = cast(multiply_add(load(dy, k, np.float32), weights, minus_shifts), sum_type)
-            g_totals = g_totals + g
+            g = shifted_g(dy, k, weight, to_weight, minus_shifts, sum_type, ahead)
+            g_totals = g_totals + widen(g)
             projected = multiply_add(g, d, projected)
         k += 16
     count = cols & 15
@@ -151,9 +168,17 @@ def sums_over(dy, x, k, cols, shift, g_shift, weight, to_weight, sum_type, ahead
             dys = load_part(dy, k, count, np.float32, np.float32(0))
             weights = load_part(weight, k + to_weight, count, np.float32, np.float32(0))
             g = cast(keep(multiply_add(dys, weights, minus_shifts), count), sum_type)
-            g_totals = g_totals + g
+            g_totals = g_totals + widen(g)
             projected = multiply_add(g, d, projected)
     return totals, squares, g_totals, projected
+
+
+@inlined
+def shifted_g(dy, k, weight, to_weight, minus_shifts, sum_type, ahead):
+    """The g, as in `shifted`, of sixteen elements from k on."""
+    prefetch(dy, k, ahead)
+    weights = load(weight, k + to_weight, np.float32)
+    return cast(multiply_add(load(dy, k, np.float32), weights, minus_shifts), sum_type)
 
 
 @inlined
@@ -274,7 +299,7 @@ def first_gradient(dy, at, weight, element):
 
 @inlined
 def gradient_sums(dy, x, at, cols, hi, rest, scale, shift, weight, first, element, ahead, is_given):
-    """The sums over a row of g - shift and of (g - shift) * (x - mean), where g = dy * weight.
+    """The sums over a row of g - shift and of (g - shift) * (x - mean), where g = dy * weight, of known statistics.
 
     With a shift that is near g, a large mean of g costs no digits: the sum of x - mean being 0, the second sum is that of
     g * (x - mean). A mean that is given may be another than the row's, and takes a shift of 0. `scale` brings x - mean near
@@ -333,7 +358,7 @@ def usable(scale, element):
 
 @inlined
 def remember(means, i, rstd, shift, sums, cols, element):
-    """Keep what `gradients` needs of a row beside its statistics, from its `gradient_sums`."""
+    """Keep what `gradients` needs of a row beside its statistics, from its sums of g."""
     g_his, g_rests, slopes = means
     totals, projected = sums
     per_element = 1.0 / np.float64(cols)
@@ -356,14 +381,15 @@ def gradients(
     taken together. About as many elements as these rows have are prefetched, from `following` on, unless that is None.
     `is_wide` is False in the kernels for short rows.
     """
-    # dx in whole lines, of the first row at least: 1.3x at (4096, 4096), where parts would be streamed by turns, and 1.05 to
-    # 1.5x in the cache, where reading would wait for what was written to the same line of another page
+    # dx in whole lines, of the first row at least: 1.3x at (4096, 4096), where parts would be streamed by turns, and 1.0 to
+    # 1.1x in the cache, where reading would wait for what was written to the same place of another page
     head = min(cols, until_aligned(dx, at + begin * pitch)) if is_wide else 0
     blocks = (cols - head) >> 4
     done = 0
     if is_wide and end - begin == 4:
         # as numbers, not elements of arrays, what is known of four rows stays in registers: 1.1 to 1.4x in bfloat16
         done = blocks
+        # from `end` on back, since `begin` may be the literal 0, for which Numba would compile row_of twice
         rows = (
             row_of(at, pitch, statistics, means, end - 4),
             row_of(at, pitch, statistics, means, end - 3),
