@@ -25,9 +25,11 @@ settings.load_profile("no-jit" if JIT_DISABLED else "default")
 
 
 def pytest_configure(config):
-    """A shell that runs the tests in the background has them ignore Ctrl-C, and so would the processes that they start."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell that runs the tests in the background has them ignore Ctrl-C, and nohup the end of the terminal; so would the
+    processes that they start."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_report_header(config):
