@@ -281,6 +281,8 @@ def _array(name, value):
     if kind == "torch" and str(value.dtype) == "torch.bfloat16":
         _bfloat16(name)
     array = _ask(name, arrays.to_numpy, value, kind)
+    # the first time, this imports numpy.ma. Numba would do so as soon as it has compiled, which is when a fork happens that
+    # has waited for that: its child would wait for the import for ever
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name}: a masked array; expected one without a mask, such as {name}.filled(0)")
     return np.asarray(array)
