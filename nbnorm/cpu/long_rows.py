@@ -158,16 +158,15 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 if is_given:
                     hi, lo = split(np.float64(mean[group + i]), 0.0, element)
                     var = 0.0
+                elif mode == TWO_SWEEPS:
+                    hi, lo, var = compensated(x_, at, width, element, AHEAD)
+                elif in_one_sweep:
+                    shift = first_gradient(dy_, at - start, weight_, element)
+                    hi, lo, var, sums_of_g = statistics_and_sums(
+                        dy_, x_, at, width, shift, weight_, start - at, element, mode, AHEAD
+                    )
                 else:
-                    if mode == TWO_SWEEPS:
-                        hi, lo, var = compensated(x_, at, width, element, AHEAD)
-                    elif in_one_sweep:
-                        shift = first_gradient(dy_, at - start, weight_, element)
-                        hi, lo, var, sums_of_g = statistics_and_sums(
-                            dy_, x_, at, width, shift, weight_, start - at, element, mode, AHEAD
-                        )
-                    else:
-                        hi, lo, var = statistics(x_, at, width, element, mode, AHEAD)
+                    hi, lo, var = statistics(x_, at, width, element, mode, AHEAD)
                 if with_dx and not in_one_sweep:
                     shift = element(0) if is_given else first_gradient(dy_, at - start, weight_, element)
                     # a segment may be constant where its row is not
