@@ -20,7 +20,7 @@ def compiled(signature, parallel):
     """A decorator for a kernel: the serial or the parallel build of it."""
 
     def compile_(kernel):
-        dispatcher = njit(parallel=parallel, nogil=True, error_model="numpy")(kernel)
+        dispatcher = njit(parallel=parallel, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(kernel)
         if config.DISABLE_JIT:
             return dispatcher
         cache = Cache(kernel, (DIGEST, str(signature), parallel), CompileResult._reduce, _rebuild)
