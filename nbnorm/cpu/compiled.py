@@ -20,7 +20,10 @@ def compiled(signature, parallel):
     """A decorator for a kernel: the serial or the parallel build of it."""
 
     def compile_(kernel):
-        dispatcher = njit(parallel=parallel, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(kernel)
+        # not called from C, for which Numba would compile it too; its hints leave the option out
+        dispatcher = njit(  # type: ignore[call-overload]
+            parallel=parallel, nogil=True, error_model="numpy", no_cfunc_wrapper=True
+        )(kernel)
         if config.DISABLE_JIT:
             return dispatcher
         cache = Cache(kernel, (DIGEST, str(signature), parallel), CompileResult._reduce, _rebuild)

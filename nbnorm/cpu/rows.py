@@ -44,8 +44,11 @@ SMALLEST, LARGEST = 2.0**-80, 2.0**80
 # elements whose float32 sums are taken before float64 goes on: eight additions a lane, off by 2 eps at most
 BLOCK = 128
 
-# not called from Python or C: what Numba compiles for that, with the function inlined, took a fifth of a first use
-inlined = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# not called from Python or C: what Numba compiles for that, with the function inlined, took a fifth of a first use. Its hints
+# leave the options out
+inlined = njit(  # type: ignore[call-overload]
+    forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 
 
 @inlined
