@@ -117,14 +117,14 @@ def test_float32_dy_with_a_large_mean_keeps_its_digits(rng):
 
 
 @pytest.mark.parametrize("first", [0.7, 0.1, -0.9])
-@pytest.mark.parametrize("cols", [100, 255, 768, 4096])
+@pytest.mark.parametrize("cols", [31, 48, 100, 127, 255, 768, 4096])
 @pytest.mark.parametrize("long_row", [0, 1 << 16])
 def test_dy_of_one_element_keeps_its_digits(rng, monkeypatch, long_row, cols, first):
     # all other g are the same distance from the first one: sums of them are off by the same in every lane, if they are off;
-    # x's first element is far from the mean, and there is a deviation that is large
+    # x's ends are far from the mean, and there is a deviation that is large
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     x = rng.standard_normal((8, cols), dtype=np.float32)
-    x[:, 0] = np.linspace(-2.4, 2.4, 8)
+    x[:, [0, -1]] = np.linspace(-2.4, 2.4, 8)[:, None]
     x[:, 7] = cols**0.5 * 0.9
     dy = np.zeros_like(x)
     dy[:, 0] = first
@@ -154,7 +154,7 @@ def test_statistics_do_not_depend_on_dy(rng, monkeypatch, long_row, dy_scale, co
     # where the sums of g need another sweep than the statistics; dweight of rows that have a dy shows it
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     x = rng.standard_normal((64, cols), dtype=np.float32) + np.float32(1)
-    x[:, 0] = 1.5
+    x[:, [0, -1]] = 1.5
     with np.errstate(under="ignore"):
         dy = (dy_scale * rng.uniform(-1, 1, x.shape)).astype(np.float32)
     dy[:, 1] = 1

@@ -1,5 +1,6 @@
 """Do the lanes' operations mean the same compiled as in NumPy, above all the conversions of 16-bit numbers?"""
 
+import itertools
 import platform
 import re
 
@@ -158,6 +159,21 @@ def test_arithmetic_of_lanes(rng):
     np.testing.assert_array_equal(results, [a / b, np.sqrt(b), np.maximum(a, 0)])
     np.testing.assert_array_equal(results[2], lanes.at_least_zero(a))
     np.testing.assert_array_equal(cast, a.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_comparison_of_all_lanes(dtype):
+    @njit
+    def compiled(a, b):
+        return lanes.all_below(lanes.load(lanes.pointer(a), 0, dtype), lanes.load(lanes.pointer(b), 0, dtype))
+
+    a, b = np.zeros(16, dtype), np.ones(16, dtype)
+    assert compiled(a, b) is lanes.all_below(a, b) is True
+    for lane, value in itertools.product(range(16), (0, -1, np.nan)):
+        b[:] = 1
+        b[lane] = value
+        assert compiled(a, b) is lanes.all_below(a, b) is False
+        assert compiled(-b, a) is lanes.all_below(-b, a) is False
 
 
 def test_totals_of_sixteen_rows_are_those_of_each(rng):

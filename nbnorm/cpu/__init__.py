@@ -44,7 +44,7 @@ def forward(problem, x, weight, bias, out, return_stats):
             store(y_rows, y[index], y_buffer)
         if dtype == wide_dtype(problem.dtype) and problem.cols <= sizes.LONG_ROW:
             is_diff_of_squares = problem.variance == "diff_of_squares"
-            key = problem.dtype, problem.cols < sizes.SHORT_ROW, weight is None, bias is None, is_diff_of_squares, workers
+            key = problem.dtype, _is_short(problem), weight is None, bias is None, is_diff_of_squares, workers
             quick.FORWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         # a row of no columns has no mean
@@ -133,7 +133,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         if with_dx and is_usual and problem.weight_dtype in (problem.dtype, dtype) and problem.cols <= sizes.LONG_ROW:
             mode = problem.variance == "diff_of_squares" if mean is None else None
             parameter = None if weight is None else problem.weight_dtype
-            key = problem.dtype, problem.cols < sizes.SHORT_ROW, parameter, output_mask, mode, workers
+            key = problem.dtype, _is_short(problem), parameter, output_mask, mode, workers
             quick.BACKWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         dweight.fill(0)
@@ -149,7 +149,11 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
 def _kernels(problem):
     if problem.cols > sizes.LONG_ROW:
         return long_rows
-    return short_rows if problem.cols < sizes.SHORT_ROW else kernels
+    return short_rows if _is_short(problem) else kernels
+
+
+def _is_short(problem):
+    return sizes.is_short(problem.cols, problem.dtype.itemsize)
 
 
 def _is_streamed(result, *inputs):

@@ -145,6 +145,11 @@ def at_least_zero(lanes):
     return np.maximum(lanes, lanes.dtype.type(0))
 
 
+def all_below(a, b):
+    """Whether each lane of a is below that of b; NaN is not."""
+    return bool((a < b).all())
+
+
 def to_odd(values):
     """Float32 from float64 with the last bit set where inexact: the next rounding is then as if it were the only one."""
     with np.errstate(all="ignore"):

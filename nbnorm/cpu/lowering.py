@@ -343,6 +343,15 @@ def _(values):
     return values, code
 
 
+@lowers(lanes.all_below)
+def _(a, b):
+    def code(builder, a, b):
+        bits = builder.bitcast(builder.fcmp_ordered("<", a, b), I16)
+        return builder.icmp_unsigned("==", bits, I16(-1))
+
+    return types.boolean, code
+
+
 def _halves_added(builder, value):
     half_ = value.type.count // 2
     return builder.fadd(_shuffle(builder, value, range(half_)), _shuffle(builder, value, range(half_, 2 * half_)))

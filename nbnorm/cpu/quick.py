@@ -35,7 +35,10 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
     if type(normalized_shape) is not int or not shape or shape[-1] != normalized_shape or not 0 <= eps < inf:
         return None
     workers = parallel.many if size >= parallel.from_elements else ONE
-    found = FORWARD.get((dtype, shape[-1] < sizes.SHORT_ROW, weight is None, bias is None, use_diff_of_squares, workers))
+    # as in `sizes.is_short`
+    cols = normalized_shape
+    is_short = cols < sizes.SHORT_ROW or (cols < sizes.SHORT_16_BIT_ROW and dtype.itemsize == 2)
+    found = FORWARD.get((dtype, is_short, weight is None, bias is None, use_diff_of_squares, workers))
     if found is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
     kernel, wide, stored = found
@@ -115,7 +118,9 @@ def backward(
         return None
     else:
         parameter = weight.dtype
-    found = BACKWARD.get((dtype, shape[-1] < sizes.SHORT_ROW, parameter, output_mask, mode, workers))
+    cols = normalized_shape
+    is_short = cols < sizes.SHORT_ROW or (cols < sizes.SHORT_16_BIT_ROW and dtype.itemsize == 2)
+    found = BACKWARD.get((dtype, is_short, parameter, output_mask, mode, workers))
     if found is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
     kernel, wide, stored = found

@@ -33,8 +33,8 @@ from nbnorm.cpu.lanes import (
 # what `merged` knows of each segment of a row: PARTS numbers
 HI, LO, VARIANCE, SUM_G, PROJECTED, PARTS = range(6)
 
-# how the variance is found: from the deviations from the row's first element, in one sweep; from the deviations from the
-# mean, with compensated sums, for float64 rows; or as mean(x²) - mean(x)². Where results are float64 (_64), so are all sums
+# how the variance is found: from the deviations from the middle of the row's ends, in one sweep; from those from the mean,
+# with compensated sums, for float64 rows; or as mean(x²) - mean(x)². Where results are float64 (_64), so are all sums
 ONE_SWEEP, ONE_SWEEP_64, TWO_SWEEPS, DIFF_OF_SQUARES, DIFF_OF_SQUARES_64 = range(5)
 
 # a float32 sum of squares is enough where it is not mostly the square of the mean, and far from overflow and underflow; one
@@ -44,8 +44,8 @@ SMALLEST, LARGEST = 2.0**-80, 2.0**80
 # elements whose float32 sums are taken before float64 goes on: eight additions a lane, off by 2 eps at most
 BLOCK = 128
 
-# not called from Python or C: what Numba compiles for that, with the function inlined, took a fifth of a first use. Its hints
-# leave the options out
+# not called from Python or C: what Numba compiles for that, with the function inlined, took a fifth of a first use. Its type
+# hints leave the options out
 inlined = njit(  # type: ignore[call-overload]
     forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
 )
@@ -67,19 +67,18 @@ def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mo
 
     dy is for rows whose `element` is float32; element k of it belongs to element k + `to_weight` of weight.
     """
-    shift = load_one(x, at) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
+    shift = middle_of_ends(x, at, cols, element) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
     rest, variance, sums = 0.0, 0.0, (np.nan, np.nan)
-    is_enough = False
-    if cols >= BLOCK and mode in (ONE_SWEEP, DIFF_OF_SQUARES):
+    is_done = False
+    if mode in (ONE_SWEEP, DIFF_OF_SQUARES):
         rest, variance, sums = shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, np.float32, ahead)
-        # NaN fails the comparison too
-        is_enough = SMALLEST < variance < LARGEST and rest * rest <= CONDITION * variance
-    # a product that was lost to underflow or overflow does not show in a sum that is neither small nor large
-    if not is_enough or (dy is not None and not SMALLEST < abs(sums[1]) < LARGEST and not is_zero(dy, at, cols)):
+        is_done = is_enough(rest, variance)
+    # in shorter rows the sums of g are float64 anyway
+    if not is_done or (dy is not None and cols >= BLOCK and may_have_lost(dy, at, cols, sums[1])):
         rest_64, variance_64, sums = shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, np.float64, ahead)
         # the statistics are of x alone, whatever dy is
-        if not is_enough:
-            # in float64 it is enough wherever the row begins, since an element is at most sqrt(cols - 1) standard deviations
+        if not is_done:
+            # in float64 it is enough whatever the shift is, since an element is at most sqrt(cols - 1) standard deviations
             # from the mean (Samuelson 1968); difference of squares has no such limit, and loses digits here
             rest, variance = rest_64, variance_64
     mean, lost = two_sum(shift, 0.0, rest)
@@ -88,12 +87,33 @@ def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mo
 
 
 @inlined
-def is_zero(row, at, cols):
-    """Whether all elements are 0, as dy of padding is."""
+def middle_of_ends(x, at, cols, element):
+    """What the centred mode takes for its shift: a float64 that `element` can hold, and all elements where they are equal.
+
+    It is more than two deviations from the mean of 1 normally distributed row in 200; the first element, of 1 in 20.
+    """
+    half = element(0.5)
+    return np.float64(half * element(load_one(x, at)) + half * element(load_one(x, at + cols - 1)))
+
+
+@inlined
+def is_enough(rest, variance):
+    """Whether float32 sums are enough for a variance, and a mean that is the shift and `rest`; NaN fails it too."""
+    return SMALLEST < variance < LARGEST and rest * rest <= CONDITION * variance
+
+
+@inlined
+def may_have_lost(dy, at, cols, projected):
+    """Whether a product of the float32 sum `projected` may have been lost to underflow or overflow.
+
+    That does not show in a sum that is neither small nor large, nor matter where all of dy is 0, as it is of padding.
+    """
+    if SMALLEST < abs(projected) < LARGEST:
+        return False
     others = 0
     for k in range(at, at + cols):
-        others += row[k] != 0
-    return others == 0
+        others += dy[k] != 0
+    return others > 0
 
 
 @inlined
@@ -133,26 +153,32 @@ def shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, sum_type, ahead)
         squares = squares + widen(block_squares)
         g_totals = g_totals + widen(block_g)
         projected = projected + widen(block_projected)
-    block_totals, block_squares, block_g, block_projected = sums_over(
+    rest_totals, rest_squares, rest_g, rest_projected = sums_over(
         dy, x, k, cols % BLOCK, shift, g_shift, weight, to_weight, sum_type, ahead
     )
     per_element = 1.0 / np.float64(cols)
-    mean = total(totals + widen(block_totals)) * per_element
-    variance = max(total(squares + widen(block_squares)) * per_element - mean * mean, 0.0)
+    mean = total_of(totals, rest_totals) * per_element
+    variance = max(total_of(squares, rest_squares) * per_element - mean * mean, 0.0)
     if dy is None:
         return mean, variance, (np.nan, np.nan)
-    sum_g = total(g_totals + block_g)
+    sum_g = total(g_totals + rest_g)
     # the deviations from the mean are d less mean
-    return mean, variance, (sum_g, total(projected + widen(block_projected)) - mean * sum_g)
+    return mean, variance, (sum_g, total(projected + rest_projected) - mean * sum_g)
+
+
+@inlined
+def total_of(totals, rest_totals):
+    """The sum of the float64 lanes of blocks, and of those of the elements beyond the last block."""
+    return total(totals) + np.float64(total(rest_totals))
 
 
 @inlined
 def sums_over(dy, x, k, cols, shift, g_shift, weight, to_weight, sum_type, ahead):
-    """The sums, still in lanes, of d, d², g and g * d as in `shifted`, over the elements from k on; that of g is float64."""
+    """The sums, still in lanes, of d, d², g and g * d as in `shifted`, over the elements from k on; g's are float64."""
     shifts = fill(sum_type(shift))
     minus_shifts = fill(np.float32(-g_shift))
-    totals = squares = projected = fill(sum_type(0))
-    g_totals = fill(0.0)
+    totals = squares = fill(sum_type(0))
+    g_totals = projected = fill(0.0)
     for _ in range(cols >> 4):
         prefetch(x, k, ahead)
         d = load(x, k, sum_type) - shifts
@@ -161,7 +187,7 @@ def sums_over(dy, x, k, cols, shift, g_shift, weight, to_weight, sum_type, ahead
         if dy is not None:
             g = shifted_g(dy, k, weight, to_weight, minus_shifts, sum_type, ahead)
             g_totals = g_totals + widen(g)
-            projected = multiply_add(g, d, projected)
+            projected = multiply_add(widen(g), widen(d), projected)
         k += 16
     count = cols & 15
     if count:
@@ -173,7 +199,7 @@ def sums_over(dy, x, k, cols, shift, g_shift, weight, to_weight, sum_type, ahead
             weights = load_part(weight, k + to_weight, count, np.float32, np.float32(0))
             g = cast(keep(multiply_add(dys, weights, minus_shifts), count), sum_type)
             g_totals = g_totals + widen(g)
-            projected = multiply_add(g, d, projected)
+            projected = multiply_add(widen(g), widen(d), projected)
     return totals, squares, g_totals, projected
 
 
@@ -325,7 +351,7 @@ def gradient_sums(dy, x, at, cols, hi, rest, scale, shift, weight, first, elemen
     block_totals, block_projected = gradient_block_sums(
         dy, x, at + j, cols % BLOCK, his, rests, scales, minus_shifts, weight, first + j, element, ahead, is_given
     )
-    return total(totals + widen(block_totals)), total(projected + widen(block_projected)) / np.float64(scale)
+    return total_of(totals, block_totals), total_of(projected, block_projected) / np.float64(scale)
 
 
 @inlined

@@ -38,7 +38,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
         # a call takes 0.65 of the time there
         is_by_columns = cols <= 16 or not (streaming or y.size * y.itemsize >= STREAMED_BYTES)
         for task in prange(-(-rows // task_rows)):
-            scratch_sums = scratch(SUMS_SIZE, np.float64)
+            scratch_sums = scratch(SUMS_SIZE, element)
             means, variances = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
             his, rests, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
             stop = min((task + 1) * task_rows, rows)
@@ -122,7 +122,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
             together = 2 if has_lines and cols % 16 == 0 and until_aligned(dx_, 0) > 0 else GROUP_ROWS
         ahead = cols * -(-AHEAD // cols)
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
-            scratch_sums = scratch(SUMS_SIZE, np.float64)
+            scratch_sums = scratch(SUMS_SIZE, element)
             means, variances = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
             his, rests, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
             g_his, g_rests, slopes = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)

@@ -8,28 +8,36 @@ import numpy as np
 
 from nbnorm.cpu.lanes import (
     COUNT,
+    all_below,
     at_least_zero,
     cast,
     fill,
     load,
-    load_one,
     load_part,
     root,
+    scratch,
     store,
     store_folded,
     totals,
     widen,
 )
 from nbnorm.cpu.rows import (
+    CONDITION,
+    DIFF_OF_SQUARES,
+    LARGEST,
     ONE_SWEEP,
     ONE_SWEEP_64,
+    SMALLEST,
     compensated,
     first_gradient,
     gradient_block_sums,
     inlined,
+    is_enough,
+    middle_of_ends,
     normalised,
     put,
     put_part,
+    shifted,
     sums_over,
     two_sum,
     usable,
@@ -37,10 +45,12 @@ from nbnorm.cpu.rows import (
 
 # rows that are worked on together
 ROWS = COUNT
-# what is where in a scratch for their sums: three numbers of each row, and four sums, of FOLDED lanes each
+# what is where in a scratch for their sums: three numbers of each row, and two sums, of FOLDED lanes each
 FOLDED = COUNT // 2
 SHIFTS, G_SHIFTS, SCALES, FIRST_SUMS = 0, ROWS, 2 * ROWS, 3 * ROWS
-SECOND_SUMS, THIRD_SUMS, FOURTH_SUMS, SUMS_SIZE = (FIRST_SUMS + ROWS * FOLDED * sums for sums in (1, 2, 3, 4))
+SECOND_SUMS, SUMS_SIZE = (FIRST_SUMS + ROWS * FOLDED * sums for sums in (1, 2))
+# and in one for float64 sums of g
+PROJECTED_SUMS, G_SUMS_SIZE = ROWS * FOLDED, 2 * ROWS * FOLDED
 
 
 @inlined
@@ -62,32 +72,53 @@ def statistics_of_rows(
     And write what `remember` does into the three arrays `g_means`, from sums of the same sweep, unless dy is None; dy is for
     rows whose `element` is float32. `sums` is a scratch.
     """
+    g_sums = scratch(G_SUMS_SIZE, np.float64)
     for i in range(rows):
         k = at + i * cols
-        shift = load_one(x, k) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
-        g_shift = 0.0 if dy is None else np.float64(first_gradient(dy, k, weight, element))
-        row_totals, row_squares, row_g, row_projected = sums_over(
-            dy, x, k, cols, shift, g_shift, weight, -k, np.float64, ahead
-        )
-        sums[SHIFTS + i] = shift
+        shift = middle_of_ends(x, k, cols, element) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
+        g_shift = element(0) if dy is None else first_gradient(dy, k, weight, element)
+        row_totals, row_squares, row_g, row_projected = sums_over(dy, x, k, cols, shift, g_shift, weight, -k, element, ahead)
+        sums[SHIFTS + i] = element(shift)
         store_folded(sums, FIRST_SUMS + FOLDED * i, row_totals)
         store_folded(sums, SECOND_SUMS + FOLDED * i, row_squares)
         if dy is not None:
             sums[G_SHIFTS + i] = g_shift
-            store_folded(sums, THIRD_SUMS + FOLDED * i, row_g)
-            store_folded(sums, FOURTH_SUMS + FOLDED * i, row_projected)
+            store_folded(g_sums, FOLDED * i, row_g)
+            store_folded(g_sums, PROJECTED_SUMS + FOLDED * i, row_projected)
     per_element = fill(1.0 / np.float64(cols))
-    shifted_means = totals(sums, FIRST_SUMS) * per_element
-    row_variances = at_least_zero(totals(sums, SECOND_SUMS) * per_element - shifted_means * shifted_means)
-    row_means, lost = two_sum(load(sums, SHIFTS, np.float64), fill(0.0), shifted_means)
+    row_rests = widen(totals(sums, FIRST_SUMS)) * per_element
+    row_variances = at_least_zero(widen(totals(sums, SECOND_SUMS)) * per_element - row_rests * row_rests)
+    store(means, 0, row_rests)
     store(variances, 0, row_variances)
-    hi, lo = split_rows(row_means, lost, element)
-    store_statistics(row_statistics, means, hi, lo, row_variances, eps, element)
+    g_totals, projected = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
     if dy is not None:
-        g_totals = totals(sums, THIRD_SUMS)
-        projected = totals(sums, FOURTH_SUMS) - shifted_means * g_totals
+        row_g_totals = totals(g_sums, 0)
+        store(g_totals, 0, row_g_totals)
+        store(projected, 0, totals(g_sums, PROJECTED_SUMS) - row_rests * row_g_totals)
+    if mode in (ONE_SWEEP, DIFF_OF_SQUARES) and not are_enough(row_rests, row_variances):
+        for i in range(rows):
+            if not is_enough(means[i], variances[i]):
+                k = at + i * cols
+                shift, g_shift = np.float64(sums[SHIFTS + i]), sums[G_SHIFTS + i]
+                rest, variance, sums_of_g = shifted(dy, x, k, cols, shift, g_shift, weight, -k, np.float64, None)
+                means[i], variances[i] = rest, variance
+                g_totals[i], projected[i] = sums_of_g
+    row_means, lost = two_sum(widen(load(sums, SHIFTS, element)), fill(0.0), load(means, 0, np.float64))
+    hi, lo = split_rows(row_means, lost, element)
+    store_statistics(row_statistics, means, hi, lo, load(variances, 0, np.float64), eps, element)
+    if dy is not None:
         _, _, rstds = row_statistics
-        remember_rows(g_means, load(rstds, 0, element), load(sums, G_SHIFTS, np.float64), g_totals, projected, cols, element)
+        remember_rows(
+            g_means, load(rstds, 0, element), load(sums, G_SHIFTS, np.float64), load(g_totals, 0, np.float64),
+            load(projected, 0, np.float64), cols, element,
+        )  # fmt: skip
+
+
+@inlined
+def are_enough(row_rests, row_variances):
+    """Whether `is_enough` of each of sixteen rows; False too where a number is exactly at a limit."""
+    are_near = all_below(row_rests * row_rests, fill(CONDITION) * row_variances)
+    return are_near and all_below(fill(SMALLEST), row_variances) and all_below(row_variances, fill(LARGEST))
 
 
 @inlined
@@ -115,11 +146,12 @@ def means_of_rows(dy, x, at, rows, cols, row_statistics, is_given, weight, eleme
         )
         sums[SCALES + i] = scale
         sums[G_SHIFTS + i] = shift
-        store_folded(sums, FIRST_SUMS + FOLDED * i, widen(row_totals))
-        store_folded(sums, SECOND_SUMS + FOLDED * i, widen(row_projected))
-    projected = totals(sums, SECOND_SUMS) / load(sums, SCALES, np.float64)
+        store_folded(sums, FIRST_SUMS + FOLDED * i, row_totals)
+        store_folded(sums, SECOND_SUMS + FOLDED * i, row_projected)
+    g_totals = widen(totals(sums, FIRST_SUMS))
+    projected = widen(totals(sums, SECOND_SUMS)) / load(sums, SCALES, np.float64)
     shifts = load(sums, G_SHIFTS, np.float64)
-    remember_rows(g_means, load(rstds, 0, element), shifts, totals(sums, FIRST_SUMS), projected, cols, element)
+    remember_rows(g_means, load(rstds, 0, element), shifts, g_totals, projected, cols, element)
 
 
 @inlined
