@@ -20,6 +20,8 @@ KINDS = {
     "constant": lambda z: np.broadcast_to(z[:, :1] * 100, z.shape),
     "ramp": lambda z: np.arange(z.shape[1]) + z[:, :1],
     "two values": lambda z: 99.0 + (z > 0),
+    # whose sums are rounded the same way in every lane
+    "runs of equal values": lambda z: np.repeat(np.abs(z[:, ::16]) + 0.3, 16, axis=1)[:, : z.shape[1]],
 }
 
 
@@ -28,7 +30,7 @@ def dtype(request):
     return request.param
 
 
-@pytest.mark.parametrize("cols", [5, 768, pytest.param(16384, marks=pytest.mark.compiled)])
+@pytest.mark.parametrize("cols", [5, 100, 768, pytest.param(16384, marks=pytest.mark.compiled)])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_hard_rows(rng, dtype, kind, cols):
     with np.errstate(over="ignore", under="ignore"):

@@ -176,17 +176,19 @@ def test_comparison_of_all_lanes(dtype):
         assert compiled(-b, a) is lanes.all_below(-b, a) is False
 
 
-def test_totals_of_sixteen_rows_are_those_of_each(rng):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_totals_of_sixteen_rows_are_those_of_each(rng, dtype):
     @njit
     def compiled(source, destination):
         sums = lanes.scratch(140, np.float64)
         for i in range(16):
-            lanes.store_folded(sums, 3 + 8 * i, lanes.load(lanes.pointer(source), 16 * i, np.float64))
+            lanes.store_folded(sums, 3 + 8 * i, lanes.load(lanes.pointer(source), 16 * i, dtype))
         lanes.store(lanes.pointer(destination), 0, lanes.totals(sums, 3))
 
-    source = rng.standard_normal((16, 16))
+    source = rng.standard_normal((16, 16)).astype(dtype)
     destination = np.empty(16)
-    expected = [lanes.total(row) for row in source]
+    # of float32, the first sums of two are float32 too
+    expected = [lanes.total((row[:8] + row[8:]).astype(np.float64)) for row in source]
     compiled(source, destination)
     np.testing.assert_array_equal(destination, expected)
     sums = lanes.scratch(140, np.float64)

@@ -1,4 +1,4 @@
-"""Do the kernels for short rows give the bits of the ordinary ones?"""
+"""Do the kernels for short rows give the bits of the ordinary ones, or, of 16 bits, where sums differ, right results?"""
 
 import itertools
 
@@ -9,8 +9,8 @@ import pytest
 import nbnorm
 from nbnorm.cpu import sizes
 from nbnorm.cpu.rows import BLOCK
+from tolerances import assert_grads, assert_statistics, assert_y
 
-DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 # parts of sixteen, and all numbers of sixteens
 COLS = [1, 2, 15, 16, 17, 40, 64, 100, 127]
 
@@ -25,7 +25,7 @@ def operands(rng, rows, cols, dtype):
         x[8:9, -1:] = np.nan
         x[15:16, :1] = np.inf
         x[16:17, :1] = 1e4
-        # whose products with x float32 sums lose, and padding
+        # padding, and where products with x leave the range of float32
         dy[2::9] *= np.float32(1e-36)
         dy[4::9] = 0
         weight, bias = rng.standard_normal((2, cols)).astype(dtype)
@@ -40,7 +40,7 @@ def results(x, dy, weight, bias, **options):
     return y, mean, rstd, *grads, *given
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("options", [{}, {"use_diff_of_squares": True}, {"eps": 0.0}], ids=str)
 @pytest.mark.parametrize("streamed_bytes", [sizes.STREAMED_BYTES, 0])
 def test_same_bits(rng, monkeypatch, dtype, options, streamed_bytes):
@@ -50,11 +50,28 @@ def test_same_bits(rng, monkeypatch, dtype, options, streamed_bytes):
         actual = results(*case, **options)
         with monkeypatch.context() as patches:
             patches.setattr(sizes, "SHORT_ROW", 0)
-            patches.setattr(sizes, "SHORT_16_BIT_ROW", 0)
             expected = results(*case, **options)
         for a, b in zip(actual, expected, strict=True):
+            np.testing.assert_array_equal(a, b, err_msg=f"{rows} x {cols}")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize("cols", [1, 17, 64, 127, 128, 200, 256, 257])
+def test_rows_of_16_bits(rng, cols, use_diff_of_squares, dtype):
+    x, dy, weight, bias = operands(rng, 53, cols, dtype)
+    options = {"use_diff_of_squares": use_diff_of_squares}
+    y, mean, rstd, dx, *_ = results(x, dy, weight, bias, **options)
+    for i in (0, 2, 3, 5, 6, 8, 15, 16, 52):
+        alone = results(x[i : i + 1], dy[i : i + 1], weight, bias, **options)
+        for a, b in zip(alone[:4], (y[i], mean[i], rstd[i], dx[i]), strict=True):
             # NumPy knows no NaN of bfloat16
-            np.testing.assert_array_equal(a.astype(np.float64), b.astype(np.float64), err_msg=f"{rows} x {cols}")
+            np.testing.assert_array_equal(a[0].astype(np.float32), b.astype(np.float32))
+    is_finite = np.isfinite(x.astype(np.float32)).all(1)
+    x, dy = x[is_finite], dy[is_finite]
+    assert_y(y[is_finite], x, 1, weight, bias, **options)
+    assert_statistics(mean[is_finite], rstd[is_finite], x, 1, **options)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, cols, weight, **options), dy, x, 1, weight, **options)
 
 
 def test_any_given_statistics(rng, monkeypatch):

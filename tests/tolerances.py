@@ -55,7 +55,9 @@ def assert_y(y, x, ndim, weight=None, bias=None, eps=1e-5, use_diff_of_squares=F
 
 @np.errstate(all="ignore")
 def assert_statistics(mean, rstd, x, ndim, eps=1e-5, use_diff_of_squares=False, statistics_eps=2, sums="float64"):
-    """Float64 sums, rounded once: mean within 2 eps of the row's largest element, rstd within 2 eps of itself."""
+    """Mean within 2 eps of the row's largest element, rstd within 2 eps of itself; of 16-bit rows 8, with float32 sums."""
+    if np.asarray(x).dtype.itemsize == 2:
+        statistics_eps = max(statistics_eps, 8)
     _, exact_mean, exact_rstd = oracle.forward(x, ndim, eps=eps)
     scale = np.abs(np.asarray(x).astype(oracle.WIDE)).max(tuple(range(-ndim, 0)), keepdims=True, initial=0)
     _assert_close("mean", mean, exact_mean, statistics_eps * EPS[mean.dtype.name] * scale)

@@ -118,7 +118,7 @@ def scratch(count, element):
 
 
 def store_folded(destination, k, lanes):
-    """Write eight elements: the sums of the lanes that are eight apart, with which `total` begins."""
+    """Write eight elements: the sums of the lanes that are eight apart, with which `total` begins. These may be wider."""
     destination[k : k + COUNT // 2] = lanes[: COUNT // 2] + lanes[COUNT // 2 :]
 
 

@@ -294,9 +294,11 @@ def _(count, element):
 def _(destination, k, values):
     def code(builder, destination, k, values):
         folded = _halves_added(builder, values)
+        if values_type != destination_type:
+            folded = builder.fpext(folded, ir.VectorType(LLVM_TYPES[destination_type], folded.type.count))
         builder.store(folded, _address(builder, destination, k, folded.type), align=_size(destination_type))
 
-    destination_type = destination.dtype
+    destination_type, values_type = destination.dtype, values.element
     return types.none, _returning_none(code)
 
 

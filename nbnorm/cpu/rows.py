@@ -33,13 +33,13 @@ from nbnorm.cpu.lanes import (
 # what `merged` knows of each segment of a row: PARTS numbers
 HI, LO, VARIANCE, SUM_G, PROJECTED, PARTS = range(6)
 
-# how the variance is found: from the deviations from the middle of the row's ends, in one sweep; from those from the mean,
+# how the variance is found: from the deviations from a number in the row's range, in one sweep; from those from the mean,
 # with compensated sums, for float64 rows; or as mean(x²) - mean(x)². Where results are float64 (_64), so are all sums
 ONE_SWEEP, ONE_SWEEP_64, TWO_SWEEPS, DIFF_OF_SQUARES, DIFF_OF_SQUARES_64 = range(5)
 
 # a float32 sum of squares is enough where it is not mostly the square of the mean, and far from overflow and underflow; one
 # of products is where it is as far from them
-CONDITION = 4.0
+CONDITION = 2.0
 SMALLEST, LARGEST = 2.0**-80, 2.0**80
 # elements whose float32 sums are taken before float64 goes on: eight additions a lane, off by 2 eps at most
 BLOCK = 128
@@ -67,14 +67,16 @@ def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mo
 
     dy is for rows whose `element` is float32; element k of it belongs to element k + `to_weight` of weight.
     """
-    shift = middle_of_ends(x, at, cols, element) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
+    shift = 0.0
+    if mode in (ONE_SWEEP, ONE_SWEEP_64):
+        shift = mean_of_four(x, at, cols, element) if cols >= BLOCK else load_one(x, at)
     rest, variance, sums = 0.0, 0.0, (np.nan, np.nan)
     is_done = False
-    if mode in (ONE_SWEEP, DIFF_OF_SQUARES):
+    if cols >= BLOCK and mode in (ONE_SWEEP, DIFF_OF_SQUARES):
         rest, variance, sums = shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, np.float32, ahead)
         is_done = is_enough(rest, variance)
-    # in shorter rows the sums of g are float64 anyway
-    if not is_done or (dy is not None and cols >= BLOCK and may_have_lost(dy, at, cols, sums[1])):
+    # a product that was lost to underflow or overflow does not show in a sum that is neither small nor large
+    if not is_done or (dy is not None and not SMALLEST < abs(sums[1]) < LARGEST and not is_zero(dy, at, cols)):
         rest_64, variance_64, sums = shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, np.float64, ahead)
         # the statistics are of x alone, whatever dy is
         if not is_done:
@@ -87,13 +89,16 @@ def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mo
 
 
 @inlined
-def middle_of_ends(x, at, cols, element):
-    """What the centred mode takes for its shift: a float64 that `element` can hold, and all elements where they are equal.
+def mean_of_four(x, at, cols, element):
+    """The shift for float32 sums: the mean of four elements, which is each of them where they are equal and not subnormal.
 
-    It is more than two deviations from the mean of 1 normally distributed row in 200; the first element, of 1 in 20.
+    A float64 that `element` can hold. It is farther from the mean than CONDITION allows in 1 normally distributed row of
+    200; the first element would be in 1 of 6.
     """
-    half = element(0.5)
-    return np.float64(half * element(load_one(x, at)) + half * element(load_one(x, at + cols - 1)))
+    quarter = element(0.25)
+    outer = quarter * element(load_one(x, at)) + quarter * element(load_one(x, at + cols - 1))
+    inner = quarter * element(load_one(x, at + cols // 3)) + quarter * element(load_one(x, at + cols * 2 // 3))
+    return np.float64(outer + inner)
 
 
 @inlined
@@ -103,17 +108,12 @@ def is_enough(rest, variance):
 
 
 @inlined
-def may_have_lost(dy, at, cols, projected):
-    """Whether a product of the float32 sum `projected` may have been lost to underflow or overflow.
-
-    That does not show in a sum that is neither small nor large, nor matter where all of dy is 0, as it is of padding.
-    """
-    if SMALLEST < abs(projected) < LARGEST:
-        return False
+def is_zero(row, at, cols):
+    """Whether all elements are 0, as dy of padding is."""
     others = 0
     for k in range(at, at + cols):
-        others += dy[k] != 0
-    return others > 0
+        others += row[k] != 0
+    return others == 0
 
 
 @inlined
@@ -153,23 +153,17 @@ def shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, sum_type, ahead)
         squares = squares + widen(block_squares)
         g_totals = g_totals + widen(block_g)
         projected = projected + widen(block_projected)
-    rest_totals, rest_squares, rest_g, rest_projected = sums_over(
+    block_totals, block_squares, block_g, block_projected = sums_over(
         dy, x, k, cols % BLOCK, shift, g_shift, weight, to_weight, sum_type, ahead
     )
     per_element = 1.0 / np.float64(cols)
-    mean = total_of(totals, rest_totals) * per_element
-    variance = max(total_of(squares, rest_squares) * per_element - mean * mean, 0.0)
+    mean = total(totals + widen(block_totals)) * per_element
+    variance = max(total(squares + widen(block_squares)) * per_element - mean * mean, 0.0)
     if dy is None:
         return mean, variance, (np.nan, np.nan)
-    sum_g = total(g_totals + rest_g)
+    sum_g = total(g_totals + block_g)
     # the deviations from the mean are d less mean
-    return mean, variance, (sum_g, total(projected + rest_projected) - mean * sum_g)
-
-
-@inlined
-def total_of(totals, rest_totals):
-    """The sum of the float64 lanes of blocks, and of those of the elements beyond the last block."""
-    return total(totals) + np.float64(total(rest_totals))
+    return mean, variance, (sum_g, total(projected + block_projected) - mean * sum_g)
 
 
 @inlined
@@ -351,7 +345,7 @@ def gradient_sums(dy, x, at, cols, hi, rest, scale, shift, weight, first, elemen
     block_totals, block_projected = gradient_block_sums(
         dy, x, at + j, cols % BLOCK, his, rests, scales, minus_shifts, weight, first + j, element, ahead, is_given
     )
-    return total_of(totals, block_totals), total_of(projected, block_projected) / np.float64(scale)
+    return total(totals + widen(block_totals)), total(projected + widen(block_projected)) / np.float64(scale)
 
 
 @inlined

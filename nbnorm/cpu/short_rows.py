@@ -1,6 +1,6 @@
 """Kernels for short rows, as factories with the arguments and signatures of those in `kernels`.
 
-Sixteen rows at a time go through each step. `kernels` gives the same bits for rows of any length.
+Sixteen rows at a time go through each step. `kernels` gives the same bits for rows of any length, but not of 16 bits.
 """
 
 import functools
@@ -18,11 +18,21 @@ from nbnorm.cpu.sixteen_rows import ROWS, SUMS_SIZE, compensated_of_rows, means_
 from nbnorm.cpu.sizes import STREAMED_BYTES
 
 
+def sum_types(x_dtype, dtype):
+    """What the sums for statistics are in, and what they are in where that is not enough.
+
+    With 16-bit rows, float32 sums make a forward 1.1 to 1.4 times as fast. float32 rows would gain in the caches alone, and
+    lose the last bit of rstd.
+    """
+    return (np.float32, np.float64) if x_dtype.itemsize == 2 and dtype == np.float32 else (np.float64, None)
+
+
 @functools.cache
 def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     """One iteration owns some rows, of which it takes sixteen at a time."""
     element = dtype.type
     mode = kernels.mode_of(variance, x_dtype, dtype)
+    sum_type, wider = sum_types(x_dtype, dtype)
     smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
     signature = kernels.forward_signature(x_dtype, dtype)
 
@@ -38,7 +48,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
         # a call takes 0.65 of the time there
         is_by_columns = cols <= 16 or not (streaming or y.size * y.itemsize >= STREAMED_BYTES)
         for task in prange(-(-rows // task_rows)):
-            scratch_sums = scratch(SUMS_SIZE, element)
+            scratch_sums = scratch(SUMS_SIZE, np.float64)
             means, variances = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
             his, rests, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
             stop = min((task + 1) * task_rows, rows)
@@ -50,7 +60,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                     compensated_of_rows(x_, at, count, cols, element, eps, ahead, (his, rests, rstds), means, variances)
                 else:
                     statistics_of_rows(
-                        None, x_, at, count, cols, None, element, mode, eps, ahead,
+                        None, x_, at, count, cols, None, element, mode, sum_type, wider, eps, ahead,
                         scratch_sums, (his, rests, rstds), means, variances, None,
                     )  # fmt: skip
 
@@ -96,6 +106,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     element = dtype.type
     is_given = statistics_from == "given"
     mode = kernels.mode_of(statistics_from, x_dtype, dtype)
+    sum_type, wider = sum_types(x_dtype, dtype)
     smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
@@ -122,7 +133,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
             together = 2 if has_lines and cols % 16 == 0 and until_aligned(dx_, 0) > 0 else GROUP_ROWS
         ahead = cols * -(-AHEAD // cols)
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
-            scratch_sums = scratch(SUMS_SIZE, element)
+            scratch_sums = scratch(SUMS_SIZE, np.float64)
             means, variances = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
             his, rests, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
             g_his, g_rests, slopes = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
@@ -143,8 +154,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     compensated_of_rows(x_, at, count, cols, element, eps, ahead, (his, rests, rstds), means, variances)
                 elif needs_statistics:
                     statistics_of_rows(
-                        dy_ if in_one_sweep else None, x_, at, count, cols, weight_, element, mode, eps, ahead,
-                        scratch_sums, (his, rests, rstds), means, variances, (g_his, g_rests, slopes),
+                        dy_ if in_one_sweep else None, x_, at, count, cols, weight_, element, mode, sum_type, wider, eps,
+                        ahead, scratch_sums, (his, rests, rstds), means, variances, (g_his, g_rests, slopes),
                     )  # fmt: skip
 
                 # their means

@@ -13,9 +13,9 @@ from nbnorm.cpu.lanes import (
     cast,
     fill,
     load,
+    load_one,
     load_part,
     root,
-    scratch,
     store,
     store_folded,
     totals,
@@ -23,7 +23,6 @@ from nbnorm.cpu.lanes import (
 )
 from nbnorm.cpu.rows import (
     CONDITION,
-    DIFF_OF_SQUARES,
     LARGEST,
     ONE_SWEEP,
     ONE_SWEEP_64,
@@ -33,11 +32,10 @@ from nbnorm.cpu.rows import (
     gradient_block_sums,
     inlined,
     is_enough,
-    middle_of_ends,
+    mean_of_four,
     normalised,
     put,
     put_part,
-    shifted,
     sums_over,
     two_sum,
     usable,
@@ -45,12 +43,10 @@ from nbnorm.cpu.rows import (
 
 # rows that are worked on together
 ROWS = COUNT
-# what is where in a scratch for their sums: three numbers of each row, and two sums, of FOLDED lanes each
+# what is where in a scratch for their sums: three numbers of each row, and four sums, of FOLDED lanes each
 FOLDED = COUNT // 2
 SHIFTS, G_SHIFTS, SCALES, FIRST_SUMS = 0, ROWS, 2 * ROWS, 3 * ROWS
-SECOND_SUMS, SUMS_SIZE = (FIRST_SUMS + ROWS * FOLDED * sums for sums in (1, 2))
-# and in one for float64 sums of g
-PROJECTED_SUMS, G_SUMS_SIZE = ROWS * FOLDED, 2 * ROWS * FOLDED
+SECOND_SUMS, THIRD_SUMS, FOURTH_SUMS, SUMS_SIZE = (FIRST_SUMS + ROWS * FOLDED * sums for sums in (1, 2, 3, 4))
 
 
 @inlined
@@ -65,53 +61,61 @@ def compensated_of_rows(x, at, rows, cols, element, eps, ahead, row_statistics, 
 
 @inlined
 def statistics_of_rows(
-    dy, x, at, rows, cols, weight, element, mode, eps, ahead, sums, row_statistics, means, variances, g_means
+    dy, x, at, rows, cols, weight, element, mode, sum_type, wider, eps, ahead,
+    sums, row_statistics, means, variances, g_means,
 ):  # fmt: skip
     """As `compensated_of_rows`, of any other mode.
 
     And write what `remember` does into the three arrays `g_means`, from sums of the same sweep, unless dy is None; dy is for
-    rows whose `element` is float32. `sums` is a scratch.
+    rows whose `element` is float32. Sums over a row are of the type `sum_type`, and of the type `wider` where that is not
+    enough, unless it is None. `sums` is a scratch.
     """
-    g_sums = scratch(G_SUMS_SIZE, np.float64)
     for i in range(rows):
-        k = at + i * cols
-        shift = middle_of_ends(x, k, cols, element) if mode in (ONE_SWEEP, ONE_SWEEP_64) else 0.0
-        g_shift = element(0) if dy is None else first_gradient(dy, k, weight, element)
-        row_totals, row_squares, row_g, row_projected = sums_over(dy, x, k, cols, shift, g_shift, weight, -k, element, ahead)
-        sums[SHIFTS + i] = element(shift)
-        store_folded(sums, FIRST_SUMS + FOLDED * i, row_totals)
-        store_folded(sums, SECOND_SUMS + FOLDED * i, row_squares)
-        if dy is not None:
-            sums[G_SHIFTS + i] = g_shift
-            store_folded(g_sums, FOLDED * i, row_g)
-            store_folded(g_sums, PROJECTED_SUMS + FOLDED * i, row_projected)
-    per_element = fill(1.0 / np.float64(cols))
-    row_rests = widen(totals(sums, FIRST_SUMS)) * per_element
-    row_variances = at_least_zero(widen(totals(sums, SECOND_SUMS)) * per_element - row_rests * row_rests)
-    store(means, 0, row_rests)
-    store(variances, 0, row_variances)
-    g_totals, projected = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
-    if dy is not None:
-        row_g_totals = totals(g_sums, 0)
-        store(g_totals, 0, row_g_totals)
-        store(projected, 0, totals(g_sums, PROJECTED_SUMS) - row_rests * row_g_totals)
-    if mode in (ONE_SWEEP, DIFF_OF_SQUARES) and not are_enough(row_rests, row_variances):
+        sums_of_row(dy, x, at, i, cols, weight, element, mode, wider is not None, sum_type, ahead, sums)
+    row_rests, row_variances = moments_of_rows(sums, cols)
+    if wider is not None and not are_enough(row_rests, row_variances):
+        # until the means are known
+        store(means, 0, row_rests)
+        store(variances, 0, row_variances)
         for i in range(rows):
             if not is_enough(means[i], variances[i]):
-                k = at + i * cols
-                shift, g_shift = np.float64(sums[SHIFTS + i]), sums[G_SHIFTS + i]
-                rest, variance, sums_of_g = shifted(dy, x, k, cols, shift, g_shift, weight, -k, np.float64, None)
-                means[i], variances[i] = rest, variance
-                g_totals[i], projected[i] = sums_of_g
-    row_means, lost = two_sum(widen(load(sums, SHIFTS, element)), fill(0.0), load(means, 0, np.float64))
+                sums_of_row(dy, x, at, i, cols, weight, element, mode, False, wider, None, sums)
+        row_rests, row_variances = moments_of_rows(sums, cols)
+    row_means, lost = two_sum(load(sums, SHIFTS, np.float64), fill(0.0), row_rests)
+    store(variances, 0, row_variances)
     hi, lo = split_rows(row_means, lost, element)
-    store_statistics(row_statistics, means, hi, lo, load(variances, 0, np.float64), eps, element)
+    store_statistics(row_statistics, means, hi, lo, row_variances, eps, element)
     if dy is not None:
+        g_totals = totals(sums, THIRD_SUMS)
+        projected = totals(sums, FOURTH_SUMS) - row_rests * g_totals
         _, _, rstds = row_statistics
-        remember_rows(
-            g_means, load(rstds, 0, element), load(sums, G_SHIFTS, np.float64), load(g_totals, 0, np.float64),
-            load(projected, 0, np.float64), cols, element,
-        )  # fmt: skip
+        remember_rows(g_means, load(rstds, 0, element), load(sums, G_SHIFTS, np.float64), g_totals, projected, cols, element)
+
+
+@inlined
+def sums_of_row(dy, x, at, i, cols, weight, element, mode, is_near, sum_type, ahead, sums):
+    """Write the sums over row i, and what they are about: with `is_near`, a number that is near the mean."""
+    k = at + i * cols
+    shift = 0.0
+    if mode in (ONE_SWEEP, ONE_SWEEP_64):
+        shift = mean_of_four(x, k, cols, element) if is_near else load_one(x, k)
+    g_shift = 0.0 if dy is None else np.float64(first_gradient(dy, k, weight, element))
+    row_totals, row_squares, row_g, row_projected = sums_over(dy, x, k, cols, shift, g_shift, weight, -k, sum_type, ahead)
+    sums[SHIFTS + i] = shift
+    store_folded(sums, FIRST_SUMS + FOLDED * i, row_totals)
+    store_folded(sums, SECOND_SUMS + FOLDED * i, row_squares)
+    if dy is not None:
+        sums[G_SHIFTS + i] = g_shift
+        store_folded(sums, THIRD_SUMS + FOLDED * i, row_g)
+        store_folded(sums, FOURTH_SUMS + FOLDED * i, row_projected)
+
+
+@inlined
+def moments_of_rows(sums, cols):
+    """The means of sixteen rows less their shifts, and the variances, from what `sums_of_row` wrote."""
+    per_element = fill(1.0 / np.float64(cols))
+    row_rests = totals(sums, FIRST_SUMS) * per_element
+    return row_rests, at_least_zero(totals(sums, SECOND_SUMS) * per_element - row_rests * row_rests)
 
 
 @inlined
@@ -146,12 +150,11 @@ def means_of_rows(dy, x, at, rows, cols, row_statistics, is_given, weight, eleme
         )
         sums[SCALES + i] = scale
         sums[G_SHIFTS + i] = shift
-        store_folded(sums, FIRST_SUMS + FOLDED * i, row_totals)
-        store_folded(sums, SECOND_SUMS + FOLDED * i, row_projected)
-    g_totals = widen(totals(sums, FIRST_SUMS))
-    projected = widen(totals(sums, SECOND_SUMS)) / load(sums, SCALES, np.float64)
+        store_folded(sums, FIRST_SUMS + FOLDED * i, widen(row_totals))
+        store_folded(sums, SECOND_SUMS + FOLDED * i, widen(row_projected))
+    projected = totals(sums, SECOND_SUMS) / load(sums, SCALES, np.float64)
     shifts = load(sums, G_SHIFTS, np.float64)
-    remember_rows(g_means, load(rstds, 0, element), shifts, g_totals, projected, cols, element)
+    remember_rows(g_means, load(rstds, 0, element), shifts, totals(sums, FIRST_SUMS), projected, cols, element)
 
 
 @inlined
