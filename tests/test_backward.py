@@ -197,6 +197,15 @@ def test_given_statistics_of_rows_at_the_edge_of_their_range(rng, dtype, scale):
     assert_grads(grads, dy, x, 1, eps=0.0, mean=mean, rstd=rstd)
 
 
+@pytest.mark.parametrize("cols", [15, 40, 127, 200])
+def test_given_statistics_beside_a_large_dy(rng, cols):
+    # float32 cannot hold the sum of a row
+    x = rng.standard_normal((20, cols), dtype=np.float32)
+    dy = (3e37 * rng.uniform(0.5, 1.5, x.shape)).astype(np.float32)
+    _, mean, rstd = nbnorm.layer_norm(x, cols, return_stats=True)
+    assert_grads(nbnorm.layer_norm_backward(dy, x, cols, mean=mean, rstd=rstd), dy, x, 1)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_sums_over_rows_are_wider_than_16_bit(rng, dtype):
     # 4096 ones in float16 stop growing at 2048
