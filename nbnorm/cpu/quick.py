@@ -36,8 +36,7 @@ def forward(x: Any, normalized_shape, weight, bias, eps, use_diff_of_squares, ou
         return None
     workers = parallel.many if size >= parallel.from_elements else ONE
     # as in `sizes.is_short`
-    cols = normalized_shape
-    is_short = cols < sizes.SHORT_ROW or (cols < sizes.SHORT_16_BIT_ROW and dtype.itemsize == 2)
+    is_short = normalized_shape < sizes.SHORT_ROW or (normalized_shape < sizes.SHORT_16_BIT_ROW and dtype.itemsize == 2)
     found = FORWARD.get((dtype, is_short, weight is None, bias is None, use_diff_of_squares, workers))
     if found is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
@@ -118,8 +117,7 @@ def backward(
         return None
     else:
         parameter = weight.dtype
-    cols = normalized_shape
-    is_short = cols < sizes.SHORT_ROW or (cols < sizes.SHORT_16_BIT_ROW and dtype.itemsize == 2)
+    is_short = normalized_shape < sizes.SHORT_ROW or (normalized_shape < sizes.SHORT_16_BIT_ROW and dtype.itemsize == 2)
     found = BACKWARD.get((dtype, is_short, parameter, output_mask, mode, workers))
     if found is None or not 0 < size * 8 < sizes.STREAMED_BYTES or normalized_shape > sizes.LONG_ROW:
         return None
