@@ -121,10 +121,10 @@ def test_float32_dy_with_a_large_mean_keeps_its_digits(rng):
 @pytest.mark.parametrize("long_row", [0, 1 << 16])
 def test_dy_of_one_element_keeps_its_digits(rng, monkeypatch, long_row, cols, first):
     # all other g are the same distance from the first one: sums of them are off by the same in every lane, if they are off;
-    # x's ends are far from the mean, and there is a deviation that is large
+    # the elements that the shift comes from are far from the mean, and there is a deviation that is large
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     x = rng.standard_normal((8, cols), dtype=np.float32)
-    x[:, [0, -1]] = np.linspace(-2.4, 2.4, 8)[:, None]
+    x[:, [0, cols // 3, cols * 2 // 3, -1]] = np.linspace(-2.4, 2.4, 8)[:, None]
     x[:, 7] = cols**0.5 * 0.9
     dy = np.zeros_like(x)
     dy[:, 0] = first
