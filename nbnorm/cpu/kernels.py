@@ -63,11 +63,13 @@ def _outputs(dtype, ndim):
 
 
 def mode_of(variance, x_dtype, dtype):
-    if variance == "diff_of_squares":
-        return DIFF_OF_SQUARES if dtype == np.float32 else DIFF_OF_SQUARES_64
+    is_diff_of_squares = variance == "diff_of_squares"
     if x_dtype == np.float64:
-        return TWO_SWEEPS
-    return ONE_SWEEP if dtype == np.float32 else ONE_SWEEP_64
+        return DIFF_OF_SQUARES_64 if is_diff_of_squares else TWO_SWEEPS
+    if dtype == np.float64:
+        # so much wider than its elements, one sweep is as good as the squares of all
+        return ONE_SWEEP_64
+    return DIFF_OF_SQUARES if is_diff_of_squares else ONE_SWEEP
 
 
 def forward_signature(x_dtype, dtype):

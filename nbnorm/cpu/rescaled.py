@@ -17,30 +17,36 @@ def rescaled(x, at, cols, eps):
 
     The first mean is in two parts. The factor, a power of two, brings the row's largest element, or sqrt(eps), near 1.
     """
+    first = load_one(x, at)
     largest = root_eps = np.sqrt(eps)
     is_constant = True
+    plain_mean = 0.0
     for k in range(at, at + cols):
         value = load_one(x, k)
         largest = max(largest, abs(value))
-        is_constant = is_constant and value == load_one(x, at)
+        is_constant = is_constant and value == first
+        plain_mean += value / cols
     # within what a float64 holds, so that the product is exact
     exponent = min(max(math.frexp(largest)[1], -1000), 1000)
     factor = math.ldexp(1.0, -exponent)
     total = lost = 0.0
     for k in range(at, at + cols):
-        total, lost = two_sum(total, lost, load_one(x, k) * factor)
-    # of a row with Inf the mean is Inf, although what rounding lost, and the deviations, are NaN
+        # from the first element, as in `compensated`
+        total, lost = two_sum(total, lost, load_one(x, k) * factor - first * factor)
     is_finite = abs(total) < np.inf
-    mean = (total + lost if is_finite else total) / cols
+    if not is_finite:
+        # of a row with Inf the mean is Inf, although what rounding lost, and the deviations, are NaN
+        return factor, np.nan, np.nan, np.nan, plain_mean, np.nan
+    if is_constant:
+        # eps may vanish beside the row's scale, and 0 / 0 is not what the formula says
+        return factor, first * factor, 0.0, 0.0 if eps > 0.0 else np.inf, first, 1.0 / root_eps
+    mean = first * factor + (total + lost) / cols
     rest = lost = squares = lost_squares = 0.0
     for k in range(at, at + cols):
         d = load_one(x, k) * factor - mean
         rest, lost = two_sum(rest, lost, d)
         squares, lost_squares = two_sum(squares, lost_squares, d * d)
-    rest = (rest + lost) / cols if is_finite else 0.0
-    if is_constant and is_finite and eps > 0.0:
-        # eps may vanish beside the row's scale, and 0 / 0 is not what the formula says
-        return factor, load_one(x, at) * factor, 0.0, 0.0, load_one(x, at), 1.0 / root_eps
+    rest = (rest + lost) / cols
     variance = max((squares + lost_squares) / cols - rest * rest, 0.0)
     rstd = 1.0 / np.sqrt(variance + (root_eps * factor) ** 2)
     return factor, mean, rest, rstd, (mean + rest) / factor, rstd * factor

@@ -34,14 +34,18 @@ from nbnorm.cpu.lanes import (
 HI, LO, VARIANCE, SUM_G, PROJECTED, PARTS = range(6)
 
 # how the variance is found: from the deviations from a number in the row's range, in one sweep; from those from the mean,
-# with compensated sums, for float64 rows; or as mean(x²) - mean(x)². Where results are float64 (_64), so are all sums
+# with compensated sums, for float64 rows; or as mean(x²) - mean(x)², where that has digits. Where results are float64 (_64),
+# so are all sums
 ONE_SWEEP, ONE_SWEEP_64, TWO_SWEEPS, DIFF_OF_SQUARES, DIFF_OF_SQUARES_64 = range(5)
 
-# a float32 sum of squares is enough where it is not mostly the square of the mean, and far from overflow and underflow; one
-# of products is where it is as far from them
-CONDITION = 2.0
+# a float32 sum of products is enough where it is far from overflow and underflow
 SMALLEST, LARGEST = 2.0**-80, 2.0**80
-# elements whose float32 sums are taken before float64 goes on: eight additions a lane, off by 2 eps at most
+# sums are enough for a variance that is between two numbers, and that the square of the mean's distance from the shift is at
+# most so many times of: float32 sums for float32's digits, float64 sums for these, and for there to be any of float64's
+FLOAT32_SUMS = 1.0, SMALLEST, LARGEST
+FLOAT64_SUMS = 2.0**28, 0.0, np.inf
+FLOAT64_SUMS_64 = 2.0**42, 0.0, np.inf
+# elements whose float32 sums are taken before float64 goes on; rows of fewer have float64 sums alone
 BLOCK = 128
 
 # not called from Python or C: what Numba compiles for that, with the function inlined, took a fifth of a first use. Its type
@@ -67,44 +71,52 @@ def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mo
 
     dy is for rows whose `element` is float32; element k of it belongs to element k + `to_weight` of weight.
     """
+    is_diff_of_squares = mode == DIFF_OF_SQUARES or mode == DIFF_OF_SQUARES_64
     shift = 0.0
-    if mode in (ONE_SWEEP, ONE_SWEEP_64):
-        shift = mean_of_four(x, at, cols, element) if cols >= BLOCK else load_one(x, at)
+    if not is_diff_of_squares:
+        shift = near_mean(x, at, cols, element) if cols >= BLOCK else load_one(x, at)
     rest, variance, sums = 0.0, 0.0, (np.nan, np.nan)
     is_done = False
-    if cols >= BLOCK and mode in (ONE_SWEEP, DIFF_OF_SQUARES):
+    if cols >= BLOCK and (mode == ONE_SWEEP or mode == DIFF_OF_SQUARES):
         rest, variance, sums = shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, np.float32, ahead)
-        is_done = is_enough(rest, variance)
+        is_done = is_enough(rest, variance, FLOAT32_SUMS)
     # a product that was lost to underflow or overflow does not show in a sum that is neither small nor large
     if not is_done or (dy is not None and not SMALLEST < abs(sums[1]) < LARGEST and not is_zero(dy, at, cols)):
-        rest_64, variance_64, sums = shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, np.float64, ahead)
+        wide_shift = load_one(x, at) if mode == DIFF_OF_SQUARES else shift
+        rest_64, variance_64, sums = shifted(dy, x, at, cols, wide_shift, g_shift, weight, to_weight, np.float64, ahead)
+        if mode == DIFF_OF_SQUARES_64 and not is_enough(rest_64, variance_64, FLOAT64_SUMS_64):
+            wide_shift = load_one(x, at)
+            rest_64, variance_64, sums = shifted(dy, x, at, cols, wide_shift, g_shift, weight, to_weight, np.float64, None)
         # the statistics are of x alone, whatever dy is
         if not is_done:
             # in float64 it is enough whatever the shift is, since an element is at most sqrt(cols - 1) standard deviations
-            # from the mean (Samuelson 1968); difference of squares has no such limit, and loses digits here
-            rest, variance = rest_64, variance_64
+            # from the mean (Samuelson 1968)
+            shift, rest, variance = wide_shift, rest_64, variance_64
     mean, lost = two_sum(shift, 0.0, rest)
     hi, lo = split(mean, lost, element)
     return hi, lo, variance, sums
 
 
 @inlined
-def mean_of_four(x, at, cols, element):
-    """The shift for float32 sums: the mean of four elements, which is each of them where they are equal and not subnormal.
+def near_mean(x, at, cols, element):
+    """A shift for float32 sums: the mean of eight elements, which is each of them where they are equal.
 
-    A float64 that `element` can hold. It is farther from the mean than CONDITION allows in 1 normally distributed row of
-    200; the first element would be in 1 of 6.
+    A float64 that `element` can hold. It is more than a deviation from the mean in 1 normally distributed row of 200; the mean
+    of four elements would be in 1 of 22, the first one in 1 of 3.
     """
-    quarter = element(0.25)
-    outer = quarter * element(load_one(x, at)) + quarter * element(load_one(x, at + cols - 1))
-    inner = quarter * element(load_one(x, at + cols // 3)) + quarter * element(load_one(x, at + cols * 2 // 3))
-    return np.float64(outer + inner)
+    # all over the row, and in no column of an image whose sides are powers of two
+    first = element(load_one(x, at)) + element(load_one(x, at + (37 * cols >> 8)))
+    second = element(load_one(x, at + (73 * cols >> 8))) + element(load_one(x, at + (110 * cols >> 8)))
+    third = element(load_one(x, at + (146 * cols >> 8))) + element(load_one(x, at + (183 * cols >> 8)))
+    fourth = element(load_one(x, at + (219 * cols >> 8))) + element(load_one(x, at + (255 * cols >> 8)))
+    return np.float64(((first + second) + (third + fourth)) * element(0.125))
 
 
 @inlined
-def is_enough(rest, variance):
-    """Whether float32 sums are enough for a variance, and a mean that is the shift and `rest`; NaN fails it too."""
-    return SMALLEST < variance < LARGEST and rest * rest <= CONDITION * variance
+def is_enough(rest, variance, limits):
+    """Whether sums with these limits are enough for a variance, and a mean that is the shift and `rest`; NaN fails it too."""
+    condition, smallest, largest = limits
+    return smallest < variance < largest and rest * rest <= condition * variance
 
 
 @inlined
@@ -135,19 +147,17 @@ def shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, sum_type, ahead)
             d1 = load(x, k + 16, sum_type) - shifts
             d2 = load(x, k + 32, sum_type) - shifts
             d3 = load(x, k + 48, sum_type) - shifts
-            block_totals = block_totals + d0 + d1 + d2 + d3
-            block_squares = multiply_add(d1, d1, multiply_add(d0, d0, block_squares))
-            block_squares = multiply_add(d3, d3, multiply_add(d2, d2, block_squares))
+            # in pairs, which are exact where numbers are equal: one by one, the sums of a row that is mostly one value would be
+            # rounded the same way in every block
+            block_totals = block_totals + ((d0 + d1) + (d2 + d3))
+            block_squares = block_squares + (multiply_add(d1, d1, d0 * d0) + multiply_add(d3, d3, d2 * d2))
             if dy is not None:
                 g0 = shifted_g(dy, k, weight, to_weight, minus_shifts, sum_type, ahead)
                 g1 = shifted_g(dy, k + 16, weight, to_weight, minus_shifts, sum_type, ahead)
                 g2 = shifted_g(dy, k + 32, weight, to_weight, minus_shifts, sum_type, ahead)
                 g3 = shifted_g(dy, k + 48, weight, to_weight, minus_shifts, sum_type, ahead)
-                # in pairs, which are exact where g is constant: one by one, the sum would be off by the same in every block,
-                # and dx by that times the mean of d
                 block_g = block_g + ((g0 + g1) + (g2 + g3))
-                block_projected = multiply_add(g1, d1, multiply_add(g0, d0, block_projected))
-                block_projected = multiply_add(g3, d3, multiply_add(g2, d2, block_projected))
+                block_projected = block_projected + (multiply_add(g1, d1, g0 * d0) + multiply_add(g3, d3, g2 * d2))
             k += 64
         totals = totals + widen(block_totals)
         squares = squares + widen(block_squares)
@@ -207,17 +217,22 @@ def shifted_g(dy, k, weight, to_weight, minus_shifts, sum_type, ahead):
 
 @inlined
 def compensated(x, at, cols, element, ahead):
-    """The mean first, then the deviations from it and their squares, in sums that keep what rounding loses."""
+    """The mean first, then the deviations from it and their squares, in sums that keep what rounding loses.
+
+    The mean is found from the distances from the first element, which are 0 where all are equal, and exact where all are near.
+    """
+    first = load_one(x, at)
+    firsts = fill(first)
     totals = fill(0.0)
     k = at
     for _ in range(cols >> 4):
         prefetch(x, k, ahead)
-        totals = totals + load(x, k, np.float64)
+        totals = totals + (load(x, k, np.float64) - firsts)
         k += 16
     if cols & 15:
-        totals = totals + load_part(x, k, cols & 15, np.float64, 0.0)
+        totals = totals + (load_part(x, k, cols & 15, np.float64, first) - firsts)
     per_element = 1.0 / np.float64(cols)
-    mean = total(totals) * per_element
+    mean = first + total(totals) * per_element
 
     means = fill(mean)
     totals = squares = lost = lost_squares = fill(0.0)

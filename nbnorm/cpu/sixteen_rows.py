@@ -22,17 +22,17 @@ from nbnorm.cpu.lanes import (
     widen,
 )
 from nbnorm.cpu.rows import (
-    CONDITION,
-    LARGEST,
-    ONE_SWEEP,
-    ONE_SWEEP_64,
-    SMALLEST,
+    DIFF_OF_SQUARES,
+    DIFF_OF_SQUARES_64,
+    FLOAT32_SUMS,
+    FLOAT64_SUMS,
+    FLOAT64_SUMS_64,
     compensated,
     first_gradient,
     gradient_block_sums,
     inlined,
     is_enough,
-    mean_of_four,
+    near_mean,
     normalised,
     put,
     put_part,
@@ -61,25 +61,34 @@ def compensated_of_rows(x, at, rows, cols, element, eps, ahead, row_statistics, 
 
 @inlined
 def statistics_of_rows(
-    dy, x, at, rows, cols, weight, element, mode, sum_type, wider, eps, ahead,
+    dy, x, at, rows, cols, weight, element, mode, sum_type, is_narrow, eps, ahead,
     sums, row_statistics, means, variances, g_means,
 ):  # fmt: skip
     """As `compensated_of_rows`, of any other mode.
 
     And write what `remember` does into the three arrays `g_means`, from sums of the same sweep, unless dy is None; dy is for
-    rows whose `element` is float32. Sums over a row are of the type `sum_type`, and of the type `wider` where that is not
-    enough, unless it is None. `sums` is a scratch.
+    rows whose `element` is float32. Sums over a row are of the type `sum_type`, float32 with `is_narrow`; where they are not
+    enough, they are float64, and about the row's first element. `sums` is a scratch.
     """
+    is_diff_of_squares = mode == DIFF_OF_SQUARES or mode == DIFF_OF_SQUARES_64
     for i in range(rows):
-        sums_of_row(dy, x, at, i, cols, weight, element, mode, wider is not None, sum_type, ahead, sums)
+        k = at + i * cols
+        shift = 0.0
+        if not is_diff_of_squares:
+            shift = near_mean(x, k, cols, element) if is_narrow else load_one(x, k)
+        sums_of_row(dy, x, k, i, cols, shift, weight, element, sum_type, ahead, sums)
     row_rests, row_variances = moments_of_rows(sums, cols)
-    if wider is not None and not are_enough(row_rests, row_variances):
+    limits = FLOAT32_SUMS
+    if not is_narrow:
+        limits = FLOAT64_SUMS_64 if mode == DIFF_OF_SQUARES_64 else FLOAT64_SUMS
+    if (is_narrow or is_diff_of_squares) and not are_enough(row_rests, row_variances, limits):
         # until the means are known
         store(means, 0, row_rests)
         store(variances, 0, row_variances)
         for i in range(rows):
-            if not is_enough(means[i], variances[i]):
-                sums_of_row(dy, x, at, i, cols, weight, element, mode, False, wider, None, sums)
+            if not is_enough(means[i], variances[i], limits):
+                k = at + i * cols
+                sums_of_row(dy, x, k, i, cols, load_one(x, k), weight, element, np.float64, None, sums)
         row_rests, row_variances = moments_of_rows(sums, cols)
     row_means, lost = two_sum(load(sums, SHIFTS, np.float64), fill(0.0), row_rests)
     store(variances, 0, row_variances)
@@ -93,12 +102,8 @@ def statistics_of_rows(
 
 
 @inlined
-def sums_of_row(dy, x, at, i, cols, weight, element, mode, is_near, sum_type, ahead, sums):
-    """Write the sums over row i, and what they are about: with `is_near`, a number that is near the mean."""
-    k = at + i * cols
-    shift = 0.0
-    if mode in (ONE_SWEEP, ONE_SWEEP_64):
-        shift = mean_of_four(x, k, cols, element) if is_near else load_one(x, k)
+def sums_of_row(dy, x, k, i, cols, shift, weight, element, sum_type, ahead, sums):
+    """Write the sums over row i, which starts at k, and what they are about."""
     g_shift = 0.0 if dy is None else np.float64(first_gradient(dy, k, weight, element))
     row_totals, row_squares, row_g, row_projected = sums_over(dy, x, k, cols, shift, g_shift, weight, -k, sum_type, ahead)
     sums[SHIFTS + i] = shift
@@ -119,10 +124,11 @@ def moments_of_rows(sums, cols):
 
 
 @inlined
-def are_enough(row_rests, row_variances):
+def are_enough(row_rests, row_variances, limits):
     """Whether `is_enough` of each of sixteen rows; False too where a number is exactly at a limit."""
-    are_near = all_below(row_rests * row_rests, fill(CONDITION) * row_variances)
-    return are_near and all_below(fill(SMALLEST), row_variances) and all_below(row_variances, fill(LARGEST))
+    condition, smallest, largest = limits
+    are_near = all_below(row_rests * row_rests, fill(condition) * row_variances)
+    return are_near and all_below(fill(smallest), row_variances) and all_below(row_variances, fill(largest))
 
 
 @inlined
