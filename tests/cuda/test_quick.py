@@ -37,15 +37,28 @@ class Device(NamedTuple):
 class Tensor:
     """As much of a torch tensor as is asked for."""
 
-    def __init__(self, array, requires_grad=False, is_neg=False):
+    def __init__(self, array, requires_grad=False, is_neg=False, is_inference=False):
         self.array = array
         self.requires_grad = requires_grad
         self.is_neg = lambda: is_neg
+        self.is_inference = lambda: is_inference
         self.version = 0
+
+    is_nested = is_quantized = False
+    layout = "strided"
 
     shape = property(lambda tensor: tensor.array.shape)
     dtype = property(lambda tensor: f"torch.{tensor.array.dtype.name}")
     device = Device("cuda", 0)
+
+    def numel(self):
+        return self.array.size
+
+    def storage_offset(self):
+        return 0
+
+    def untyped_storage(self):
+        return SimpleNamespace(nbytes=lambda: 1 << 40)
 
     def stride(self):
         return tuple(stride // self.array.dtype.itemsize for stride in self.array.strides)
@@ -72,6 +85,10 @@ def torch(monkeypatch):
         Tensor=Tensor,
         autograd=autograd,
         float32=np.float32,
+        strided="strided",
+        jit=SimpleNamespace(is_tracing=lambda: False),
+        is_grad_enabled=lambda: True,
+        is_inference_mode_enabled=lambda: False,
         empty=lambda shape, dtype, device: Tensor(cuda.device_array(shape, dtype)),
         _C=SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 0),
     )
