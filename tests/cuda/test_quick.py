@@ -348,6 +348,48 @@ def test_a_tensor_that_requires_grad_or_is_negative(torch, operands, argument):
         nbnorm.layer_norm(normalized_shape=COLS, **right | {argument: Tensor(wrapped[argument], is_neg=True)})
 
 
+def test_what_is_let_through_without_gradients_is_refused_with_them(torch, operands, checked):
+    parameter = Tensor(operands[1], requires_grad=True)
+    x = Tensor(operands[0])
+    torch.is_grad_enabled = lambda: False
+    for _ in range(2):
+        nbnorm.layer_norm(x, COLS, parameter)
+    assert len(checked) == 1
+    torch.is_grad_enabled = lambda: True
+    with pytest.raises(TypeError, match=r"^weight: a torch tensor that requires grad"):
+        nbnorm.layer_norm(x, COLS, parameter)
+
+
+def test_an_out_of_inference_mode(torch, operands, checked):
+    x, out = Tensor(operands[0]), Tensor(cuda.device_array_like(operands[0]), is_inference=True)
+    torch.is_inference_mode_enabled = lambda: True
+    for _ in range(2):
+        nbnorm.layer_norm(x, COLS, out=out)
+    assert len(checked) == 1
+    torch.is_inference_mode_enabled = lambda: False
+    with pytest.raises(TypeError, match=r"^out: a torch tensor of inference mode"):
+        nbnorm.layer_norm(x, COLS, out=out)
+
+
+def test_tensors_while_a_graph_is_recorded(torch, operands):
+    x = Tensor(operands[0])
+    for _ in range(2):
+        nbnorm.layer_norm(x, COLS)
+    torch.jit.is_tracing = lambda: True
+    with pytest.raises(TypeError, match=r"^x: a torch tensor while torch.jit.trace records"):
+        nbnorm.layer_norm(x, COLS)
+
+
+def test_a_tensor_whose_memory_was_freed(torch, operands, monkeypatch):
+    x = Tensor(operands[0])
+    for _ in range(2):
+        nbnorm.layer_norm(x, COLS)
+    monkeypatch.setattr(Tensor, "data_ptr", lambda tensor: 0)
+    monkeypatch.setattr(Tensor, "untyped_storage", lambda tensor: SimpleNamespace(nbytes=lambda: 0))
+    with pytest.raises(TypeError, match=r"^x: a torch tensor whose storage was freed"):
+        nbnorm.layer_norm(x, COLS)
+
+
 def test_tensors_while_derivatives_are_recorded_forwards(torch, operands, checked):
     x = Tensor(operands[0])
     expected = nbnorm.layer_norm(x, COLS).array.copy_to_host()
