@@ -26,6 +26,7 @@ from nbnorm.problem import Problem, wide_dtype
 from nbnorm.shown import described, is_array, shown, type_name
 
 MAX_NDIM = 64
+ORDER = "; the order of the arguments is x, normalized_shape, weight, bias, or dy, x, normalized_shape, weight"
 # NumPy takes headers of 10,000 characters
 NPY_HEADER_BYTES = 1 << 14
 NPY_VERSIONS = ((1, 0), (2, 0), (3, 0))
@@ -65,8 +66,8 @@ def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rs
     return problem, dy_array, x_array, weight_array, mean_array, rstd_array, mask, outs
 
 
-def shape(normalized_shape):
-    """normalized_shape as a tuple of ints."""
+def shape(normalized_shape, order=""):
+    """normalized_shape as a tuple of ints; `order` is what to say of an array that came in its place."""
     is_text = isinstance(normalized_shape, str | bytes)
     sizes = normalized_shape if _is_sequence(normalized_shape) and not is_text else (normalized_shape,)
     try:
@@ -76,10 +77,8 @@ def shape(normalized_shape):
         result = None
     if result is None or any(isinstance(size, bool) for size in sizes):
         operands.no_stand_in("normalized_shape", normalized_shape, arrays.kind(normalized_shape))
-        order = ""
-        if is_array(normalized_shape):
-            order = "; the order of the arguments is x, normalized_shape, weight, bias, or dy, x, normalized_shape, weight"
-        raise TypeError(f"normalized_shape: {shown(normalized_shape)}; expected an int or a sequence of ints{order}")
+        hint = order if is_array(normalized_shape) else ""
+        raise TypeError(f"normalized_shape: {shown(normalized_shape)}; expected an int or a sequence of ints{hint}")
     if not result or min(result) < 0:
         raise ValueError(f"normalized_shape: {shown(normalized_shape)}; expected at least one dimension, none negative")
     if math.prod(max(1, size) for size in result) > sys.maxsize or len(result) > MAX_NDIM:
@@ -228,7 +227,7 @@ def _x(x, stream):
 
 
 def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes):
-    normalized_shape = shape(normalized_shape)
+    normalized_shape = shape(normalized_shape, ORDER)
     batch_ndim = x.ndim - len(normalized_shape)
     if batch_ndim < 0 or x.shape[batch_ndim:] != normalized_shape:
         raise ValueError(f"x: shape {x.shape}; expected one that ends in normalized_shape, {normalized_shape}")

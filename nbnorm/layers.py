@@ -1,13 +1,19 @@
 """Layer norm as an object that holds its parameters."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import numpy as np
 
 from nbnorm import arrays, checks, state
 from nbnorm.cpu import quick
 from nbnorm.functional import Array, LayerNormGrads, Shape, layer_norm, layer_norm_backward
+
+
+class Named(Protocol):
+    """A mapping of names to arrays, or a group in a file or the file, which give their arrays in ways of their own."""
+
+    def keys(self) -> Iterable[Any]: ...
 
 
 class LayerNorm:
@@ -120,7 +126,7 @@ class LayerNorm:
         parameters = {"weight": self.weight, "bias": self.bias}
         return {name: array for name, array in parameters.items() if array is not None}
 
-    def load_state_dict(self, mapping: Mapping[str, Array] | Any, prefix: str = "") -> None:
+    def load_state_dict(self, mapping: Named, prefix: str = "") -> None:
         """Copy parameters from a mapping of names to arrays, all or none of them.
 
         Parameters

@@ -99,6 +99,11 @@ def _array(name, value, is_copied):
     """The value as a NumPy array that shares its memory."""
     kind = arrays.kind(value)
     no_stand_in(name, value, kind)
+    if isinstance(value, list | tuple):
+        first = value
+        while isinstance(first, list | tuple) and first:
+            first = first[0]
+        no_stand_in(name, first, arrays.kind(first))
     device = _ask(name, arrays.device, value, kind)
     if device != "cpu":
         raise TypeError(f"{name}: {type_name(value)} on {device}; expected an array in CPU memory")
@@ -110,7 +115,7 @@ def _array(name, value, is_copied):
     # the first time, this imports numpy.ma. Numba would do so as soon as it has compiled, which is when a fork happens that
     # has waited for that: its child would wait for the import for ever
     if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name}: a masked array; {_way_from_a_mask(name, array)}")
+        raise TypeError(f"{name}: a masked array; expected one without a mask{_way_from_a_mask(name, array)}")
     return np.asarray(array)
 
 
@@ -177,9 +182,10 @@ def _way_from(dtype, name, value):
 
 def _way_from_a_mask(name, array):
     if not np.ma.is_masked(array):
-        return f"expected one without a mask: pass {name}.data, since nothing is masked"
-    way = "docs/howto/arrays.md shows layer norm of masked data"
-    return f"expected one without a mask: no fill value has the statistics of the rest, and {way}"
+        return f": pass {name}.data, since nothing is masked"
+    if name not in ("x", "dy"):
+        return ""
+    return ": no fill value has the statistics of the rest, and docs/howto/arrays.md shows layer norm of masked data"
 
 
 def _is_apart(array):

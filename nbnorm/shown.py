@@ -1,5 +1,6 @@
 """How a message shows what came: briefly, and of an array what it is, not what is in it."""
 
+import re
 import reprlib
 
 
@@ -25,8 +26,7 @@ class _Brief(reprlib.Repr):
             text = repr(x)
         except Exception:
             return f"an object of type {type_name(x)}"
-        # one of many lines, as a table's is, is cut short too
-        text = " ".join(text.split())
+        text = " ".join(re.sub(r" at 0x[0-9A-Fa-f]+", "", text).split())
         return text if len(text) <= self.maxother else f"{text[: self.maxother - 3]}..."
 
 

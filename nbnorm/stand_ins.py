@@ -4,7 +4,6 @@ Each is told by its own name, with what to do instead. Their libraries are not i
 """
 
 import sys
-from typing import Any
 
 # the dispatch modes of torch in which a kernel's result would be a constant, or have no values, by the name of their class
 MODES = {
@@ -50,20 +49,21 @@ def recorder():
     torch = sys.modules["torch"]
     if torch.jit.is_tracing():
         return "torch.jit.trace"
-    dispatch = sys.modules.get("torch.utils._python_dispatch")
-    modes: list[Any] = getattr(dispatch, "_get_current_dispatch_mode_stack", list)()
+    depth = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    if depth is None or depth() == 0:
+        return None
+    modes = map(torch._C._get_dispatch_stack_at, range(depth()))
     return next((MODES[name] for name in (type(mode).__name__ for mode in modes) if name in MODES), None)
 
 
 def _fault_of_tensor(name, tensor):
     torch = sys.modules["torch"]
-    for cls in type(tensor).__mro__:
-        if cls is torch.Tensor:
-            break
-        if cls.__name__ in TENSORS and cls.__module__.startswith("torch."):
-            return TENSORS[cls.__name__].format(name=name)
-        if cls.__name__ == "UninitializedTensorMixin":
-            return "a torch parameter without a shape yet; run its module once before"
+    if type(tensor) is not torch.Tensor:
+        for cls in type(tensor).__mro__:
+            if cls.__name__ in TENSORS and cls.__module__.startswith("torch."):
+                return TENSORS[cls.__name__].format(name=name)
+            if cls.__name__ == "UninitializedTensorMixin":
+                return "a torch parameter without a shape yet; run its module once before"
     if tensor.is_nested:
         return f"a nested torch tensor; pass each of {name}.unbind()"
     functorch = getattr(torch._C, "_functorch", None)
@@ -76,24 +76,24 @@ def _fault_of_tensor(name, tensor):
             "a tensor within torch.func, whose derivatives nbnorm does not record; call nbnorm outside, or as a function of "
             "autograd, as docs/training.md shows"
         )
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         return "a torch tensor on meta, which has a shape but no values; expected one on the CPU or on a CUDA device"
     graph = recorder()
     if graph is not None:
         return f"a torch tensor while {graph} records, which would not see what nbnorm does with it; call nbnorm outside"
     if tensor.is_quantized:
         return f"a quantised torch tensor; pass {name}.dequantize()"
-    if not _has_memory(torch, tensor):
+    if tensor.layout == torch.strided and not _has_memory(tensor):
         return "a torch tensor whose storage was freed or made smaller; expected one with values"
     return None
 
 
-def _has_memory(torch, tensor):
+def _has_memory(tensor):
     """Whether all elements lie within the tensor's storage, which a program may have resized."""
-    if tensor.layout != torch.strided or tensor.numel() == 0:
-        return True
-    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return (tensor.storage_offset() + last + 1) * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    size = tensor.numel()
+    if size > 0 and not tensor.is_contiguous():
+        size = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return size == 0 or (tensor.storage_offset() + size) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _lazy(name, value):

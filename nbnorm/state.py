@@ -121,7 +121,7 @@ def _mismatch(prefix, group, path, keys, expected):
     behind = f" behind prefix {shown(prefix)}" if prefix else ""
     text = f"mapping: has {names(keys)}{behind}; expected {sorted(expected)}"
     found = {name: [key for key in keys if key.removesuffix(":0") in OTHER_NAMES[name]] for name in OTHER_NAMES}
-    if expected == {"weight", "bias"} and list(keys) == found["weight"]:
+    if expected == {"weight", "bias"} and keys and list(keys) == found["weight"]:
         return f"{text}: a layer without a bias is LayerNorm(..., bias=False)"
     if set(keys) == {"weight", "bias"} and expected == {"weight"}:
         return f"{text}: a layer with a bias is LayerNorm(..., bias=True)"

@@ -415,6 +415,13 @@ def test_masked_arrays_have_no_fill_value_that_is_right():
         nbnorm.layer_norm(np.ma.masked_array(X), 4)
 
 
+def test_nothing_is_shown_by_its_address():
+    for value in (lambda: 1, object(), print, np.ndarray.sum):
+        with pytest.raises(TypeError, match="^eps: ") as error:
+            nbnorm.layer_norm(X, 4, eps=value)
+        assert "0x" not in str(error.value)
+
+
 def test_an_array_like_with_a_mask():
     class Variable:
         def __array__(self, dtype=None, copy=None):

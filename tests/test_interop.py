@@ -518,6 +518,8 @@ def test_dask_arrays_are_not_computed(plain):
         nbnorm.layer_norm(x, SHAPE[1], eps=lazy(np.float32(1)))
     with pytest.raises(TypeError, match=r"^bias: dask.array.core.Array, which is lazy .*bias.compute\(\)"):
         nbnorm.LayerNorm(SHAPE[1]).load_state_dict({"weight": weight, "bias": lazy(weight)})
+    with pytest.raises(TypeError, match="^x: dask.array.core.Array, which is lazy"):
+        nbnorm.layer_norm([lazy(weight), lazy(weight)], SHAPE[1])
     delayed = pytest.importorskip("dask").delayed(computed)(x)
     with pytest.raises(TypeError, match=r"^x: dask.delayed.Delayed, which is lazy"):
         nbnorm.layer_norm(delayed, SHAPE[1])

@@ -69,7 +69,9 @@ def test_one_layer_of_nested_mappings(parameters, prefix):
 def test_what_is_not_behind_the_prefix(parameters):
     state = of_a_model(parameters)
     expected = r"expected \['bias', 'weight'\]"
-    assert_refused(ValueError, rf"mapping: has \[\] behind prefix 'encoder.norm3.'; {expected}", state, "encoder.norm3.")
+    others = "name a layer by its prefix, such as 'encoder.norm1.' or 'encoder.norm2.'"
+    assert_refused(ValueError, rf"mapping: has \[\] behind prefix 'norm3.'; {expected}: {others}$", state, "norm3.")
+    assert_refused(ValueError, rf"mapping: has \[\]; {expected}$", {})
     assert_refused(
         ValueError, rf"mapping: has \['weight'\] behind prefix 'norm1.'; {expected}: .*bias=False", state, "norm1."
     )

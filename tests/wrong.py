@@ -61,7 +61,7 @@ def wrong_outs(out):
 
 
 NUMBERS = [-1e-9, -1, math.nan, math.inf, np.float32("nan"), 10**5000, "1", None, 1j, True, [1e-5], np.ones(1)]
-NUMBERS += [np.array(-1.0), np.array("1"), np.array(True), np.array(1j), np.timedelta64(1), Decimal("NaN"), Decimal(-1)]
+NUMBERS += [np.array(-1.0), np.array("1"), np.array(True), np.array(1j), np.timedelta64(1, "s"), Decimal("NaN"), Decimal(-1)]
 FLAGS = [1, None, "yes", np.array(True), [], 10**5000]
 SHAPES = [
     (),

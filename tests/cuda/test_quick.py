@@ -44,12 +44,15 @@ class Tensor:
         self.is_inference = lambda: is_inference
         self.version = 0
 
-    is_nested = is_quantized = False
+    is_nested = is_quantized = is_meta = False
     layout = "strided"
 
     shape = property(lambda tensor: tensor.array.shape)
     dtype = property(lambda tensor: f"torch.{tensor.array.dtype.name}")
     device = Device("cuda", 0)
+
+    def is_contiguous(self):
+        return False
 
     def numel(self):
         return self.array.size
