@@ -18,12 +18,17 @@ def kind(array):
         return "other"
     if is_torch_array(array):
         return "torch"
-    if is_jax_array(array):
-        return "jax"
-    if hasattr(array, "__cuda_array_interface__") or hasattr(array, "__cuda_ndarray__"):
-        return "cuda"
-    if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
-        return "dlpack"
+    try:
+        if is_jax_array(array):
+            return "jax"
+        # an object that stands for any other has every attribute, but no dictionary there
+        if getattr(array, "__cuda_ndarray__", False) is True or _has_cuda_interface(array):
+            return "cuda"
+        if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
+            return "dlpack"
+    except Exception:
+        # as attributes of what is closed or deleted may raise; NumPy will say what is wrong
+        return "other"
     return "other"
 
 
@@ -34,7 +39,11 @@ def is_cuda(array):
     if is_torch_array(array):
         return array.device.type == "cuda"
     # CuPy and Numba make what `kind` asks for anew each time, in 1 to 2 us
-    return is_cupy_array(array) or hasattr(array, "__cuda_ndarray__") or kind(array) == "cuda"
+    return is_cupy_array(array) or kind(array) == "cuda"
+
+
+def _has_cuda_interface(array):
+    return isinstance(getattr(array, "__cuda_array_interface__", None), dict)
 
 
 def device(array, array_kind):
@@ -50,15 +59,16 @@ def device(array, array_kind):
     return "a CUDA device" if array_kind == "cuda" else "cpu"
 
 
-def is_traced(array):
-    """Whether a JAX array is a tracer, which stands for values that are not there yet."""
-    return isinstance(array, sys.modules["jax"].core.Tracer)
-
-
 def records_gradients(tensor):
-    """Whether a torch tensor is part of a graph of gradients, backward or forward."""
-    forward_ad = sys.modules["torch"].autograd.forward_ad
-    return tensor.requires_grad or forward_ad.unpack_dual(tensor).tangent is not None
+    """Whether torch would record gradients of what comes of a tensor: backwards where that is on, forwards anywhere."""
+    torch = sys.modules["torch"]
+    is_recorded = tensor.requires_grad and torch.is_grad_enabled()
+    return is_recorded or torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def may_be_written(tensor):
+    """Whether torch lets a tensor be written to, which it does to one of inference mode there alone."""
+    return not tensor.is_inference() or sys.modules["torch"].is_inference_mode_enabled()
 
 
 def mark_written(array):
@@ -85,6 +95,8 @@ def to_numpy(array, array_kind):
     """The array as a numpy.ndarray, or a subclass, that shares its memory; lists and scalars become float64."""
     if array_kind == "torch":
         torch = sys.modules["torch"]
+        if array.requires_grad:
+            array = array.detach()
         if array.dtype == torch.bfloat16:
             return array.view(torch.int16).numpy().view(bfloat16())
         return array.numpy()
@@ -145,7 +157,7 @@ def write(source, destination):
     if not is_cuda(destination):
         convert(source, destination)
     elif is_torch_array(destination):
-        destination.copy_(give_back(source, None, "torch"))
+        destination.detach().copy_(give_back(source, None, "torch"))
     else:
         cast = np.empty(source.shape, destination.dtype)
         convert(source, cast)

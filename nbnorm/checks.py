@@ -1,4 +1,4 @@
-"""Every check of user input, and every raise in the package: all of them before a kernel runs.
+"""Every check of user input, with `operands` and `state`: all of them before a kernel runs, and no raise elsewhere.
 
 TypeError is for a wrong kind of object, dtype or device, ValueError for a wrong shape, eps, mask or layout. A message
 begins with the argument's name and says what came and what was expected.
@@ -8,32 +8,28 @@ import functools
 import importlib.util
 import io
 import math
-import numbers
 import operator
 import os
 import re
 import stat
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nbnorm import arrays
+from nbnorm import arrays, operands
+from nbnorm.operands import CPU, CUDA, FLOATS
 from nbnorm.problem import Problem, wide_dtype
+from nbnorm.shown import described, is_array, shown, type_name
 
-# where the operands of a call must lie: in CPU memory, on any CUDA device, or on the one with this number
-CPU = "CPU"
-CUDA = "CUDA"
-FLOATS = ("float16", "bfloat16", "float32", "float64")
 MAX_NDIM = 64
+ORDER = "; the order of the arguments is x, normalized_shape, weight, bias, or dy, x, normalized_shape, weight"
 # NumPy takes headers of 10,000 characters
 NPY_HEADER_BYTES = 1 << 14
 NPY_VERSIONS = ((1, 0), (2, 0), (3, 0))
-# np.dtype.name takes microseconds
-NUMPY_FLOATS = (np.float16, np.float32, np.float64)
 # the exact answer can take exponential time for contrived strides
 OVERLAP_WORK: Any = 1_000_000
 
@@ -42,67 +38,90 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
     """The problem, and x, weight, bias and out as NumPy arrays, or as views of CUDA arrays, or None where absent."""
     flag("return_stats", return_stats)
     x_array, dtype, device = _x(x, stream)
-    weight_array, weight_dtype = _optional("weight", weight, device)
-    bias_array, bias_dtype = _optional("bias", bias, device)
+    weight_array, weight_dtype = operands.optional("weight", weight, device)
+    bias_array, bias_dtype = operands.optional("bias", bias, device)
     problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (weight_dtype, bias_dtype))
-    _shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
-    _shape("bias", bias_array, problem.normalized_shape, "normalized_shape")
-    return problem, x_array, weight_array, bias_array, _out("out", out, problem.shape, dtype, device)
+    operands.shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
+    operands.shape("bias", bias_array, problem.normalized_shape, "normalized_shape")
+    return problem, x_array, weight_array, bias_array, operands.out("out", out, problem.shape, dtype, device)
 
 
 def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream):
     """The problem, the operands as in `forward` or None, output_mask as bools, and out as three of them or None."""
     x_array, dtype, device = _x(x, stream)
-    dy_array, dy_dtype = _operand("dy", dy, device)
-    weight_array, weight_dtype = _optional("weight", weight, device)
-    mean_array, _ = _optional("mean", mean, device)
-    rstd_array, _ = _optional("rstd", rstd, device)
+    dy_array, dy_dtype = operands.operand("dy", dy, device)
+    weight_array, weight_dtype = operands.optional("weight", weight, device)
+    mean_array, _ = operands.optional("mean", mean, device)
+    rstd_array, _ = operands.optional("rstd", rstd, device)
     problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (weight_dtype, dy_dtype))
-    _shape("dy", dy_array, problem.shape, "the shape of x")
-    _shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
+    operands.shape("dy", dy_array, problem.shape, "the shape of x")
+    operands.shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
     if (mean is None) != (rstd is None):
         absent, given = ("mean", "rstd") if mean is None else ("rstd", "mean")
         raise ValueError(f"{absent}: None, but {given} is given; expected both, or neither to have them recomputed")
-    _shape("mean", mean_array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
-    _shape("rstd", rstd_array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
+    operands.shape("mean", mean_array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
+    operands.shape("rstd", rstd_array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
     mask = _mask(output_mask)
     outs = _outs(out, problem, mask, device)
     return problem, dy_array, x_array, weight_array, mean_array, rstd_array, mask, outs
 
 
-def shape(normalized_shape):
-    """normalized_shape as a tuple of ints."""
-    is_sequence = isinstance(normalized_shape, Sequence) or getattr(normalized_shape, "ndim", 0) > 0
-    sizes = normalized_shape if is_sequence and not isinstance(normalized_shape, str | bytes) else (normalized_shape,)
+def shape(normalized_shape, order=""):
+    """normalized_shape as a tuple of ints; `order` is what to say of an array that came in its place."""
+    is_text = isinstance(normalized_shape, str | bytes)
+    sizes = normalized_shape if _is_sequence(normalized_shape) and not is_text else (normalized_shape,)
     try:
         result = tuple(operator.index(size) for size in sizes)
-    except TypeError:
+    # an array on a device, or a stand-in for one, may raise more than a TypeError
+    except Exception:
         result = None
     if result is None or any(isinstance(size, bool) for size in sizes):
-        raise TypeError(f"normalized_shape: {_shown(normalized_shape)}; expected an int or a sequence of ints")
+        operands.no_stand_in("normalized_shape", normalized_shape, arrays.kind(normalized_shape))
+        hint = order if is_array(normalized_shape) else ""
+        raise TypeError(f"normalized_shape: {shown(normalized_shape)}; expected an int or a sequence of ints{hint}")
     if not result or min(result) < 0:
-        raise ValueError(f"normalized_shape: {_shown(normalized_shape)}; expected at least one dimension, none negative")
+        raise ValueError(f"normalized_shape: {shown(normalized_shape)}; expected at least one dimension, none negative")
     if math.prod(max(1, size) for size in result) > sys.maxsize or len(result) > MAX_NDIM:
-        raise ValueError(f"normalized_shape: {_shown(normalized_shape)}; expected one that an array can have")
+        raise ValueError(f"normalized_shape: {shown(normalized_shape)}; expected one that an array can have")
     return result
 
 
 def epsilon(eps):
-    is_number = isinstance(eps, numbers.Real) and not isinstance(eps, bool)
-    if not is_number:
-        raise TypeError(f"eps: {_shown(eps)} of type {_type_name(eps)}; expected a real number")
-    try:
-        result = float(eps)
-    except OverflowError:
-        result = math.inf
-    if not (eps >= 0 and result < math.inf):
-        raise ValueError(f"eps: {_shown(eps)}; expected a finite number that is not negative")
-    return result
+    """As a float, of what float() takes but for texts and truth values: a number of any kind, or an array of one."""
+    if type(eps) is float:
+        number, is_negative = eps, False
+    else:
+        kind = arrays.kind(eps)
+        operands.no_stand_in("eps", eps, kind)
+        if not _is_real(eps):
+            raise TypeError(f"eps: {described(eps)}; expected a real number")
+        operands.no_gradients("eps", eps, kind)
+        try:
+            number = float(eps.detach() if kind == "torch" else eps)
+            # a fraction may be too small for a float
+            is_negative = number == 0 and bool(eps < 0)
+        except OverflowError:
+            number, is_negative = math.inf, False
+        except Exception as error:
+            raise TypeError(f"eps: {described(eps)}; expected a real number: {error!s:.200}") from error
+    if not 0 <= number < math.inf or is_negative:
+        raise ValueError(f"eps: {shown(eps)}; expected a finite number that is not negative")
+    return number
+
+
+def _is_real(eps):
+    """Whether it is, or holds, a number of a real type, as far as can be told before float() is asked."""
+    dtype = getattr(eps, "dtype", None)
+    if dtype is None:
+        return not isinstance(eps, bool) and (hasattr(type(eps), "__float__") or hasattr(type(eps), "__index__"))
+    if isinstance(eps, np.ndarray) and (eps.ndim > 0 or isinstance(eps, np.ma.MaskedArray)):
+        return False
+    return re.match(r"(torch\.)?(b?float|u?int|longdouble)", str(getattr(dtype, "name", dtype))) is not None
 
 
 def flag(name, value):
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}: {_shown(value)} of type {_type_name(value)}; expected a bool")
+        raise TypeError(f"{name}: {described(value)}; expected a bool")
     return bool(value)
 
 
@@ -112,13 +131,13 @@ def device(name):
         return "cpu", None
     match = re.fullmatch(r"cuda(?::([0-9]+))?", str(name))
     if match is None:
-        raise TypeError(f"device: {name!r}; expected 'cpu', 'cuda', 'cuda:1' or the like, or None")
-    cuda_is_supported(f"device: {name!r}")
+        raise TypeError(f"device: {shown(name)}; expected 'cpu', 'cuda', 'cuda:1' or the like, or None")
+    cuda_is_supported(f"device: {shown(name)}")
     from numba import cuda
 
     number = None if match[1] is None else int(match[1])
     if number is not None and number >= len(cuda.gpus):
-        raise TypeError(f"device: {name!r}; expected one of the {len(cuda.gpus)} CUDA devices, which count from 0")
+        raise TypeError(f"device: {shown(name)}; expected one of the {len(cuda.gpus)} CUDA devices, which count from 0")
     return str(name), number
 
 
@@ -128,40 +147,14 @@ def float_dtype(dtype):
         return np.dtype(np.float32)
     name = str(dtype).removeprefix("torch.")
     if name == "bfloat16":
-        return _bfloat16("dtype")
+        return operands.bfloat16("dtype")
     try:
         result = np.dtype(name if name in FLOATS else dtype)
     except (TypeError, ValueError):
         result = None
     if result is None or result.name not in FLOATS:
-        raise TypeError(f"dtype: {dtype!r}; expected one of {', '.join(FLOATS)}")
+        raise TypeError(f"dtype: {shown(dtype)}; expected one of {', '.join(FLOATS)}")
     return result.newbyteorder("=")
-
-
-def state(state_dict, parameters, normalized_shape):
-    """Pairs of arrays: a layer's parameter, of {name: array}, and a copy of what the state dict has for it."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict: {_type_name(state_dict)}; expected a mapping of names to arrays")
-    if set(state_dict) != set(parameters):
-        raise ValueError(f"state_dict: has {sorted(map(str, state_dict))}; expected {sorted(parameters)}")
-    result = []
-    for name, parameter in parameters.items():
-        source = _host_array(name, state_dict[name])
-        _shape(name, source, normalized_shape, "normalized_shape")
-        own = f"the layer's {name}"
-        place = CUDA if arrays.is_cuda(parameter) else CPU
-        _, dtype = _operand(own, parameter, place)
-        destination = _out(own, parameter, normalized_shape, dtype, place)
-        result.append((parameter if place == CUDA else destination, source))
-    return result
-
-
-def _host_array(name, value):
-    """A copy of the values in CPU memory, of an array on any device."""
-    if arrays.is_cuda(value):
-        _operand(name, value, CUDA)
-        return arrays.read(value)
-    return np.array(_operand(name, value)[0])
 
 
 def files(source, destination, others):
@@ -222,8 +215,19 @@ def unchanged_file(path, is_unchanged):
         raise ValueError(f"{path}: changed while it was read")
 
 
+def _x(x, stream):
+    """As `operands.operand`, and where the other operands must lie."""
+    device = CUDA if arrays.is_cuda(x) else CPU
+    _stream(stream, device)
+    array, dtype = operands.operand("x", x, device)
+    if device == CUDA:
+        return array, dtype, array.device
+    operands.can_be_given_back(x)
+    return array, dtype, device
+
+
 def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes):
-    normalized_shape = shape(normalized_shape)
+    normalized_shape = shape(normalized_shape, ORDER)
     batch_ndim = x.ndim - len(normalized_shape)
     if batch_ndim < 0 or x.shape[batch_ndim:] != normalized_shape:
         raise ValueError(f"x: shape {x.shape}; expected one that ends in normalized_shape, {normalized_shape}")
@@ -241,73 +245,6 @@ def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes)
         weight_dtype=other_dtypes[0] or dtype,
         compute_dtype=np.result_type(*map(wide_dtype, filter(None, (dtype, *other_dtypes)))),
     )
-
-
-def _x(x, stream):
-    """As `_operand`, and where the other operands must lie."""
-    device = CUDA if arrays.is_cuda(x) else CPU
-    _stream(stream, device)
-    array, dtype = _operand("x", x, device)
-    if device == CUDA:
-        return array, dtype, array.device
-    _can_be_given_back(x)
-    return array, dtype, device
-
-
-def _optional(name, value, device=CPU):
-    return (None, None) if value is None else _operand(name, value, device)
-
-
-def _operand(name, value, device=CPU):
-    """The value as a NumPy array, or a view of a CUDA array, and the dtype of results that are like it."""
-    array = _array(name, value) if device == CPU else _cuda_array(name, value, device)
-    dtype = array.dtype
-    if dtype.kind in "biu":
-        return array, np.dtype(np.float64)
-    if dtype.name != "bfloat16" and (dtype.type not in NUMPY_FLOATS or dtype.fields):
-        raise TypeError(f"{name}: dtype {dtype}; supported are {', '.join(FLOATS)}, and integers and booleans as float64")
-    return array, dtype if dtype.isnative else dtype.newbyteorder("=")
-
-
-def _array(name, value):
-    """The value as a NumPy array that shares its memory."""
-    kind = arrays.kind(value)
-    if kind == "jax" and arrays.is_traced(value):
-        raise TypeError(f"{name}: a traced JAX array; expected a concrete one, outside jit, grad and vmap")
-    device = _ask(name, arrays.device, value, kind)
-    if device != "cpu":
-        raise TypeError(f"{name}: {_type_name(value)} on {device}; expected an array in CPU memory")
-    _no_gradients(name, value, kind)
-    if kind == "torch" and str(value.dtype) == "torch.bfloat16":
-        _bfloat16(name)
-    array = _ask(name, arrays.to_numpy, value, kind)
-    # the first time, this imports numpy.ma. Numba would do so as soon as it has compiled, which is when a fork happens that
-    # has waited for that: its child would wait for the import for ever
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name}: a masked array; expected one without a mask, such as {name}.filled(0)")
-    return np.asarray(array)
-
-
-def _cuda_array(name, value, device):
-    """The value as a view of its memory."""
-    if not arrays.is_cuda(value):
-        raise TypeError(f"{name}: {_type_name(value)} in CPU memory; expected an array on CUDA device {device}, as x is")
-    from nbnorm.cuda.arrays import kind, view
-
-    _no_gradients(name, value, arrays.kind(value))
-    array = _ask(name, view, value, kind(value), "cannot be used")
-    if device not in (CUDA, array.device):
-        raise TypeError(
-            f"{name}: {_type_name(value)} on CUDA device {array.device}; expected an array on CUDA device {device}, as x is"
-        )
-    if array.dtype.name == "bfloat16" and arrays.kind(value) != "torch":
-        # of which results are made
-        _bfloat16(name)
-    if not array.dtype.isnative:
-        raise TypeError(f"{name}: dtype {array.dtype} of a CUDA array; expected native byte order")
-    if any(number % array.itemsize for number in (array.address, *array.strides)) and array.size:
-        raise ValueError(f"{name}: a CUDA array whose elements are not at multiples of their size; expected aligned ones")
-    return array
 
 
 def cuda_is_supported(what):
@@ -336,78 +273,19 @@ def cuda_fault():
     return None if cuda.is_available() else " ".join(str(cuda.cuda_error() or "no device").split())
 
 
-def _no_gradients(name, value, kind):
-    if kind == "torch" and arrays.records_gradients(value):
-        raise TypeError(f"{name}: a torch tensor that requires grad, which nbnorm does not record; pass {name}.detach()")
-
-
-def _can_be_given_back(x):
-    if arrays.kind(x) == "dlpack" and not hasattr(arrays.namespace(x), "from_dlpack"):
-        raise TypeError(f"x: {_type_name(x)}, whose library has no from_dlpack to give back the result with")
-
-
-def _ask(name, question, value, kind, fault="has no view as a NumPy array"):
-    """What another library answers about its array; an error of its own becomes one that names the argument."""
-    try:
-        return question(value, kind)
-    except (TypeError, RuntimeError, BufferError) as error:
-        raise TypeError(f"{name}: {_type_name(value)} {fault}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {_type_name(value)} {fault}: {error}") from error
-
-
-def _bfloat16(name):
-    """NumPy's dtype for it, which a package of its own has."""
-    try:
-        return arrays.bfloat16()
-    except ModuleNotFoundError as error:
-        raise TypeError(f"{name}: bfloat16 needs the package ml_dtypes: pip install ml_dtypes") from error
-
-
-def _shape(name, array, expected, meaning):
-    if array is not None and array.shape != expected:
-        raise ValueError(f"{name}: shape {array.shape}; expected {expected}, {meaning}")
-
-
-def _out(name, out, expected_shape, dtype, device=CPU):
-    if out is None:
-        return None
-    if arrays.kind(out) == "other":
-        raise TypeError(f"{name}: {_type_name(out)}; expected an array")
-    array = _array(name, out) if device == CPU else _cuda_array(name, out, device)
-    _shape(name, array, expected_shape, "the shape of the result")
-    if (array.dtype if array.dtype.isnative else array.dtype.newbyteorder("=")) != dtype:
-        raise ValueError(f"{name}: dtype {array.dtype}; expected {dtype}, the dtype of the result")
-    if not array.flags.writeable:
-        raise ValueError(f"{name}: a read-only array; expected a writable one")
-    if not _is_apart(array):
-        raise ValueError(f"{name}: strides {array.strides}; expected an array whose elements each have memory of their own")
-    return array
-
-
-def _is_apart(array):
-    """Whether strides alone show that no two elements share memory: each steps over all that the smaller ones span."""
-    span = array.itemsize
-    for stride, size in sorted((abs(stride), size) for stride, size in zip(array.strides, array.shape, strict=True)):
-        if size > 1 and stride < span and array.size > 0:
-            return False
-        span += stride * (size - 1)
-    return True
-
-
 def _outs(out, problem, mask, device):
     if out is None:
         return None, None, None
     if not isinstance(out, tuple | list):
-        raise TypeError(f"out: {_type_name(out)}; expected a tuple of arrays or None for dx, dweight and dbias")
+        raise TypeError(f"out: {type_name(out)}; expected a tuple of arrays or None for dx, dweight and dbias")
     if len(out) != 3:
         raise ValueError(f"out: {len(out)} entries; expected three, arrays or None for dx, dweight and dbias")
     dtypes = (problem.dtype, problem.weight_dtype, problem.weight_dtype)
     shapes = (problem.shape, problem.normalized_shape, problem.normalized_shape)
     for i, wanted in enumerate(mask):
         if out[i] is not None and not wanted:
-            raise ValueError(f"out[{i}]: {_type_name(out[i])}; expected None, since output_mask[{i}] is False")
-    result = tuple(_out(f"out[{i}]", out[i], shapes[i], dtypes[i], device) for i in range(3))
+            raise ValueError(f"out[{i}]: {type_name(out[i])}; expected None, since output_mask[{i}] is False")
+    result = tuple(operands.out(f"out[{i}]", out[i], shapes[i], dtypes[i], device) for i in range(3))
     for i, j in ((0, 1), (0, 2), (1, 2)):
         if result[i] is not None and result[j] is not None and _shares_memory(result[i], result[j]):
             raise ValueError(f"out[{j}]: shares memory with out[{i}]; expected arrays that do not overlap")
@@ -422,32 +300,25 @@ def _shares_memory(a, b):
 
 
 def _mask(output_mask):
-    is_sequence = isinstance(output_mask, Sequence) or getattr(output_mask, "ndim", 0) > 0
-    if not is_sequence or isinstance(output_mask, str):
-        raise TypeError(f"output_mask: {_shown(output_mask)}; expected three bools, for dx, dweight and dbias")
+    if not _is_sequence(output_mask) or isinstance(output_mask, str):
+        raise TypeError(f"output_mask: {shown(output_mask)}; expected three bools, for dx, dweight and dbias")
     if len(output_mask) != 3:
-        raise ValueError(f"output_mask: {_shown(output_mask)}; expected three bools, for dx, dweight and dbias")
+        raise ValueError(f"output_mask: {shown(output_mask)}; expected three bools, for dx, dweight and dbias")
     return tuple(flag(f"output_mask[{i}]", wanted) for i, wanted in enumerate(output_mask))
+
+
+def _is_sequence(value):
+    """Whether it is one, or an array of one or more dimensions."""
+    ndim = getattr(value, "ndim", 0)
+    return isinstance(value, Sequence) or (isinstance(ndim, int) and ndim > 0)
 
 
 def _stream(stream, device):
     if stream is None:
         return
     if device == CPU:
-        raise ValueError(f"stream: {_shown(stream)}; expected None, since CPU arrays have no streams")
+        raise ValueError(f"stream: {shown(stream)}; expected None, since CPU arrays have no streams")
     from nbnorm.cuda.arrays import handle_of
 
     if handle_of(stream) is None:
-        raise TypeError(f"stream: {_shown(stream)} of type {_type_name(stream)}; expected a stream, or its address")
-
-
-def _shown(value):
-    try:
-        return repr(value)
-    except ValueError:
-        # as Python says of an int of thousands of digits
-        return "a number too long to show"
-
-
-def _type_name(value):
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+        raise TypeError(f"stream: {described(stream)}; expected a stream, or its address")

@@ -239,6 +239,15 @@ def layer_norm_backward(
     )
 
 
+def _ends_a_graph(function):
+    """Have torch.compile end its graph at a call and go on behind it, as torch.compiler.disable does, but without torch."""
+    vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg="nbnorm's kernels are no operations of torch")
+
+
+_ends_a_graph(layer_norm)
+_ends_a_graph(layer_norm_backward)
+
+
 @functools.cache
 def _cuda():
     """The package of the CUDA kernels, which is imported when it is needed."""

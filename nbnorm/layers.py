@@ -1,13 +1,19 @@
 """Layer norm as an object that holds its parameters."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import numpy as np
 
-from nbnorm import arrays, checks
+from nbnorm import arrays, checks, state
 from nbnorm.cpu import quick
 from nbnorm.functional import Array, LayerNormGrads, Shape, layer_norm, layer_norm_backward
+
+
+class Named(Protocol):
+    """A mapping of names to arrays, or a group in a file or the file, which give their arrays in ways of their own."""
+
+    def keys(self) -> Iterable[Any]: ...
 
 
 class LayerNorm:
@@ -120,23 +126,29 @@ class LayerNorm:
         parameters = {"weight": self.weight, "bias": self.bias}
         return {name: array for name, array in parameters.items() if array is not None}
 
-    def load_state_dict(self, state_dict: Mapping[str, Array]) -> None:
+    def load_state_dict(self, mapping: Named, prefix: str = "") -> None:
         """Copy parameters from a mapping of names to arrays, all or none of them.
 
         Parameters
         ----------
-        state_dict : mapping of str to array_like
-            Has the names that `state_dict` returns; arrays of any supported library, device and dtype, cast to this layer's.
+        mapping : mapping of str to array_like
+            Has the names that `state_dict` returns; floats of any supported library, device and dtype, cast to this layer's.
+            Also an open safetensors file, or a group of an HDF5 or Zarr file.
+        prefix : str
+            What the layer's names begin with in the mapping of a whole model, such as ``"encoder.norm1."``; other names are
+            not looked at. It leads into groups within groups as well.
 
         Raises
         ------
         TypeError
-            For what is no mapping, or an entry that is no array.
+            For what is no mapping, or an entry that is no array of floats.
         ValueError
-            For a missing or unexpected name, or an array of another shape.
+            For a missing or unexpected name, an array of another shape, or a number that is beyond the range of this
+            layer's dtype.
         """
-        for parameter, array in checks.state(state_dict, self.state_dict(), self.normalized_shape):
-            arrays.write(array, parameter)
+        for parameter, place, array in state.matched(mapping, prefix, self.state_dict(), self.normalized_shape):
+            arrays.write(array, place)
+            arrays.mark_written(parameter)
 
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""

@@ -1,5 +1,6 @@
 """Does every wrong call raise the right error, with a message that names the argument, before anything is written?"""
 
+from decimal import Decimal
 from fractions import Fraction
 
 import ml_dtypes
@@ -124,7 +125,7 @@ LAYER = [
     ({"normalized_shape": "4"}, TypeError, "normalized_shape: '4'"),
     ({"eps": -1}, ValueError, "eps: -1"),
     ({"elementwise_affine": None}, TypeError, "elementwise_affine: None of type NoneType; expected a bool"),
-    ({"bias": np.zeros(4)}, TypeError, r"bias: array\(.*\) of type numpy.ndarray; expected a bool"),
+    ({"bias": np.zeros(4)}, TypeError, r"bias: numpy.ndarray of shape \(4,\) and dtype float64; expected a bool"),
     ({"device": "gpu"}, TypeError, "device: 'gpu'; expected 'cpu', 'cuda', 'cuda:1'"),
     ({"device": 0}, TypeError, "device: 0; expected 'cpu', 'cuda', 'cuda:1'"),
     ({"dtype": "int32"}, TypeError, "dtype: 'int32'; expected one of float16, bfloat16, float32, float64"),
@@ -162,6 +163,104 @@ def test_layer(arguments, error, message):
 def test_a_number_that_python_does_not_show(argument):
     with pytest.raises((TypeError, ValueError), match=f"^{argument}: a number too long to show"):
         nbnorm.layer_norm_backward(**{"dy": X, "x": X, "normalized_shape": 4} | {argument: 10**5000})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"normalized_shape": np.ones((4, 5))},
+            r"normalized_shape: numpy.ndarray of shape \(4, 5\) and dtype float64; expected",
+        ),
+        ({"normalized_shape": [np.ones(9999)]}, r"normalized_shape: \[numpy.ndarray of shape \(9999,\) and dtype float64\]"),
+        ({"normalized_shape": [0.5] * 9999}, r"normalized_shape: \[0.5, .*, \.\.\.\]; expected"),
+        ({"normalized_shape": "4" * 9999}, r"normalized_shape: '4+\.\.\.4+'; expected"),
+        ({"normalized_shape": [1] * 9999}, r"normalized_shape: \[1, .*, \.\.\.\]; expected one that an array can have"),
+        ({"eps": np.ones((4, 5))}, r"eps: numpy.ndarray of shape \(4, 5\) and dtype float64; expected a real number"),
+        ({"eps": [1e-5] * 9999}, r"eps: \[1e-05, .*\] of type list; expected a real number"),
+        ({"eps": -(10**4000)}, r"eps: -1000.*; expected a finite number that is not negative"),
+        ({"use_diff_of_squares": np.ones(9999)}, r"use_diff_of_squares: numpy.ndarray of shape \(9999,\)"),
+        (
+            {"output_mask": np.ones((3, 999), bool)},
+            r"output_mask\[0\]: numpy.ndarray of shape \(999,\) and dtype bool; expected",
+        ),
+        ({"output_mask": np.ones(9999)}, r"output_mask: numpy.ndarray of shape \(9999,\) and dtype float64; expected"),
+        ({"stream": np.ones(9999)}, r"stream: numpy.ndarray of shape \(9999,\) and dtype float64; expected None"),
+        ({"stream": object()}, "stream: an object of type object; expected None"),
+        ({"x": np.zeros(4, [(f"field {i}", "f4") for i in range(999)])}, r"x: dtype \[\('field 0'"),
+    ],
+)
+def test_messages_stay_short(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}") as error:
+        nbnorm.layer_norm_backward(**{"dy": X, "x": X, "normalized_shape": 4} | arguments)
+    assert len(str(error.value)) < 400
+
+
+def test_a_wrong_order_of_arguments_names_the_right_one():
+    order = "the order of the arguments is x, normalized_shape, weight, bias"
+    for call in (lambda: nbnorm.layer_norm(X, X[0], X[1], 4), lambda: nbnorm.layer_norm(4, X)):
+        with pytest.raises(
+            TypeError, match=rf"^normalized_shape: numpy.ndarray of shape \(.*\) and dtype float32; .*{order}"
+        ):
+            call()
+
+
+EPS = [
+    np.array(1e-3),
+    np.float32(1e-3),
+    np.array(1e-3, ">f4"),
+    ml_dtypes.bfloat16(1e-3),
+    Decimal("1e-3"),
+    Fraction(1, 1000),
+    1,
+]
+
+
+@pytest.mark.parametrize("eps", EPS, ids=lambda eps: type(eps).__name__)
+def test_eps_is_what_float_takes_of_numbers(eps):
+    ln = nbnorm.LayerNorm(4, eps=eps)
+    assert type(ln.eps) is float
+    assert ln.eps == float(eps)
+    for _ in range(2):
+        np.testing.assert_array_equal(nbnorm.layer_norm(X, 4, eps=eps), nbnorm.layer_norm(X, 4, eps=float(eps)))
+        dx = nbnorm.layer_norm_backward(X, X, 4, eps=eps).dx
+        np.testing.assert_array_equal(dx, nbnorm.layer_norm_backward(X, X, 4, eps=float(eps)).dx)
+
+
+def test_an_array_of_a_wrong_eps():
+    for eps in (
+        np.array(-1.0),
+        np.array(np.nan),
+        np.array(np.inf),
+        np.array(-1),
+        Decimal("NaN"),
+        Decimal(-1),
+        Decimal("-1e-999"),
+    ):
+        with pytest.raises(ValueError, match="^eps: .*; expected a finite number that is not negative"):
+            nbnorm.layer_norm(X, 4, eps=eps)
+    wrong = [
+        np.array(True),
+        np.array("1e-5"),
+        np.array(1e-5, object),
+        np.array(1j),
+        np.array(1, "m8[s]"),
+        np.array(1, "M8[s]"),
+    ]
+    wrong += [
+        np.ma.masked,
+        np.ma.masked_array(1e-5),
+        np.timedelta64(1),
+        np.complex64(1),
+        np.str_("1"),
+        bytearray(b"1"),
+        np.bool_(0),
+    ]
+    for eps in (*wrong, Decimal("sNaN"), np.array([1e-5])):
+        with pytest.raises(TypeError, match="^eps: .*; expected a real number"):
+            nbnorm.layer_norm(X, 4, eps=eps)
+        with pytest.raises(TypeError, match="^eps: .*; expected a real number"):
+            nbnorm.LayerNorm(4, eps=eps)
 
 
 def test_outs_that_overlap_each_other():
@@ -244,6 +343,85 @@ def test_errors_of_an_array_like_name_the_argument():
         nbnorm.layer_norm(X, 4, Broken())
 
 
+def raises(error):
+    class Broken:
+        def __iter__(self):
+            raise error
+
+        def __array__(self, dtype=None, copy=None):
+            raise error
+
+        def __getattr__(self, name):
+            if name.startswith("__cuda") or name == "dtype":
+                raise error
+            raise AttributeError(name)
+
+        def numpy(self):
+            return X
+
+    return Broken()
+
+
+@pytest.mark.parametrize(
+    "error", [IndexError("tuple index out of range"), KeyError(0), OSError("gone"), ValueError("closed")]
+)
+def test_whatever_a_conversion_raises_names_the_argument(error):
+    for name in ("x", "dy", "weight"):
+        with pytest.raises(
+            TypeError, match=rf"^{name}: .*Broken has no view as a NumPy array: .*; pass {name}.numpy\(\)"
+        ) as raised:
+            nbnorm.layer_norm_backward(**{"dy": X, "x": X, "normalized_shape": 4} | {name: raises(error)})
+        assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_is_no_fault_of_an_array_passes_through(error):
+    class Broken:
+        def __array__(self, dtype=None, copy=None):
+            raise error
+
+    with pytest.raises(error):
+        nbnorm.layer_norm(X, 4, Broken())
+
+
+def test_an_object_with_every_attribute_is_no_cuda_array():
+    class Everything:
+        def __getattr__(self, name):
+            return Everything()
+
+        def __call__(self, *_):
+            return Everything()
+
+    with pytest.raises(TypeError, match="^x: .*Everything has no view as a NumPy array"):
+        nbnorm.layer_norm(Everything(), 4)
+    with pytest.raises(TypeError, match="^normalized_shape: an object of type .*Everything; expected an int"):
+        nbnorm.layer_norm(X, Everything())
+    with pytest.raises(TypeError, match="^eps: an object of type .*Everything; expected a real number"):
+        nbnorm.layer_norm(X, 4, eps=Everything())
+
+
+def test_what_numpy_takes_for_objects_is_named():
+    for value, name in (({1: 2.0}, "dict"), (iter([1.0]), "list_iterator")):
+        with pytest.raises(
+            TypeError, match=f"^x: dtype object; supported .*; NumPy makes no numbers of a {name}: pass its values"
+        ):
+            nbnorm.layer_norm(value, 4)
+
+
+def test_masked_arrays_have_no_fill_value_that_is_right():
+    with pytest.raises(TypeError, match=r"^x: a masked array; .*no fill value .* docs/howto/arrays.md"):
+        nbnorm.layer_norm(np.ma.masked_array(X, X > 3), 4)
+    with pytest.raises(TypeError, match=r"^x: a masked array; .*: pass x.data, since nothing is masked"):
+        nbnorm.layer_norm(np.ma.masked_array(X), 4)
+
+
+def test_nothing_is_shown_by_its_address():
+    for value in (lambda: 1, object(), print, np.ndarray.sum):
+        with pytest.raises(TypeError, match="^eps: ") as error:
+            nbnorm.layer_norm(X, 4, eps=value)
+        assert "0x" not in str(error.value)
+
+
 def test_an_array_like_with_a_mask():
     class Variable:
         def __array__(self, dtype=None, copy=None):
@@ -260,13 +438,38 @@ def test_bfloat16_without_ml_dtypes(monkeypatch):
 
 
 STATES = [
-    (None, TypeError, "state_dict: NoneType; expected a mapping of names to arrays"),
-    ([("weight", X[0])], TypeError, "state_dict: list; expected a mapping"),
-    ({"weight": X[0]}, ValueError, r"state_dict: has \['weight'\]; expected \['bias', 'weight'\]"),
-    ({"weight": X[0], "bias": X[0], "scale": X[0]}, ValueError, r"state_dict: has \['bias', 'scale', 'weight'\]; expected"),
+    (None, TypeError, "mapping: NoneType; expected a mapping of names to arrays"),
+    ([("weight", X[0])], TypeError, "mapping: list; expected a mapping"),
+    (dict, TypeError, "mapping: type; expected a mapping"),
+    (
+        {"weight": X[0]},
+        ValueError,
+        r"mapping: has \['weight'\]; expected \['bias', 'weight'\]: .* is LayerNorm\(..., bias=False\)",
+    ),
+    ({"weight": X[0], "bias": X[0], "scale": X[0]}, ValueError, r"mapping: has \['bias', 'scale', 'weight'\]; expected"),
+    ({"weight": X[0], "bias": X[0], 3: X[0]}, ValueError, r"mapping: has \['3', 'bias', 'weight'\]; expected"),
+    (
+        {str(i): X[0] for i in range(2000)},
+        ValueError,
+        r"mapping: has \['0', .{,60}\] and 1992 more; expected \['bias', 'weight'\]$",
+    ),
     ({"weight": X[0], "bias": X[0, :3]}, ValueError, r"bias: shape \(3,\); expected \(4,\), normalized_shape"),
-    ({"weight": X[0], "bias": None}, TypeError, "bias: dtype object"),
+    ({"weight": X[0], "bias": None}, TypeError, r"bias: None; .* is LayerNorm\(..., bias=False\)"),
     ({"weight": X[0], "bias": X[0] * 1j}, TypeError, "bias: dtype complex64"),
+    ({"weight": X[0], "bias": X[0].astype(np.int8)}, TypeError, "bias: dtype int8; .*must be dequantised first"),
+    ({"weight": X[0], "bias": X[0] > 1}, TypeError, "bias: dtype bool; .*must be dequantised first"),
+    ({"weight": X[0], "bias": X[0].astype(np.uint16)}, TypeError, "bias: dtype uint16; .*must be dequantised first"),
+    (
+        {"weight": X[0], "bias": np.zeros(4, "V2")},
+        TypeError,
+        r"bias: dtype \|V2; .* bfloat16 .*bias.view\(ml_dtypes.bfloat16\)",
+    ),
+    ({"weight": X[0], "bias": X[0].astype(ml_dtypes.float8_e4m3fn)}, TypeError, "bias: dtype float8_e4m3fn"),
+    (
+        {"weight": X[0], "bias": [0, 0, -1e39, 0]},
+        ValueError,
+        r"bias: -1e\+39 at \(2,\); expected numbers within the range of float32, the layer's dtype",
+    ),
 ]
 
 

@@ -1,5 +1,6 @@
 """Are other libraries' CPU arrays taken without a copy and given back as what they were? With the real libraries."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -11,6 +12,15 @@ import pytest
 import nbnorm
 
 SHAPE = (6, 9)
+
+
+def wrapped(x):
+    return nbnorm.layer_norm(x, SHAPE[1])
+
+
+if importlib.util.find_spec("torch"):
+    # which has to be done where a module begins
+    importlib.import_module("torch.fx").wrap("wrapped")
 
 
 @pytest.fixture
@@ -122,21 +132,200 @@ def test_torch_bfloat16_out(torch, rng):
     np.testing.assert_array_equal(out.float().numpy(), same.astype(np.float32))
 
 
-def test_torch_that_requires_grad_names_detach(torch):
-    x = torch.ones(SHAPE, requires_grad=True)
-    with pytest.raises(TypeError, match=r"^x: a torch tensor that requires grad, .*; pass x.detach\(\)"):
-        nbnorm.layer_norm(x, SHAPE[1])
-    with pytest.raises(TypeError, match=r"^weight: .*pass weight.detach\(\)"):
-        nbnorm.layer_norm(x.detach(), SHAPE[1], torch.nn.Parameter(torch.ones(SHAPE[1])))
-    assert nbnorm.layer_norm(x.detach(), SHAPE[1]).shape == SHAPE
+ARGUMENTS = ("dy", "x", "weight", "mean", "rstd")
+
+
+def tensors(torch):
+    """Right arguments of both passes."""
+    shapes = {"dy": SHAPE, "x": SHAPE, "weight": SHAPE[1:], "mean": (SHAPE[0], 1), "rstd": (SHAPE[0], 1)}
+    return {name: torch.ones(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("name", [*ARGUMENTS, "eps"])
+def test_torch_that_requires_grad_names_what_trains(torch, name):
+    right = tensors(torch) | {"normalized_shape": SHAPE[1]}
+    value = right.get(name, torch.tensor(1e-5)).clone().requires_grad_()
+    message = rf"^{name}: a torch tensor that requires grad, .*; pass {name}.detach\(\), or .* docs/training.md"
+    with pytest.raises(TypeError, match=message):
+        nbnorm.layer_norm_backward(**right | {name: value})
+    # the same beside NumPy's arrays
+    arrays = {key: np.asarray(array) for key, array in right.items() if key != "normalized_shape"}
+    with pytest.raises(TypeError, match=message):
+        nbnorm.layer_norm_backward(normalized_shape=SHAPE[1], **arrays | {name: value})
+    for no_gradients in (torch.no_grad, torch.inference_mode):
+        with no_gradients():
+            expected = nbnorm.layer_norm_backward(**right | {name: value.detach()})
+            for grad, wanted in zip(nbnorm.layer_norm_backward(**right | {name: value}), expected, strict=True):
+                assert not grad.requires_grad
+                assert torch.equal(grad, wanted)
+        # what was let through there is still refused here
+        with pytest.raises(TypeError, match=message):
+            nbnorm.layer_norm_backward(**right | {name: value})
+
+
+def test_torch_parameters_where_nothing_is_recorded(torch):
+    theirs = torch.nn.LayerNorm(SHAPE[1], dtype=torch.bfloat16)
+    x = torch.randn(SHAPE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = nbnorm.layer_norm(x, SHAPE[1], theirs.weight, theirs.bias)
+    assert torch.equal(y, nbnorm.layer_norm(x, SHAPE[1], theirs.weight.detach(), theirs.bias.detach()))
+    ln = nbnorm.LayerNorm(SHAPE[1], dtype=torch.bfloat16)
+    ln.load_state_dict(dict(theirs.named_parameters()))
+    assert torch.equal(ln(x), y)
+
+
+def test_torch_out_that_requires_grad(torch):
+    out = torch.nn.Parameter(torch.zeros(SHAPE))
+    with pytest.raises(TypeError, match=r"^out: a torch tensor that requires grad, .* or call it under torch.no_grad\(\)"):
+        nbnorm.layer_norm(torch.ones(SHAPE), SHAPE[1], out=out)
+    assert not out.any()
+    # as torch takes it
+    with torch.no_grad():
+        x = torch.randn(SHAPE)
+        assert nbnorm.layer_norm(x, SHAPE[1], out=out) is out
+        assert torch.equal(out, nbnorm.layer_norm(x, SHAPE[1]))
+        grads = nbnorm.layer_norm_backward(x, x, SHAPE[1], out=(out, None, None))
+        assert grads.dx is out
+        assert out.requires_grad
+
+
+def test_torch_out_of_inference_mode(torch):
+    with torch.inference_mode():
+        out = torch.zeros(SHAPE)
+        nbnorm.layer_norm(torch.ones(SHAPE), SHAPE[1], bias=np.ones(SHAPE[1]), out=out)
+    assert out.all()
+    with pytest.raises(TypeError, match="^out: a torch tensor of inference mode"):
+        nbnorm.layer_norm(torch.ones(SHAPE), SHAPE[1], out=out)
+    assert out.all()
+    # to read it is no matter
+    assert nbnorm.layer_norm(out, SHAPE[1]).shape == SHAPE
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_torch_forward_mode_gradients_are_refused(torch):
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_torch_forward_mode_gradients_are_refused(torch, name):
+    right = tensors(torch)
     with torch.autograd.forward_ad.dual_level():
-        x = torch.autograd.forward_ad.make_dual(torch.ones(SHAPE), torch.ones(SHAPE))
-        with pytest.raises(TypeError, match="^x: a torch tensor that requires grad"):
-            nbnorm.layer_norm(x, SHAPE[1])
+        dual = torch.autograd.forward_ad.make_dual(right[name], torch.ones_like(right[name]))
+        # which no_grad does not switch off
+        for context in (torch.no_grad, torch.enable_grad):
+            with context(), pytest.raises(TypeError, match=f"^{name}: a torch tensor that requires grad"):
+                nbnorm.layer_norm_backward(normalized_shape=SHAPE[1], **right | {name: dual})
+
+
+def layer_norm(x):
+    return nbnorm.layer_norm(x, SHAPE[1])
+
+
+RECORDED = "a torch tensor while {} records, which would not see what nbnorm does with it; call nbnorm outside"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*deprecated:UserWarning")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("torch.fx.symbolic_trace(f)", "a torch.fx Proxy, which stands for values that are not there yet; .* torch.fx.wrap"),
+        (
+            "torch.vmap(f)(x)",
+            "a tensor within torch.vmap; call nbnorm outside, which takes any number of leading dimensions",
+        ),
+        ("torch.func.grad(lambda x: f(x).sum())(x)", "a tensor within torch.func, whose derivatives nbnorm does not record"),
+        ("torch.func.jvp(f, (x,), (x,))", "a tensor within torch.func, whose derivatives nbnorm does not record"),
+        ("torch.func.functionalize(f)(x)", "a tensor within torch.func.functionalize; call nbnorm outside"),
+        ("torch.jit.trace(f, x)", RECORDED.format("torch.jit.trace")),
+        ("make_fx(f)(x)", RECORDED.format("make_fx or torch.export")),
+        ("fake(f, mode.from_tensor(x))", "a torch FakeTensor, which has a shape but no values"),
+        ("f(mode.from_tensor(x))", "a torch FakeTensor, which has a shape but no values"),
+        ("fake(f, x)", RECORDED.format("FakeTensorMode")),
+        ("f(x.to('meta'))", "a torch tensor on meta, which has a shape but no values"),
+        ("f(torch.nn.UninitializedParameter())", "a torch parameter without a shape yet; run its module once"),
+        ("f(torch.quantize_per_tensor(x, 0.1, 0, torch.qint8))", r"a quantised torch tensor; pass x.dequantize\(\)"),
+        ("f(torch.nested.nested_tensor([x, x], layout=torch.jagged))", r"a nested torch tensor; pass each of x.unbind\(\)"),
+        ("f(freed(x))", "a torch tensor whose storage was freed or made smaller"),
+    ],
+)
+def test_what_stands_for_a_torch_tensor(torch, call, message):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def fake(function, x):
+        with mode:
+            return function(x)
+
+    def freed(x):
+        x.untyped_storage().resize_(x.nbytes - 1)
+        return x
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    names = {
+        "torch": torch,
+        "f": layer_norm,
+        "x": torch.ones(SHAPE),
+        "make_fx": make_fx,
+        "fake": fake,
+        "freed": freed,
+        "mode": mode,
+    }
+    with pytest.raises(TypeError, match=f"^x: {message}"):
+        eval(call, names)
+    # it leaves nothing behind
+    assert layer_norm(torch.ones(SHAPE)).shape == SHAPE
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_stands_for_another_argument_than_x(torch):
+    x, row = np.ones(SHAPE, np.float32), torch.ones(SHAPE[1])
+
+    def with_value(name):
+        return lambda value: nbnorm.layer_norm(x, **{"normalized_shape": SHAPE[1]} | {name: value})
+
+    for name in ("weight", "bias"):
+        with pytest.raises(TypeError, match=f"^{name}: a torch tensor while torch.jit.trace records"):
+            torch.jit.trace(with_value(name), row)
+    for name in ("weight", "bias", "eps", "normalized_shape"):
+        with pytest.raises(TypeError, match=f"^{name}: a torch.fx Proxy"):
+            torch.fx.symbolic_trace(with_value(name))
+    for name in ("weight", "eps"):
+        with pytest.raises(TypeError, match=f"^{name}: a tensor within torch.vmap"):
+            torch.vmap(with_value(name))(torch.ones(2, SHAPE[1]))
+    with pytest.raises(TypeError, match="^dy: a tensor within torch.vmap"):
+        torch.vmap(lambda dy: nbnorm.layer_norm_backward(dy, x, SHAPE[1]).dx)(torch.from_numpy(x))
+    with pytest.raises(TypeError, match="^weight: a tensor within torch.vmap"):
+        torch.vmap(lambda row: nbnorm.LayerNorm(SHAPE[1], bias=False).load_state_dict({"weight": row}))(
+            torch.ones(2, SHAPE[1])
+        )
+
+
+def test_torch_fx_keeps_a_wrapped_function_as_one_step(torch):
+    x = torch.randn(SHAPE)
+    graph = torch.fx.symbolic_trace(lambda x: wrapped(x) + 1)
+    assert torch.equal(graph(x), nbnorm.layer_norm(x, SHAPE[1]) + 1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_ends_a_graph_at_a_call(torch):
+    x = torch.randn(SHAPE)
+    expected = nbnorm.layer_norm(2 * x, SHAPE[1]) + 1
+    assert torch.equal(torch.compile(lambda x: nbnorm.layer_norm(2 * x, SHAPE[1]) + 1, backend="eager")(x), expected)
+    with pytest.raises(Exception, match="reason: nbnorm's kernels are no operations of torch"):
+        torch.compile(lambda x: nbnorm.layer_norm(2 * x, SHAPE[1]) + 1, backend="eager", fullgraph=True)(x)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda torch: torch.tensor(1e-3), lambda torch: torch.tensor([1e-3], dtype=torch.bfloat16)]
+)
+def test_a_torch_scalar_as_eps(torch, make):
+    x, eps = torch.randn(SHAPE), make(torch)
+    for _ in range(2):
+        assert torch.equal(nbnorm.layer_norm(x, SHAPE[1], eps=eps), nbnorm.layer_norm(x, SHAPE[1], eps=eps.item()))
+    ln = nbnorm.LayerNorm(SHAPE[1], eps=eps)
+    assert type(ln.eps) is float
+    for wrong in (torch.tensor(True), torch.tensor(1j), torch.ones(2), torch.tensor(1e-5, device="meta")):
+        with pytest.raises(TypeError, match="^eps: "):
+            nbnorm.layer_norm(x, SHAPE[1], eps=wrong)
+    with pytest.raises(ValueError, match="^eps: .*; expected a finite number that is not negative"):
+        nbnorm.layer_norm(x, SHAPE[1], eps=torch.tensor(-1.0))
 
 
 def test_torch_autograd_notices_what_was_overwritten(torch):
@@ -154,7 +343,6 @@ def test_torch_autograd_notices_what_was_overwritten(torch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda torch: torch.ones(SHAPE, device="meta"), "x: torch.Tensor on meta; expected an array in CPU memory"),
         (lambda torch: torch.ones(SHAPE).to_sparse(), "x: torch.Tensor has no view as a NumPy array: can't convert Sparse"),
         (lambda torch: torch.ones(SHAPE, dtype=torch.complex64), "x: dtype complex64; supported are"),
         (lambda torch: (torch.ones(SHAPE) + 1j).conj().imag, "x: torch.Tensor has no view .* Use tensor.resolve_neg"),
@@ -252,6 +440,28 @@ def test_jax_traced_or_as_out_is_refused(jax):
         nbnorm.layer_norm(x, SHAPE[1], out=x)
 
 
+def test_a_jax_scalar_as_eps(jax):
+    x = np.ones(SHAPE, np.float32)
+    for eps in (jax.numpy.float32(1e-3), jax.numpy.asarray(1e-3, "bfloat16")):
+        assert nbnorm.LayerNorm(SHAPE[1], eps=eps).eps == float(eps)
+    with pytest.raises(TypeError, match="^eps: a traced JAX array"):
+        jax.jit(lambda eps: nbnorm.layer_norm(x, SHAPE[1], eps=eps))(1e-5)
+    with pytest.raises(TypeError, match="^eps: a traced JAX array"):
+        jax.jit(lambda eps: nbnorm.LayerNorm(SHAPE[1], eps=eps))(1e-5)
+    with pytest.raises(TypeError, match="^normalized_shape: a traced JAX array"):
+        jax.jit(lambda size: nbnorm.layer_norm(x, size))(SHAPE[1])
+
+
+def test_what_stands_for_a_jax_array(jax):
+    with pytest.raises(TypeError, match="^x: a jax.ShapeDtypeStruct, which has no values"):
+        nbnorm.layer_norm(jax.ShapeDtypeStruct(SHAPE, "float32"), SHAPE[1])
+    for transformed in (jax.vmap, jax.eval_shape, jax.make_jaxpr, lambda f, *x: jax.grad(lambda x: f(x).sum())):
+        with pytest.raises(TypeError, match="^x: a traced JAX array"):
+            transformed(
+                lambda x: nbnorm.layer_norm(x, SHAPE[1]), *[jax.numpy.ones(SHAPE)] * (transformed is jax.eval_shape)
+            )(jax.numpy.ones(SHAPE))
+
+
 def test_jax_dtypes_name_a_layers_dtype(jax):
     assert nbnorm.LayerNorm(4, dtype=jax.numpy.bfloat16).weight.dtype == ml_dtypes.bfloat16
     assert nbnorm.LayerNorm(4, dtype=jax.numpy.float16).weight.dtype == np.float16
@@ -280,3 +490,64 @@ def test_any_dlpack_array_as_out(plain):
         # NumPy 2.1 and 2.2 take every DLPack array as read-only
         with pytest.raises(ValueError, match="^out: a read-only array"):
             nbnorm.layer_norm(x, SHAPE[1], weight, bias, out=out)
+
+
+def test_dask_arrays_are_not_computed(plain):
+    dask_array = pytest.importorskip("dask.array")
+    x, dy, weight, *_ = plain
+
+    def computed(block):
+        pytest.fail("computed")
+
+    def lazy(array):
+        return dask_array.from_array(array).map_blocks(
+            computed, dtype=array.dtype, meta=np.empty((0,) * array.ndim, array.dtype)
+        )
+
+    way = r"x.map_blocks\(nbnorm.layer_norm, 9, dtype=x.dtype\), where each row lies in one chunk, or x.compute\(\)"
+    with pytest.raises(
+        TypeError, match=f"^x: dask.array.core.Array, which is lazy and would be computed whole; expected {way}"
+    ):
+        nbnorm.layer_norm(lazy(x), SHAPE[1])
+    for name, array in {"dy": dy, "x": x, "weight": weight}.items():
+        with pytest.raises(TypeError, match=rf"^{name}: dask.array.core.Array, which is lazy .*{name}.compute\(\)"):
+            nbnorm.layer_norm_backward(
+                **{"dy": dy, "x": x, "normalized_shape": SHAPE[1], "weight": weight} | {name: lazy(array)}
+            )
+    with pytest.raises(TypeError, match=r"^eps: dask.array.core.Array, which is lazy .*eps.compute\(\)"):
+        nbnorm.layer_norm(x, SHAPE[1], eps=lazy(np.float32(1)))
+    with pytest.raises(TypeError, match=r"^bias: dask.array.core.Array, which is lazy .*bias.compute\(\)"):
+        nbnorm.LayerNorm(SHAPE[1]).load_state_dict({"weight": weight, "bias": lazy(weight)})
+    with pytest.raises(TypeError, match="^x: dask.array.core.Array, which is lazy"):
+        nbnorm.layer_norm([lazy(weight), lazy(weight)], SHAPE[1])
+    delayed = pytest.importorskip("dask").delayed(computed)(x)
+    with pytest.raises(TypeError, match=r"^x: dask.delayed.Delayed, which is lazy"):
+        nbnorm.layer_norm(delayed, SHAPE[1])
+
+
+def test_xarray(plain):
+    xarray = pytest.importorskip("xarray")
+    x, _, weight, bias, expected = plain
+    y = nbnorm.layer_norm(xarray.DataArray(x), SHAPE[1], xarray.DataArray(weight), xarray.DataArray(bias))
+    assert type(y) is np.ndarray
+    np.testing.assert_array_equal(y, expected[0])
+    dask_array = pytest.importorskip("dask.array")
+    for lazy in (xarray.DataArray(dask_array.from_array(x)), xarray.Variable(("a", "b"), dask_array.from_array(x))):
+        with pytest.raises(TypeError, match=r"^x: xarray.*, which is lazy .* xarray.apply_ufunc .* or x.compute\(\)"):
+            nbnorm.layer_norm(lazy, SHAPE[1])
+    dataset = xarray.Dataset({"x": (("a", "b"), x)})
+    with pytest.raises(TypeError, match="^x: xarray.core.dataset.Dataset has no view as a NumPy array"):
+        nbnorm.layer_norm(dataset, SHAPE[1])
+
+
+def test_pandas(plain):
+    pandas = pytest.importorskip("pandas")
+    x, _, weight, bias, expected = plain
+    y = nbnorm.layer_norm(pandas.DataFrame(x), SHAPE[1], pandas.Series(weight), pandas.Series(bias))
+    assert type(y) is np.ndarray
+    np.testing.assert_array_equal(y, expected[0])
+    mixed = pandas.DataFrame({"a": [1, 2.0], "b": [True, False]})
+    for frame in (pandas.DataFrame(x).astype("Float32"), mixed):
+        with pytest.raises(TypeError, match=r"^x: dtype object; .*DataFrame: pass x.to_numpy\('float32'\)"):
+            nbnorm.layer_norm(frame, frame.shape[1])
+        assert nbnorm.layer_norm(frame.to_numpy("float32"), frame.shape[1]).shape == frame.shape

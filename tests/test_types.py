@@ -30,6 +30,7 @@ layer_norm_backward(y, x, 8, out=(None, np.ones(8, np.float32), None))
 ln: LayerNorm = nbnorm.LayerNorm((6, 8), 1e-6, bias=False, device="cpu", dtype=np.float64)
 state: Mapping[str, Any] = ln.state_dict()
 ln.load_state_dict(state)
+ln.load_state_dict(mapping=dict(state), prefix="")
 ln.backward(ln(x), ln.forward(x)).dweight
 shape: tuple[int, ...] = ln.normalized_shape
 text: str = ln.extra_repr() + nbnorm.__version__
@@ -43,6 +44,7 @@ layer_norm(x, 8, None, None, 1e-5, False, y)  # type: ignore[call-arg]
 grads.dgamma  # type: ignore[attr-defined]
 LayerNorm(8, gain=True)  # type: ignore[call-arg]
 ln.load_state_dict([x])  # type: ignore[arg-type]
+ln.load_state_dict(state, 1)  # type: ignore[arg-type]
 ln.gain  # type: ignore[attr-defined]
 """
 

@@ -1,6 +1,7 @@
 """What is wrong for each argument of a call that is right otherwise."""
 
 import math
+from decimal import Decimal
 
 import numpy as np
 
@@ -20,7 +21,22 @@ def unsupported(array):
         np.zeros(array.shape, "M8[s]"),
         "text",
         object(),
+        {},
+        Unreadable(),
     ]
+
+
+class Unreadable:
+    """As some library's tensor, to which NumPy does not know the way."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        raise IndexError("tuple index out of range")
+
+    def __array__(self, dtype=None, copy=None):
+        raise IndexError("tuple index out of range")
 
 
 def read_only(array):
@@ -45,6 +61,7 @@ def wrong_outs(out):
 
 
 NUMBERS = [-1e-9, -1, math.nan, math.inf, np.float32("nan"), 10**5000, "1", None, 1j, True, [1e-5], np.ones(1)]
+NUMBERS += [np.array(-1.0), np.array("1"), np.array(True), np.array(1j), np.timedelta64(1, "s"), Decimal("NaN"), Decimal(-1)]
 FLAGS = [1, None, "yes", np.array(True), [], 10**5000]
 SHAPES = [
     (),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nbnorm import stand_ins
 from nbnorm.arrays import bfloat16
 from nbnorm.cuda import launch
 
@@ -158,7 +159,10 @@ def address(array, array_kind):
 def signature(array, array_kind):
     """The address, and all else that the checks and a kernel's choice depend on, as the library has it at hand."""
     if array_kind == "torch":
-        seen = array.shape, array.stride(), array.dtype, array.device, array.requires_grad, array.is_neg()
+        torch = sys.modules["torch"]
+        is_recorded = array.requires_grad and torch.is_grad_enabled()
+        is_locked = array.is_inference() and not torch.is_inference_mode_enabled()
+        seen = array.shape, array.stride(), array.dtype, array.device, is_recorded, is_locked, array.is_neg()
         return array.data_ptr(), seen
     if array_kind == "cupy":
         data = array.data
@@ -179,8 +183,8 @@ def numba_device(array):
 
 
 def is_recording():
-    """Whether torch may be recording derivatives forwards, which a tensor does not show cheaply."""
-    return sys.modules["torch"].autograd.forward_ad._current_level >= 0
+    """Whether torch may be recording derivatives forwards, or a graph of calls, which a tensor does not show cheaply."""
+    return sys.modules["torch"].autograd.forward_ad._current_level >= 0 or stand_ins.recorder() is not None
 
 
 def empty(shape, dtype, like, like_kind, handle):

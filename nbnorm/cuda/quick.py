@@ -186,6 +186,9 @@ def _known(normalized_shape, eps, flags, operands):
             kind = arrays.kind(array)
             is_torch = is_torch or kind == "torch"
             address, seen = arrays.signature(array, kind)
+            if address == 0:
+                # without elements, or without the memory for them
+                return None
             addresses.append(address)
             key += kind, address % 16, seen
     except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):

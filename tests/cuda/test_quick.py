@@ -37,15 +37,31 @@ class Device(NamedTuple):
 class Tensor:
     """As much of a torch tensor as is asked for."""
 
-    def __init__(self, array, requires_grad=False, is_neg=False):
+    def __init__(self, array, requires_grad=False, is_neg=False, is_inference=False):
         self.array = array
         self.requires_grad = requires_grad
         self.is_neg = lambda: is_neg
+        self.is_inference = lambda: is_inference
         self.version = 0
+
+    is_nested = is_quantized = is_meta = False
+    layout = "strided"
 
     shape = property(lambda tensor: tensor.array.shape)
     dtype = property(lambda tensor: f"torch.{tensor.array.dtype.name}")
     device = Device("cuda", 0)
+
+    def is_contiguous(self):
+        return False
+
+    def numel(self):
+        return self.array.size
+
+    def storage_offset(self):
+        return 0
+
+    def untyped_storage(self):
+        return SimpleNamespace(nbytes=lambda: 1 << 40)
 
     def stride(self):
         return tuple(stride // self.array.dtype.itemsize for stride in self.array.strides)
@@ -72,6 +88,10 @@ def torch(monkeypatch):
         Tensor=Tensor,
         autograd=autograd,
         float32=np.float32,
+        strided="strided",
+        jit=SimpleNamespace(is_tracing=lambda: False),
+        is_grad_enabled=lambda: True,
+        is_inference_mode_enabled=lambda: False,
         empty=lambda shape, dtype, device: Tensor(cuda.device_array(shape, dtype)),
         _C=SimpleNamespace(_cuda_getCurrentRawStream=lambda device: 0),
     )
@@ -329,6 +349,48 @@ def test_a_tensor_that_requires_grad_or_is_negative(torch, operands, argument):
         nbnorm.layer_norm(normalized_shape=COLS, **right | {argument: Tensor(wrapped[argument], requires_grad=True)})
     with pytest.raises(TypeError, match=f"^{argument}: .*negative bit"):
         nbnorm.layer_norm(normalized_shape=COLS, **right | {argument: Tensor(wrapped[argument], is_neg=True)})
+
+
+def test_what_is_let_through_without_gradients_is_refused_with_them(torch, operands, checked):
+    parameter = Tensor(operands[1], requires_grad=True)
+    x = Tensor(operands[0])
+    torch.is_grad_enabled = lambda: False
+    for _ in range(2):
+        nbnorm.layer_norm(x, COLS, parameter)
+    assert len(checked) == 1
+    torch.is_grad_enabled = lambda: True
+    with pytest.raises(TypeError, match=r"^weight: a torch tensor that requires grad"):
+        nbnorm.layer_norm(x, COLS, parameter)
+
+
+def test_an_out_of_inference_mode(torch, operands, checked):
+    x, out = Tensor(operands[0]), Tensor(cuda.device_array_like(operands[0]), is_inference=True)
+    torch.is_inference_mode_enabled = lambda: True
+    for _ in range(2):
+        nbnorm.layer_norm(x, COLS, out=out)
+    assert len(checked) == 1
+    torch.is_inference_mode_enabled = lambda: False
+    with pytest.raises(TypeError, match=r"^out: a torch tensor of inference mode"):
+        nbnorm.layer_norm(x, COLS, out=out)
+
+
+def test_tensors_while_a_graph_is_recorded(torch, operands):
+    x = Tensor(operands[0])
+    for _ in range(2):
+        nbnorm.layer_norm(x, COLS)
+    torch.jit.is_tracing = lambda: True
+    with pytest.raises(TypeError, match=r"^x: a torch tensor while torch.jit.trace records"):
+        nbnorm.layer_norm(x, COLS)
+
+
+def test_a_tensor_whose_memory_was_freed(torch, operands, monkeypatch):
+    x = Tensor(operands[0])
+    for _ in range(2):
+        nbnorm.layer_norm(x, COLS)
+    monkeypatch.setattr(Tensor, "data_ptr", lambda tensor: 0)
+    monkeypatch.setattr(Tensor, "untyped_storage", lambda tensor: SimpleNamespace(nbytes=lambda: 0))
+    with pytest.raises(TypeError, match=r"^x: a torch tensor whose storage was freed"):
+        nbnorm.layer_norm(x, COLS)
 
 
 def test_tensors_while_derivatives_are_recorded_forwards(torch, operands, checked):
