@@ -5,7 +5,8 @@ import io
 import os
 import signal
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 
 from nbnorm import __version__
 
@@ -20,20 +21,27 @@ def main(arguments=None):
             stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     try:
-        code = _report() if options.command is None else _apply(options)
+        code = {None: _report, "apply": _apply, "cache": _cache}[options.command](options)
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print("nbnorm: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     except BrokenPipeError:
         # who reads the output has left; Python would complain once more when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except (OSError, ValueError, TypeError, MemoryError) as error:
-        print("nbnorm:", _line(str(error)) or type(error).__name__, file=sys.stderr)
+        _complain(_line(str(error)) or type(error).__name__)
         return 2
     return code
+
+
+def _complain(text):
+    # where there is no stderr, print would take stdout; one that cannot be written to leaves the exit code to tell
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print("nbnorm:", text, file=sys.stderr, flush=True)
 
 
 def _line(text):
@@ -55,15 +63,22 @@ def parser():
     apply.add_argument("--bias", metavar="B.npy", help="shift of each element of a row")
     apply.add_argument("--eps", type=float, default=1e-5, help="added to the variance (default: %(default)s)")
     apply.add_argument("--use-diff-of-squares", action="store_true", help="variance as mean(x^2) - mean(x)^2")
-    apply.add_argument("--dtype", choices=["float16", "float32", "float64"], help="of the result (default: the input's)")
+    dtypes = ["float16", "bfloat16", "float32", "float64"]
+    apply.add_argument("--dtype", choices=dtypes, help="of the result (default: the input's)")
+    help_ = "the folder of compiled kernels"
+    cache = commands.add_parser("cache", help=help_, description=f"Show {help_}: where it is, and what is in it.")
+    cache.add_argument("--clear", action="store_true", help="delete them")
     return result
 
 
 def _shape(text):
-    return [int(size) for size in text.split(",")]
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}; expected the sizes of a row, as in 768 or 28,28") from None
 
 
-def _report():
+def _report(_):
     # imported here, since what `--help` prints needs none of it
     from nbnorm.report import report
 
@@ -85,8 +100,34 @@ def _apply(options):
             options.dtype,
             interrupted=lambda: bool(received),
         )
+    for path in applied.taken_as_bfloat16:
+        print(f"{path}: 2-byte elements without a name, taken as bfloat16")
     print(f"{options.output}: {applied.shape} {applied.dtype}; ", end="")
     print(f"largest error {applied.largest_error:.2f} eps in {applied.checked_rows} rows checked against longdouble")
+    return 0
+
+
+def _cache(options):
+    from nbnorm import cache_folder
+
+    folder, distrust = cache_folder.place()
+    print(f"folder:  {folder}")
+    reason = distrust or cache_folder.fault_of_writing(folder)
+    if reason:
+        consequence = "each process compiles its kernels" if distrust else "no kernel is added"
+        print(f"fault:   {reason}: {consequence}; NBNORM_CACHE_DIR names another folder")
+    if distrust:
+        return 0
+    kernels, unfinished = cache_folder.files(folder)
+    megabytes = sum(status.st_size for _, status in kernels) / 1e6
+    print(f"kernels: {len(kernels)}, {megabytes:.1f} MB of at most {cache_folder.LIMIT_BYTES / 1e6:.0f} MB")
+    if kernels:
+        used = [time.strftime("%Y-%m-%d", time.localtime(status.st_mtime)) for _, status in kernels]
+        print(f"used:    {min(used)} to {max(used)}")
+    if options.clear:
+        for path, _ in kernels + unfinished:
+            path.unlink(missing_ok=True)
+        print(f"cleared: {len(kernels)} kernels deleted")
     return 0
 
 

@@ -4,15 +4,14 @@ Numba's own cache has one index for all kernels of a source file. Processes that
 while it does, leave an index that names another kernel's code; it does not see that a helper was edited; and a folder that
 cannot be written, a full disk or a broken file raise out of the call. Here each kernel has a file of its own, named by all
 that it depends on, put in place whole and verified when it is read. Whatever is wrong with a file, the kernel is compiled.
+Where the files are is `cache_folder`'s to say.
 """
 
 import hashlib
 import inspect
-import os
 import pickle
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import llvmlite
 import numba
@@ -20,7 +19,8 @@ import numpy as np
 from numba.core import config
 from numba.core.caching import NullCache
 from numba.core.serialize import dumps
-from numba.misc.appdirs import AppDirs
+
+from nbnorm import cache_folder
 
 # Numba's settings that the code depends on beside the processor, which its code generator names itself
 SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "ENABLE_AVX", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE", "USING_SVML")
@@ -46,13 +46,12 @@ class Cache(NullCache):
     def load_overload(self, signature, target_context):
         target_context.refresh()
         name = self._file_name(signature, target_context.codegen())
-        for folder in folders():
-            # whatever a file holds and whyever it can't be read, the kernel can be compiled
-            with suppress(Exception):
-                stored = (folder / name).read_bytes()
-                content = stored[CHECKSUM_BYTES:]
-                if _checksum(name.encode() + content) == stored[:CHECKSUM_BYTES]:
-                    return self._rebuild(target_context, pickle.loads(content))
+        # whatever a file holds and whyever it can't be read, the kernel can be compiled
+        with suppress(Exception):
+            stored = cache_folder.read(name)
+            content = stored[CHECKSUM_BYTES:]
+            if _checksum(name.encode() + content) == stored[:CHECKSUM_BYTES]:
+                return self._rebuild(target_context, pickle.loads(content))
         return None
 
     def save_overload(self, signature, compiled):
@@ -60,31 +59,10 @@ class Cache(NullCache):
         with suppress(Exception):
             content = dumps(self._reduce(compiled))
             name = self._file_name(signature, compiled.codegen)
-            stored = _checksum(name.encode() + content) + content
-            any(_is_written(folder, name, stored) for folder in folders())
+            cache_folder.write(name, _checksum(name.encode() + content) + content)
 
     def _file_name(self, signature, codegen):
         return f"{_checksum(repr((self.key, str(signature), codegen.magic_tuple())).encode()).hex()}.nbnorm"
-
-
-def folders():
-    """Where files may be, in the order in which they are looked for and left."""
-    if config.CACHE_DIR:
-        return [Path(config.CACHE_DIR) / "nbnorm"]
-    return [Path(__file__).parent / "__pycache__", Path(AppDirs("nbnorm", appauthor=False).user_cache_dir)]
-
-
-def _is_written(folder, name, content):
-    temporary = folder / f"{name}.{os.urandom(8).hex()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(folder / name)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        return False
-    return True
 
 
 def _checksum(content):

@@ -1,4 +1,4 @@
-"""Every check of user input, with `operands` and `state`: all of them before a kernel runs, and no raise elsewhere.
+"""Every check of user input, with `operands`, `state` and `files`: all of them before a kernel runs, and no raise elsewhere.
 
 TypeError is for a wrong kind of object, dtype or device, ValueError for a wrong shape, eps, mask or layout. A message
 begins with the argument's name and says what came and what was expected.
@@ -6,16 +6,11 @@ begins with the argument's name and says what came and what was expected.
 
 import functools
 import importlib.util
-import io
 import math
 import operator
-import os
 import re
-import stat
 import sys
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +22,6 @@ from nbnorm.shown import described, is_array, shown, type_name
 
 MAX_NDIM = 64
 ORDER = "; the order of the arguments is x, normalized_shape, weight, bias, or dy, x, normalized_shape, weight"
-# NumPy takes headers of 10,000 characters
-NPY_HEADER_BYTES = 1 << 14
-NPY_VERSIONS = ((1, 0), (2, 0), (3, 0))
 # the exact answer can take exponential time for contrived strides
 OVERLAP_WORK: Any = 1_000_000
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import checks
+from nbnorm import files
 
 # what is between neighbours in a Fortran-ordered block is read too, up to this: a disk gives whole pages, and from memory
 # a read of its own takes as long as copying 12 KB more
@@ -43,12 +43,12 @@ def opened(path):
     if path is None:
         yield None
         return
-    checks.regular_file(path)
+    files.source(path)
     # not buffered, as what is read at once is large or far from the rest
     with Path(path).open("rb", buffering=0) as file:
         identity = _identity(os.fstat(file.fileno()))
         with named(path):
-            header = checks.npy_header(path, file)
+            header = files.npy_header(path, file)
         yield Npy(path, file, identity, *header)
 
 
@@ -74,7 +74,7 @@ def read(array, index=()):
         else:
             first = sum(start * math.prod(array.shape[axis + 1 :]) for axis, (start, _) in enumerate(bounds))
             _fill(block.reshape(-1).view(np.uint8), array, first * block.itemsize)
-    checks.unchanged_file(array.path, _identity(Path(array.path).stat()) == array.identity)
+    files.unchanged(array.path, _identity(Path(array.path).stat()) == array.identity)
     return block
 
 
@@ -136,5 +136,5 @@ def _fill(target, array, place):
     # one call to the system gives two gigabytes at most
     while target.size:
         count = array.file.readinto(target)
-        checks.unchanged_file(array.path, count > 0)
+        files.unchanged(array.path, count > 0)
         target = target[count:]

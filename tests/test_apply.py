@@ -1,16 +1,23 @@
 """Does `nbnorm apply` normalise files of any size and order, and leave nothing behind when it cannot?"""
 
+import bz2
 import fcntl
+import gzip
+import lzma
 import math
 import os
+import pickle
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +115,53 @@ def test_dtypes(x, folder, source, dtype):
     assert default.dtype == (source if source.startswith("float") else np.float64)
 
 
+@pytest.mark.parametrize("order", "<>|")
+@pytest.mark.parametrize("shape", [(7, 10, COLS), (3, 0, COLS)])
+def test_bfloat16_as_numpy_writes_it(folder, rng, capsys, order, shape):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    x, weight, bias = (rng.standard_normal(shape).astype(bfloat16) for shape in (shape, COLS, COLS))
+    for name, array in (("x", x), ("w", weight), ("b", bias)):
+        # what numpy.load makes of bfloat16 says |V2 when it is written again
+        np.save(f"{name}.npy", array.view("V2") if order == "|" else array.astype(bfloat16.newbyteorder(order)))
+        assert f"'{order}V2'".encode() in (folder / f"{name}.npy").read_bytes()
+    assert apply("--weight", "w.npy", "--bias", "b.npy") == 0
+    expected = nbnorm.layer_norm(x, COLS, weight, bias)
+    np.save("expected.npy", expected)
+    assert (folder / "y.npy").read_bytes() == (folder / "expected.npy").read_bytes()
+    out, err = capsys.readouterr()
+    taken = [f"{name}.npy: 2-byte elements without a name, taken as bfloat16" for name in "xwb"]
+    assert out.splitlines()[:3] == taken
+    assert out.splitlines()[3].startswith(f"y.npy: {shape} bfloat16; largest error 0.")
+    assert err == ""
+
+
+@pytest.mark.parametrize("source", ["float16", "float32", "float64", "int16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_from_and_to_bfloat16(x, folder, source, dtype):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = (x * 3).astype(source if source != "bfloat16" else ml_dtypes.bfloat16)
+    np.save("x.npy", x)
+    assert apply("--dtype", dtype) == 0
+    y = np.load("y.npy")
+    assert_y(y.view(ml_dtypes.bfloat16) if dtype == "bfloat16" else y, x, 1)
+
+
+@pytest.mark.parametrize("where", ["x.npy", "w.npy", "--dtype"])
+def test_bfloat16_without_ml_dtypes(x, folder, capsys, monkeypatch, where):
+    if where != "--dtype":
+        np.save(where, np.zeros(COLS, "V2"))
+    np.save("w.npy", np.zeros(COLS, "V2" if where == "w.npy" else "f4"))
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert apply("--weight", "w.npy", *(["--dtype", "bfloat16"] if where == "--dtype" else [])) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"nbnorm: {where}: ")
+    assert (
+        err.endswith("bfloat16 needs the package ml_dtypes: pip install ml_dtypes\n") or "taken as bfloat16 and needs" in err
+    )
+    assert leftovers(folder) == []
+
+
 @pytest.mark.parametrize(("shape", "normalized_shape"), [((0, 4), "4"), ((3, 0), "0"), ((4,), "4")])
 def test_empty_arrays_and_a_single_row(folder, shape, normalized_shape):
     np.save("x.npy", np.zeros(shape, np.float32))
@@ -156,7 +210,8 @@ def fifo(folder):
     os.mkfifo(folder / "x.npy")
 
 
-def header(folder, text):
+def header(folder, text=b"", shape="(2, 48)", order="False", descr="'<f4'"):
+    text = text or f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}}}".encode()
     (folder / "x.npy").write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", len(text)) + text)
 
 
@@ -167,17 +222,20 @@ FAILURES = [
     pytest.param(truncated, [], "x.npy: 13468 bytes; expected 13568, for the shape", id="truncated"),
     pytest.param(pickled, [], "x.npy: elements of dtype object; expected floats", id="pickle"),
     pytest.param(
-        lambda folder: np.save("x.npy", np.zeros((2, 5))), [], r"x: shape (2, 5); expected one that ends in", id="shape"
+        lambda folder: np.save("x.npy", np.zeros((2, 5))),
+        [],
+        "x.npy: shape (2, 5); expected one that ends in --n",
+        id="shape",
     ),
     pytest.param(
-        lambda folder: np.save("x.npy", np.zeros((2, 48), "c8")), [], "x: dtype complex64; supported", id="complex"
+        lambda folder: np.save("x.npy", np.zeros((2, 48), "c8")), [], "x.npy: dtype complex64; supported", id="complex"
     ),
     pytest.param(
-        lambda folder: np.save("w.npy", np.ones(3)), ["--weight", "w.npy"], "weight: shape (3,); expected", id="weight"
+        lambda folder: np.save("w.npy", np.ones(3)), ["--weight", "w.npy"], "w.npy: shape (3,); expected", id="weight"
     ),
     pytest.param(lambda folder: None, ["--bias", "b.npy"], "No such file or directory: 'b.npy'", id="no bias"),
-    pytest.param(lambda folder: None, ["--eps", "-1"], "eps: -1.0; expected a finite number", id="eps"),
-    pytest.param(lambda folder: None, ["--normalized-shape", "-1"], "normalized_shape: [-1]; expected", id="negative"),
+    pytest.param(lambda folder: None, ["--eps", "-1"], "nbnorm: --eps: -1.0; expected a finite number", id="eps"),
+    pytest.param(lambda folder: None, ["--normalized-shape", "-1"], "--normalized-shape: [-1]; expected", id="negative"),
     pytest.param(fifo, [], "x.npy: not a regular file; expected an array", id="fifo"),
     pytest.param(lambda folder: header(folder, b"1" + b"+1" * 4000), [], "x.npy: not an array in NumPy's", id="deep header"),
     pytest.param(
@@ -192,6 +250,10 @@ FAILURES = [
     pytest.param(lambda folder: os.link("x.npy", "y.npy"), [], "y.npy: is also an input", id="output linked to input"),
     pytest.param(lambda folder: (folder / "y.npy").mkdir(), [], "y.npy: not a regular file; expected", id="directory"),
     pytest.param(lambda folder: None, ["-o", "/dev/null"], "/dev/null: not a regular file", id="device"),
+    pytest.param(lambda folder: None, ["-o", "-"], "-: expected a name for a file; the result is not", id="dash"),
+    pytest.param(lambda folder: None, ["-o", ""], "'': not a name for a file", id="no name"),
+    pytest.param(lambda folder: None, ["-o", "new/"], "'new/': not a name for a file", id="name of a folder"),
+    pytest.param(lambda folder: None, ["-o", "a" * 300], "File name too long: 'aaa", id="long name"),
     pytest.param(lambda folder: None, ["-o", "no/y.npy"], "no/y.npy: no such directory", id="no directory"),
 ]
 
@@ -207,6 +269,126 @@ def test_failures_are_one_line_and_exit_code_2(x, folder, capsys, spoil, options
     assert err.count("\n") == 1
     assert message in err
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+HEADERS = [
+    (
+        {"text": b"{'descr': '<f4', 'fortran_order': false, 'shape': (2, 48)}"},
+        "'fortran_order': false, 'shape': (2, 48)}\"; expected",
+    ),
+    ({"shape": "[2, 48]"}, "shape [2, 48] in its header; expected a tuple of ints such as (3, 768)"),
+    ({"shape": "(2, 48.0)"}, "shape (2, 48.0) in its header; expected a tuple of ints"),
+    ({"shape": "(-1, 48)"}, "shape (-1, 48) in its header; expected one that an array can have"),
+    ({"shape": "(1,) * 2"}, "the header "),
+    ({"order": "0"}, "fortran_order 0 in its header; expected True or False"),
+    ({"order": "'False'"}, "fortran_order 'False' in its header; expected True or False"),
+    ({"descr": "'float33'"}, "descr 'float33' in its header; expected a dtype such as '<f4'"),
+    ({"descr": "None"}, "descr None in its header; expected a dtype"),
+    ({"text": b"{'descr': '<f4', 'shape': (2, 48)}"}, "a header of ['descr', 'shape']; expected a dict of descr, f"),
+    ({"text": b"['descr']"}, "a header of 'list'; expected a dict"),
+    ({"text": b"1" + b"0" * 9000}, "the header '1000"),
+    ({"text": b" " * 20_000}, "a header of 20000 bytes; expected at most 10000"),
+]
+
+
+@pytest.mark.parametrize(("parts", "message"), HEADERS)
+def test_headers_that_are_wrong_are_told_in_words(x, folder, capsys, parts, message):
+    header(folder, **parts)
+    assert apply() == 2
+    err = capsys.readouterr().err
+    assert f"x.npy: not an array in NumPy's .npy format: {message}" in err or ("the header" in err and message in err)
+    assert " at 0x" not in err
+    assert len(err) < 400
+
+
+def zipped(name):
+    def write(path):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr(name, b"content")
+
+    return write
+
+
+def safetensors(path):
+    names = b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    path.write_bytes(struct.pack("<Q", len(names)) + names)
+
+
+def zarr(path):
+    path.unlink()
+    path.mkdir()
+    (path / "zarr.json").touch()
+
+
+OTHER_FORMATS = [
+    (np.savez, "a .npz file", 'np.save("x.npy", np.load("x.npy")["NAME"])'),
+    (zipped("a.npy"), "a .npz file", 'np.load("x.npy")["NAME"]'),
+    (zipped("archive/data.pkl"), "a file of torch.save", 'torch.load("x.npy")'),
+    (zipped("a.txt"), "a zip file", "unpack it first"),
+    (safetensors, "a safetensors file", 'safetensors.numpy.load_file("x.npy")["NAME"]'),
+    (lambda path: path.write_bytes(gzip.compress(b"1")), "compressed by gzip", 'gunzip -c "x.npy" > x.npy'),
+    (lambda path: path.write_bytes(bz2.compress(b"1")), "compressed by bzip2", "bunzip2"),
+    (lambda path: path.write_bytes(lzma.compress(b"1")), "compressed by xz", "unxz"),
+    (lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd\0"), "compressed by zstd", "unzstd"),
+    (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n\0"), "an HDF5 file", 'h5py.File("x.npy")["NAME"][()]'),
+    (zarr, "a zarr folder", 'zarr.open("x.npy", mode="r")[...]'),
+    (lambda path: path.write_bytes(pickle.dumps(1, 4)), "a pickle", "pickles are not loaded"),
+    (lambda path: path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j"), "a file of torch.save", 'torch.load("x.npy")'),
+    (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "Git LFS's stand-in", "git lfs pull"),
+    (lambda path: path.write_text("1,2\n3,4\n"), "text, which begins '1,2'", 'np.loadtxt("x.npy", delimiter=",")'),
+    (lambda path: path.write_text("\ufeff\xe9;2\n", "utf-8"), "text, which begins '\xe9;2'", "np.loadtxt"),
+    (lambda path: path.write_bytes(b""), "an empty file", "expected an array that numpy.save has written"),
+    (lambda path: path.write_bytes(bytes(range(200))), "of another one", 'np.fromfile("x.npy", DTYPE)'),
+]
+
+
+@pytest.mark.parametrize(("write", "what", "advice"), OTHER_FORMATS)
+def test_other_formats_are_named_whatever_the_files_name(x, folder, capsys, write, what, advice):
+    path = folder / "x.npy"
+    if write is np.savez:
+        np.savez("x.npz", a=x)
+        Path("x.npz").rename(path)
+    else:
+        write(path)
+    assert apply() == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"nbnorm: x.npy: not an array in NumPy's .npy format, but {what}")
+    assert advice in err
+    assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize("name", ["y.npz", "y.npy.gz", "y.safetensors", "Y.NPZ", "y.h5", "y.pt", "y.csv", "no/y.zarr"])
+def test_names_of_other_formats_are_not_written_to(x, folder, capsys, name):
+    assert apply("-o", name) == 2
+    assert (
+        f"nbnorm: {name}: ends in .{name.rpartition('.')[2]}; expected a name that ends in .npy" in capsys.readouterr().err
+    )
+    assert leftovers(folder) == []
+    assert apply("-o", "y") == apply("-o", "y.2") == 0
+
+
+@pytest.mark.parametrize("stdout", ["pipe", "file"])
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/2"])
+def test_stdout_and_stderr_are_not_written_to(x, folder, python_environment, stdout, name):
+    with (folder / "y.npy").open("w+") as file:
+        ends = {"stdout": file, "stderr": file} if stdout == "file" else {"capture_output": True}
+        result = subprocess.run(command("-o", name), env=python_environment, text=True, check=False, **ends)
+        file.seek(0)
+        printed = file.read() if stdout == "file" else result.stderr
+    assert result.returncode == 2
+    reason = "is where stdout goes" if stdout == "file" else "not a regular file"
+    assert printed.startswith(f"nbnorm: {name}: {reason}; expected ")
+    assert leftovers(folder) == []
+
+
+@pytest.mark.parametrize("text", ["7,x", "", "28x28", "(768,)", "1.5", "1" * 5000], ids=lambda text: text[:10])
+def test_sizes_that_are_no_numbers(x, capsys, text):
+    with pytest.raises(SystemExit) as stop:
+        apply("--normalized-shape", text)
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"nbnorm apply: error: argument --normalized-shape: '{text[:50]}")
+    assert last.endswith("; expected the sizes of a row, as in 768 or 28,28")
 
 
 def test_wrong_options_are_exit_code_2(capsys):
@@ -354,6 +536,23 @@ def test_names_and_help_that_the_terminal_cannot_show(x, folder, python_environm
         assert result.stdout.startswith(shown)
 
 
+@pytest.mark.parametrize("stderr", ["/dev/full", "closed", "closed pipe"])
+@pytest.mark.parametrize("fault", [False, True])
+def test_complaints_that_cannot_be_written(x, folder, python_environment, stderr, fault):
+    """The exit code tells, and nothing of them is on stdout."""
+    (folder / "x.npy").rename(folder / ("no.npy" if fault else "x.npy"))
+    reader, end = os.pipe()
+    os.close(reader)
+    # signs of life too
+    code = f"import sys; from nbnorm import __main__, apply; apply.LOG_SECONDS = 0; sys.exit(__main__.main({arguments()}))"
+    run = shlex.join([sys.executable, "-c", code]) + {"/dev/full": " 2>/dev/full", "closed": " 2>&-"}.get(stderr, "")
+    result = subprocess.run(["/bin/sh", "-c", run], env=python_environment, stdout=-1, stderr=end, check=False)
+    os.close(end)
+    assert result.returncode == (2 if fault else 0)
+    assert result.stdout.decode().startswith("" if fault else "y.npy: (7, 10, 48) float32")
+    assert bool(result.stdout) is not fault
+
+
 def on_terminal(environment):
     """What the command prints to a terminal on stderr."""
     terminal, end = pty.openpty()
@@ -372,15 +571,22 @@ def on_terminal(environment):
     return shown.decode()
 
 
-def test_progress_bar_on_a_terminal_only(x, folder, python_environment):
-    assert " rows" in on_terminal(python_environment)
+def test_signs_of_life_on_a_terminal(x, folder, python_environment):
+    shown = on_terminal(python_environment)
+    assert shown.startswith("\rnbnorm: 0 of 70 rows ")
+    # nothing of it stays
+    assert shown.endswith(f"\r{' ' * 70}\r")
     result = subprocess.run(command(), env=python_environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_without_tqdm_a_terminal_is_told_how_to_get_a_progress_bar(x, folder, python_environment):
-    (folder / "absent").mkdir()
-    (folder / "absent" / "tqdm.py").write_text("raise ModuleNotFoundError('tqdm')")
-    path = os.pathsep.join([os.fspath(folder / "absent"), python_environment["PYTHONPATH"]])
-    shown = on_terminal(python_environment | {"PYTHONPATH": path})
-    assert shown == "nbnorm: no progress bar without tqdm: pip install 'nbnorm[cli]'\r\n"
+@pytest.mark.parametrize("stream", ["terminal", "log"])
+def test_signs_of_life_now_and_then(x, folder, capsys, monkeypatch, stream):
+    monkeypatch.setattr(apply_module, "BLOCK_BYTES", 20 * COLS * 4)
+    monkeypatch.setattr(apply_module, "TERMINAL_SECONDS" if stream == "terminal" else "LOG_SECONDS", 0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: stream == "terminal", raising=False)
+    assert apply() == 0
+    err = capsys.readouterr().err
+    assert re.search(r"nbnorm: 40 of 70 rows, 57%; \d+ s left", err)
+    assert re.search(r"nbnorm: 70 of 70 rows, 100%; 0 s left", err)
+    assert err.count("\n") == (0 if stream == "terminal" else 3)
