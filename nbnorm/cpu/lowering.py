@@ -106,7 +106,7 @@ def _(operands):
     def code(builder, operands_):
         bits = control.read(builder)
         with builder.if_then(control.is_other(builder, bits), likely=False):
-            control.write(builder, I64(control.STANDARD.get(control.MACHINE, 0)))
+            control.write(builder, I64(control.STANDARD[control.MACHINE]))
         pinned = operands_
         for i, operand in enumerate(operands):
             if operand != types.none:
