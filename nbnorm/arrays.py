@@ -105,7 +105,9 @@ def to_numpy(array, array_kind):
     result = np.asanyarray(array)
     # a longdouble stays one, to be refused
     if isinstance(array, list | tuple | int | float) and result.dtype.kind in "biuf" and result.dtype.itemsize <= 8:
-        return result.astype(np.float64)
+        converted = np.empty(result.shape, np.float64)
+        convert(result, converted)
+        return converted
     return result
 
 
@@ -121,7 +123,10 @@ def empty(shape, dtype, like_kind):
 
 def convert(source, destination):
     """Copy with a cast: a value beyond the range of a narrower dtype becomes Inf, without a warning."""
-    with np.errstate(all="ignore"):
+    # which is built on this file
+    from nbnorm.cpu import mode
+
+    with np.errstate(all="ignore"), nullcontext() if source.dtype.type is destination.dtype.type else mode.standard():
         np.copyto(destination, source, casting="unsafe")
 
 

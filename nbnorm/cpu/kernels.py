@@ -5,6 +5,9 @@ read-only arrays match. `dtype` is what a kernel computes in, the widest of all 
 rows may be narrower. What a kernel does not need (`has_weight=False`, say) it takes as an empty array.
 
 The parallel build of a kernel gives the bits of the serial one: what is split, and where, depends on the shape alone.
+
+The floating-point mode is a thread's own, and may be any. So all arithmetic, in a `prange` and between two, comes after a
+`standard_mode`, on the operands that it gives, and before a `restore_mode`; nothing between them raises.
 """
 
 import functools
@@ -14,7 +17,7 @@ from numba import from_dtype, prange, types
 
 from nbnorm.cpu import lowering  # noqa: F401  teaches Numba the operations on lanes
 from nbnorm.cpu.compiled import compiled
-from nbnorm.cpu.lanes import fence, pointer, scratch
+from nbnorm.cpu.lanes import fence, pointer, restore_mode, scratch, standard_mode
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.rows import (
     DIFF_OF_SQUARES,
@@ -117,14 +120,15 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     signature = forward_signature(x_dtype, dtype)
 
     @compiled(signature, parallel)
-    def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
-        rows, cols = x.shape
-        x_, y_ = pointer(x), pointer(y)
-        weight_ = pointer(weight) if has_weight else None
-        bias_ = pointer(bias) if has_bias else None
-        ahead = cols * -(-AHEAD // cols)
-        task_rows = max(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // cols)
+    def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
+        rows, row_size = x.shape
+        weight_or_none = pointer(weight) if has_weight else None
+        bias_or_none = pointer(bias) if has_bias else None
+        operands = pointer(x), pointer(y), weight_or_none, bias_or_none, row_size, given_eps
+        ahead = row_size * -(-AHEAD // row_size)
+        task_rows = max(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // row_size)
         for task in prange(-(-rows // task_rows)):
+            thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
             stop = min((task + 1) * task_rows, rows)
             # a row that waits for the other of its pair; not yet one, but no literal 0, for which Numba would compile twice
             is_waiting = False
@@ -155,6 +159,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                 if mean.size > 0:
                     mean[r] = row_mean
                     rstd[r] = row_rstd
+            restore_mode(thread_mode)
             if streaming:
                 fence()
 
@@ -183,16 +188,20 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     signature = backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
 
     @compiled(signature, parallel)
-    def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
-        rows, cols = x.shape
+    def kernel(dy, x, weight, given_eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
+        rows, row_size = x.shape
         blocks = sums.shape[1]
-        dy_, x_ = pointer(dy), pointer(x)
-        weight_ = pointer(weight) if has_weight else None
-        dx_ = pointer(dx) if with_dx else None
-        dweight_sums = pointer(sums[0]) if with_dweight else None
-        dbias_sums = pointer(sums[-1]) if with_dbias else None
-        group_rows = max(1, min(GROUP_ROWS, GROUP_ELEMENTS // cols))
+        weight_or_none = pointer(weight) if has_weight else None
+        dx_or_none = pointer(dx) if with_dx else None
+        dweight_sums_or_none = pointer(sums[0]) if with_dweight else None
+        dbias_sums_or_none = pointer(sums[-1]) if with_dbias else None
+        operands = (
+            pointer(dy), pointer(x), weight_or_none, dx_or_none, dweight_sums_or_none, dbias_sums_or_none,
+            row_size, given_eps,
+        )  # fmt: skip
+        group_rows = max(1, min(GROUP_ROWS, GROUP_ELEMENTS // row_size))
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
+            thread_mode, (dy_, x_, weight_, dx_, dweight_sums, dbias_sums, cols, eps) = standard_mode(operands)
             his, rests, rstds = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
             g_his, g_rests, slopes = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
             totals, projected = scratch(GROUP_ROWS, np.float64), scratch(GROUP_ROWS, np.float64)
@@ -251,14 +260,18 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 if not is_ordinary:
                     row_gradients_rescaled(dy_, x_, r * cols, cols, eps, weight_, dx_, dweight_sums, dbias_sums, b * cols)
                     r += 1
+            restore_mode(thread_mode)
             if streaming:
                 fence()
 
         # the blocks' sums
         if has_sums and last:
-            for c in prange(-(-cols // 16)):
+            results = dweight_sums_or_none, dbias_sums_or_none, pointer(dweight), pointer(dbias), row_size
+            for c in prange(-(-row_size // 16)):
+                thread_mode, (dweight_sums, dbias_sums, dweight_, dbias_, cols) = standard_mode(results)
                 j = 16 * c
-                add_blocks(dweight_sums, j, blocks, cols, False, pointer(dweight), j, cols - j)
-                add_blocks(dbias_sums, j, blocks, cols, False, pointer(dbias), j, cols - j)
+                add_blocks(dweight_sums, j, blocks, cols, False, dweight_, j, cols - j)
+                add_blocks(dbias_sums, j, blocks, cols, False, dbias_, j, cols - j)
+                restore_mode(thread_mode)
 
     return kernel

@@ -21,6 +21,18 @@ def pointer(array):
     return array.reshape(-1)
 
 
+def standard_mode(operands):
+    """Have the thread round to nearest even, and take subnormal numbers as they are; `control` says how.
+
+    Returns the mode that it had, and the operands, a tuple, of which nothing is read or computed before.
+    """
+    return None, operands
+
+
+def restore_mode(thread_mode):
+    """Give the thread its mode back; all that was computed is stored before."""
+
+
 def load(source, k, element):
     """Elements k to k + 15, as lanes of the type `element`; None of None."""
     if source is None:

@@ -12,7 +12,7 @@ from numba import prange
 from nbnorm.cpu import kernels
 from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS
-from nbnorm.cpu.lanes import fence, pointer
+from nbnorm.cpu.lanes import fence, pointer, restore_mode, standard_mode
 from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
 from nbnorm.cpu.rows import (
     HI,
@@ -57,13 +57,13 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     signature = kernels.forward_signature(x_dtype, dtype)
 
     @compiled(signature, parallel)
-    def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
-        rows, cols = x.shape
-        segments = -(-cols // SEGMENT)
-        group_rows = min(rows, max(1, GROUP_ELEMENTS // cols))
-        x_, y_ = pointer(x), pointer(y)
-        weight_ = pointer(weight) if has_weight else None
-        bias_ = pointer(bias) if has_bias else None
+    def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
+        rows, row_size = x.shape
+        segments = -(-row_size // SEGMENT)
+        group_rows = min(rows, max(1, GROUP_ELEMENTS // row_size))
+        weight_or_none = pointer(weight) if has_weight else None
+        bias_or_none = pointer(bias) if has_bias else None
+        operands = pointer(x), pointer(y), weight_or_none, bias_or_none, row_size, given_eps
         parts = np.empty((group_rows, segments * PARTS))
         state = np.empty((group_rows, RESCALED))
         for first in range(0, rows, group_rows):
@@ -71,6 +71,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
 
             # statistics
             for task in prange(count * segments):
+                thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
                 i, s = task // segments, task % segments
                 start = s * SEGMENT
                 at = (first + i) * cols + start
@@ -82,6 +83,8 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                 parts[i, PARTS * s + HI] = hi
                 parts[i, PARTS * s + LO] = lo
                 parts[i, PARTS * s + VARIANCE] = var
+                restore_mode(thread_mode)
+            thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
             for i in range(count):
                 hi64, lo64, var, _, _ = merged(pointer(parts[i]), SEGMENT, cols)
                 # NaN fails the comparison too
@@ -94,10 +97,12 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                 if mean.size > 0:
                     mean[first + i] = row_mean
                     rstd[first + i] = row_rstd
+            restore_mode(thread_mode)
 
             # normalise and store
-            tasks = -(-cols // STREAMED_TASK_ELEMENTS)
+            tasks = -(-row_size // STREAMED_TASK_ELEMENTS)
             for task in prange(count * tasks):
+                thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
                 i = task // tasks
                 start = task % tasks * STREAMED_TASK_ELEMENTS
                 width = min(STREAMED_TASK_ELEMENTS, cols - start)
@@ -110,6 +115,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                     normalise(x_, (row,), width, weight_, bias_, start, element, streaming, y_)
                 else:
                     normalise_rescaled(x_, at, width, factor, hi64, lo64, scale64, weight_, bias_, start, y_)
+                restore_mode(thread_mode)
                 if streaming:
                     fence()
 
@@ -133,13 +139,13 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     signature = kernels.backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
 
     @compiled(signature, parallel)
-    def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
-        rows, cols = x.shape
-        segments = -(-cols // SEGMENT)
-        group_rows = min(rows, max(1, GROUP_ELEMENTS // cols))
-        dy_, x_ = pointer(dy), pointer(x)
-        weight_ = pointer(weight) if has_weight else None
-        dx_ = pointer(dx) if with_dx else None
+    def kernel(dy, x, weight, given_eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
+        rows, row_size = x.shape
+        segments = -(-row_size // SEGMENT)
+        group_rows = min(rows, max(1, GROUP_ELEMENTS // row_size))
+        weight_or_none = pointer(weight) if has_weight else None
+        dx_or_none = pointer(dx) if with_dx else None
+        operands = pointer(dy), pointer(x), weight_or_none, dx_or_none, row_size, given_eps
         parts = np.empty((group_rows, segments * PARTS))
         # what `gradients` takes of each row
         row_statistics = np.empty((3, rows), element)
@@ -150,6 +156,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         for group in range(0, rows if needs_statistics else 0, group_rows):
             count = min(group_rows, rows - group)
             for task in prange(count * segments):
+                thread_mode, (dy_, x_, weight_, dx_, cols, eps) = standard_mode(operands)
                 i, s = task // segments, task % segments
                 start = s * SEGMENT
                 width = min(SEGMENT, cols - start)
@@ -179,6 +186,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 parts[i, PARTS * s + LO] = lo
                 parts[i, PARTS * s + VARIANCE] = var
                 parts[i, PARTS * s + SUM_G], parts[i, PARTS * s + PROJECTED] = sums_of_g
+                restore_mode(thread_mode)
+            thread_mode, (dy_, x_, weight_, dx_, cols, eps) = standard_mode(operands)
             for i in range(count):
                 r = group + i
                 hi64, lo64, var, sum_g, projected = merged(pointer(parts[i]), SEGMENT, cols)
@@ -204,13 +213,16 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     rescaled_state[r, G_HI] = g_hi
                     rescaled_state[r, G_LO] = g_lo
                     rescaled_state[r, MEAN_GX] = mean_gx
+            restore_mode(thread_mode)
 
         # the gradients of some columns
         task_cols = COLUMNS * max(1, STREAMED_TASK_ELEMENTS // (COLUMNS * rows))
-        for task in prange(-(-cols // task_cols)):
+        for task in prange(-(-row_size // task_cols)):
             statistics_ = pointer(row_statistics[0]), pointer(row_statistics[1]), pointer(row_statistics[2])
             means_ = pointer(row_means[0]), pointer(row_means[1]), pointer(row_means[2])
+            # which may raise
             own_sums = np.empty(0 if sums.size > 0 else 2 * COLUMNS)
+            thread_mode, (dy_, x_, weight_, dx_, cols, eps) = standard_mode(operands)
             for start in range(task * task_cols, min((task + 1) * task_cols, cols), COLUMNS):
                 width = min(COLUMNS, cols - start)
                 if sums.size > 0:
@@ -250,6 +262,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     for j in range(0, width, 16):
                         add_blocks(dweight_sums, sums_at + j, 1, 0, streaming, pointer(dweight), start + j, width - j)
                         add_blocks(dbias_sums, sums_at + j, 1, 0, streaming, pointer(dbias), start + j, width - j)
+            restore_mode(thread_mode)
             if streaming:
                 fence()
 

@@ -13,7 +13,7 @@ from numba.core import cgutils
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import lower_builtin, register_model, type_callable
 
-from nbnorm.cpu import half, lanes
+from nbnorm.cpu import control, half, lanes
 from nbnorm.cpu.lanes import COUNT
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -99,6 +99,31 @@ def _(array):
         return builder.extract_value(value, ARRAY_DATA)
 
     return types.CPointer(array.dtype), code
+
+
+@lowers(lanes.standard_mode)
+def _(operands):
+    def code(builder, operands_):
+        bits = control.read(builder)
+        with builder.if_then(control.is_other(builder, bits), likely=False):
+            control.write(builder, I64(control.STANDARD[control.MACHINE]))
+        pinned = operands_
+        for i, operand in enumerate(operands):
+            if operand != types.none:
+                pinned = builder.insert_value(pinned, control.pinned(builder, builder.extract_value(operands_, i)), i)
+        return cgutils.pack_struct(builder, [bits, pinned])
+
+    return types.Tuple((types.int64, operands)), code
+
+
+@lowers(lanes.restore_mode)
+def _(thread_mode):
+    def code(builder, bits):
+        control.finish(builder)
+        with builder.if_then(control.is_other(builder, bits), likely=False):
+            control.write(builder, bits)
+
+    return types.none, _returning_none(code)
 
 
 @lowers(lanes.load)

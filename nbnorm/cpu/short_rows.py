@@ -11,7 +11,7 @@ from numba import prange
 from nbnorm.cpu import kernels
 from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
-from nbnorm.cpu.lanes import fence, pointer, scratch, until_aligned
+from nbnorm.cpu.lanes import fence, pointer, restore_mode, scratch, standard_mode, until_aligned
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.rows import TWO_SWEEPS, add_blocks, clear, gradients, normalise, rest_of, split
 from nbnorm.cpu.sixteen_rows import ROWS, SUMS_SIZE, compensated_of_rows, means_of_rows, normalise_rows, statistics_of_rows
@@ -38,17 +38,18 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     signature = kernels.forward_signature(x_dtype, dtype)
 
     @compiled(signature, parallel)
-    def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
-        rows, cols = x.shape
-        x_, y_ = pointer(x), pointer(y)
-        weight_ = pointer(weight) if has_weight else None
-        bias_ = pointer(bias) if has_bias else None
-        ahead = cols * -(-AHEAD // cols)
-        task_rows = max(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // cols)
+    def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
+        rows, row_size = x.shape
+        weight_or_none = pointer(weight) if has_weight else None
+        bias_or_none = pointer(bias) if has_bias else None
+        operands = pointer(x), pointer(y), weight_or_none, bias_or_none, row_size, given_eps
+        ahead = row_size * -(-AHEAD // row_size)
+        task_rows = max(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // row_size)
         # column by column, a line that leaves the caches leaves in pieces, unless a row is one column of lanes: row by row,
         # a call takes 0.65 of the time there
-        is_by_columns = cols <= 16 or not (streaming or y.size * y.itemsize >= STREAMED_BYTES)
+        is_by_columns = row_size <= 16 or not (streaming or y.size * y.itemsize >= STREAMED_BYTES)
         for task in prange(-(-rows // task_rows)):
+            thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
             scratch_sums = scratch(SUMS_SIZE, np.float64)
             means, variances = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
             his, rests, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
@@ -95,6 +96,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                             mean[r + end] = row_mean
                             rstd[r + end] = row_rstd
                         end += 1
+            restore_mode(thread_mode)
             if streaming:
                 fence()
 
@@ -119,22 +121,26 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     signature = kernels.backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
 
     @compiled(signature, parallel)
-    def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
-        rows, cols = x.shape
+    def kernel(dy, x, weight, given_eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
+        rows, row_size = x.shape
         blocks = sums.shape[1]
-        dy_, x_ = pointer(dy), pointer(x)
-        weight_ = pointer(weight) if has_weight else None
-        dx_ = pointer(dx) if with_dx else None
-        dweight_sums = pointer(sums[0]) if with_dweight else None
-        dbias_sums = pointer(sums[-1]) if with_dbias else None
+        weight_or_none = pointer(weight) if has_weight else None
+        dx_or_none = pointer(dx) if with_dx else None
+        dweight_sums_or_none = pointer(sums[0]) if with_dweight else None
+        dbias_sums_or_none = pointer(sums[-1]) if with_dbias else None
+        operands = (
+            pointer(dy), pointer(x), weight_or_none, dx_or_none, dweight_sums_or_none, dbias_sums_or_none,
+            row_size, given_eps,
+        )  # fmt: skip
         # as forward, but fewer rows column by column: it takes 0.8 to 0.9 of the time. Two where each line has the end of
         # one sixteen and the beginning of another: only so many lines wait for their second part, and four rows of 32 to
         # 112 take 0.9 to 2 times as long
         together = ROWS
-        if streaming and cols > 16:
-            together = 2 if has_lines and cols % 16 == 0 and until_aligned(dx_, 0) > 0 else GROUP_ROWS
-        ahead = cols * -(-AHEAD // cols)
+        if streaming and row_size > 16:
+            together = 2 if has_lines and row_size % 16 == 0 and until_aligned(dx_or_none, 0) > 0 else GROUP_ROWS
+        ahead = row_size * -(-AHEAD // row_size)
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
+            thread_mode, (dy_, x_, weight_, dx_, dweight_sums, dbias_sums, cols, eps) = standard_mode(operands)
             scratch_sums = scratch(SUMS_SIZE, np.float64)
             means, variances = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
             his, rests, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
@@ -184,14 +190,18 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                             dy_, x_, at + end * cols, cols, eps, weight_, dx_, dweight_sums, dbias_sums, b * cols
                         )
                         end += 1
+            restore_mode(thread_mode)
             if streaming:
                 fence()
 
         # the blocks' sums
         if has_sums and last:
-            for c in prange(-(-cols // 16)):
+            results = dweight_sums_or_none, dbias_sums_or_none, pointer(dweight), pointer(dbias), row_size
+            for c in prange(-(-row_size // 16)):
+                thread_mode, (dweight_sums, dbias_sums, dweight_, dbias_, cols) = standard_mode(results)
                 j = 16 * c
-                add_blocks(dweight_sums, j, blocks, cols, False, pointer(dweight), j, cols - j)
-                add_blocks(dbias_sums, j, blocks, cols, False, pointer(dbias), j, cols - j)
+                add_blocks(dweight_sums, j, blocks, cols, False, dweight_, j, cols - j)
+                add_blocks(dbias_sums, j, blocks, cols, False, dbias_, j, cols - j)
+                restore_mode(thread_mode)
 
     return kernel
