@@ -128,9 +128,9 @@ def _enqueue_forward(problem, x, weight, bias, target, statistics, place):
         return launch.prepare(kernel, signature, place.device, blocks, tile.threads)
 
     inputs = [_address(array) for array in (x, weight, bias)]
-    eps = launch.number(problem.eps, dtype)
+    eps = launch.epsilon(problem.eps, dtype)
     pitches = x_pitch // itemsize, y_pitch // itemsize
-    fixed = (problem.rows, problem.cols, *segments, *pitches, eps, statistics[0] is not None)
+    fixed = (problem.rows, problem.cols, *segments, *pitches, *eps, statistics[0] is not None)
     results = [_address(array) for array in (y, *statistics)]
     plan = None
     if segments.number == 1:
@@ -177,9 +177,9 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
         return launch.prepare(kernel, signature, place.device, groups * segments.number, tile.threads)
 
     inputs = [_address(array) for array in (dy, x, weight, mean, rstd)]
-    eps = launch.number(problem.eps, dtype)
+    eps = launch.epsilon(problem.eps, dtype)
     pitches = dy_pitch // dy.itemsize, x_pitch // x.itemsize, dx_pitch // x.itemsize
-    fixed = (problem.rows, problem.cols, groups, *segments, *pitches, eps)
+    fixed = (problem.rows, problem.cols, groups, *segments, *pitches, *eps)
     # before there is a workspace, which is made anew for each call
     is_plain = segments.number == 1 and not place.temporaries
     sums_size = (with_dweight + with_dbias) * groups * problem.cols

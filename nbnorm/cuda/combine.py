@@ -56,7 +56,8 @@ def merge(compute_capability, dtype, has_states=True, has_means=False):
 
         if has_states:
             # the power of two for the whole row
-            per_segment = inverse(element(segments))
+            # exact where all segments have the same one, which is the row's then
+            per_segment = inverse_power_of_two(element(segments))
             total = element(0)
             for s in range(lane, segments, team):
                 segment_factor, _, _, _ = state_of(segment_states, start + s)

@@ -63,6 +63,8 @@ def forward_signature(operand_dtypes, dtype):
         types.int64,  # x_pitch: elements from one row to the next
         types.int64,  # y_pitch
         computed,  # eps
+        computed,  # eps_power: of two, the largest that is not above the root of eps
+        computed,  # eps_rest: what 1 / root is times that
         types.boolean,  # has_statistics
         pointer(x_dtype),  # y
         pointer(statistics_dtype),  # mean
@@ -89,6 +91,8 @@ def backward_signature(operand_dtypes, dtype):
         types.int64,  # x_pitch
         types.int64,  # dx_pitch
         computed,  # eps
+        computed,  # eps_power: of two, the largest that is not above the root of eps
+        computed,  # eps_rest: what 1 / root is times that
         pointer(x_dtype),  # dx
         types.CPointer(computed),  # states
         types.CPointer(computed),  # means
@@ -120,7 +124,8 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, p
 
     @compiled(compute_capability, bounds)
     def kernel(
-        x, weight, bias, rows, cols, segments, segment_cols, x_pitch, y_pitch, eps, has_statistics, y, mean, rstd, states
+        x, weight, bias, rows, cols, segments, segment_cols, x_pitch, y_pitch, eps, eps_power, eps_rest, has_statistics,
+        y, mean, rstd, states,
     ):  # fmt: skip
         values = cuda.local.array(size, element)
         scales = cuda.local.array(piece, element)
@@ -151,17 +156,17 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, p
             subtract(values, size, factor, hi)
         else:
             factor, hi, lo, var = row_statistics(
-                values, x, x_at, count, eps, lane, team, held, width, complete, access, is_centred, smallest, largest,
-                shared, 0, element,
+                values, scales, x, x_at, count, eps, lane, team, held, width, complete, access, is_centred,
+                smallest, largest, shared, 0, element,
             )  # fmt: skip
         if is_states:
             if lane == 0:
                 keep_state(states, row * segments + segment, factor, hi, lo, var * element(count))
             return
-        scale, larger = inverse_deviation(var, eps, factor, element)
+        scale, rstd_part, larger = inverse_deviation(var, eps, eps_power, eps_rest, factor, smallest, element)
         if has_statistics and is_mine and lane == 0 and first == 0:
             mean[row] = statistic((hi + lo) * inverse_power_of_two(factor))
-            rstd[row] = statistic(scale * larger)
+            rstd[row] = statistic(rstd_part * larger)
 
         # normalise and store
         y_at = row * y_pitch + first
@@ -226,8 +231,8 @@ def backward(
 
     @compiled(compute_capability, bounds)
     def kernel(
-        dy, x, weight, mean, rstd, rows, cols, groups, segments, segment_cols, dy_pitch, x_pitch, dx_pitch, eps,
-        dx, states, means, sums,
+        dy, x, weight, mean, rstd, rows, cols, groups, segments, segment_cols, dy_pitch, x_pitch, dx_pitch,
+        eps, eps_power, eps_rest, dx, states, means, sums,
     ):  # fmt: skip
         values = cuda.local.array(size, element)
         dys = cuda.local.array(size, element)
@@ -286,6 +291,7 @@ def backward(
                 # statistics
                 lo = element(0)
                 scale = element(1)
+                rstd_part = element(1)
                 larger = element(1)
                 if has_x:
                     if is_given:
@@ -293,17 +299,20 @@ def backward(
                         load(pair, 1, rstd, row, 1, 1)
                         subtract(values, size, element(1), pair[0])
                         scale = pair[1]
+                        rstd_part = scale
                     else:
                         if is_gradients:
                             factor, hi, lo, var = state_of(states, row)
                             subtract(values, size, factor, hi)
                         else:
                             factor, hi, lo, var = row_statistics(
-                                values, x, row * x_pitch + first, count, eps, lane, team, held, width, complete, access,
-                                is_centred, smallest, largest, shared, shared_at, element,
+                                values, pair, x, row * x_pitch + first, count, eps, lane, team, held, width, complete,
+                                access, is_centred, smallest, largest, shared, shared_at, element,
                             )  # fmt: skip
                         if not is_means:
-                            scale, larger = inverse_deviation(var, eps, factor, element)
+                            scale, rstd_part, larger = inverse_deviation(
+                                var, eps, eps_power, eps_rest, factor, smallest, element
+                            )
 
                 # x_hat, g, their means over the row, and the sums over rows
                 shift = element(0)
@@ -335,7 +344,7 @@ def backward(
                 # dx
                 if with_dx and not is_means:
                     for i in range(size):
-                        dys[i] = (dys[i] - mean_g - values[i] * mean_gx) * scale * larger
+                        dys[i] = (dys[i] - mean_g - values[i] * mean_gx) * rstd_part * larger
                     if is_mine:
                         at = row * dx_pitch + first
                         store_row(dys, dx, at, lane, team, held, width, complete, count, access, rounds_pairs)

@@ -5,13 +5,12 @@ Kernels take addresses, and go straight to `cuda.core.launch`: Numba's own way o
 
 import ctypes
 import functools
+import math
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from numba import cuda
-
-TINY, MAX = (float(end) for end in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 @functools.cache
@@ -71,12 +70,19 @@ def is_captured(handle):
     return status == driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE
 
 
-def number(value, dtype):
-    """A float argument of a kernel that computes in `dtype`."""
-    if dtype == np.float64:
-        return ctypes.c_double(value)
-    # eps must not vanish, since a constant row would be NaN, or be Inf
-    return ctypes.c_float(min(max(value, TINY), MAX) if value > 0 else 0.0)
+def epsilon(eps, dtype):
+    """eps as arguments of a kernel that computes in `dtype`: eps, a power of two, and what divided by that is 1 / sqrt(eps).
+
+    The power is the largest in the range of the type that is not above the root. float32 holds roots, and rows beside them,
+    whose squares it does not.
+    """
+    number = ctypes.c_double if dtype == np.float64 else ctypes.c_float
+    ends = np.finfo(dtype)
+    root = math.sqrt(eps)
+    power = math.ldexp(1.0, min(max(math.frexp(root)[1] - 1, ends.minexp), ends.maxexp - 2) if eps else ends.minexp)
+    # a constant row's deviations are 0, and multiplied by this: it is Inf where eps is 0
+    rest = min(power / root, float(ends.max)) if eps else math.inf
+    return number(eps), number(power), number(rest)
 
 
 def fill(view, byte, stream):

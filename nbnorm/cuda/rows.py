@@ -73,49 +73,58 @@ def add_row(values, before, y, at, is_begun, lane, team, held, width, complete, 
 
 @inlined
 def row_statistics(
-    values, x, at, cols, eps, lane, team, held, width, complete, access, is_centred, smallest, largest,
-    shared, shared_at, element,
+    values, scratch, x, at, cols, eps, lane, team, held, width, complete, access, is_centred,
+    smallest, largest, shared, shared_at, element,
 ):  # fmt: skip
     """The power of two by which the row was scaled, the mean in two parts, of which the first is subtracted, the variance.
 
     A row whose squares overflow or vanish is read once more, and scaled.
     """
-    hi, lo, var = statistics(values, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element)
+    load(scratch, 0, x, at, 1, 1)
+    shift = scratch[0]
+    hi, lo, var = statistics(values, shift, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element)
     factor = element(1)
-    # NaN fails the comparison too
-    is_extreme = not smallest <= var + eps <= largest
+    # of a segment, the square of the mean is a part of the row's variance. NaN fails the comparisons too
+    is_extreme = not (smallest <= var + eps and hi * hi + var + eps <= largest)
     if cuda.any_sync(ALL_LANES, is_extreme):
         load_row(values, x, at, lane, team, held, width, complete, cols, access, element)
-        power = rescaling(values, cols, eps, team, held * width, shared, shared_at + SHARED, element)
+        power = rescaling(values, cols, team, held * width, shared, shared_at + SHARED, element)
         # the other rows of a warp are not changed by one that is extreme
         factor = power if is_extreme else element(1)
         for i in range(held * width):
             values[i] *= factor
         shared_at += SHARED + WARP
-        hi, lo, var = statistics(values, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element)
+        hi, lo, var = statistics(
+            values, shift * factor, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element
+        )
     return factor, hi, lo, var
 
 
 @inlined
-def statistics(values, cols, lane, team, held, width, complete, is_centred, shared, at, element):
-    """The mean in two parts, of which the first is subtracted from the values, and the variance."""
+def statistics(values, shift, cols, lane, team, held, width, complete, is_centred, shared, at, element):
+    """The mean in two parts, of which the first is subtracted from the values, and the variance.
+
+    The shift is an element of the row: where all are equal, what they have beyond it is exactly 0, and so are its sums.
+    """
     per_element = inverse(element(cols))
     if is_centred:
-        return centred(values, cols, lane, team, held, width, complete, per_element, shared, at, element)
-    return diff_of_squares(values, team, held, width, per_element, shared, at, element)
+        return centred(values, shift, cols, lane, team, held, width, complete, per_element, shared, at, element)
+    return diff_of_squares(values, shift, cols, lane, team, held, width, complete, per_element, shared, at, element)
 
 
 @inlined
-def centred(values, cols, lane, team, held, width, complete, per_element, shared, at, element):
+def centred(values, shift, cols, lane, team, held, width, complete, per_element, shared, at, element):
     """From the deviations from a first, rounded mean, whose own mean corrects both results.
 
     Formula: Chan, Golub and LeVeque 1983, eq. 1.7.
     """
     total = element(0)
-    for i in range(held * width):
-        # divided before it is added, so that no sum overflows
-        total += values[i] * per_element
-    hi = team_sum(total, team, shared, at, element)
+    for k in range(held):
+        if k < complete or (lane + k * team) * width < cols:
+            for i in range(width):
+                # a sum that overflows makes the row an extreme one
+                total += values[k * width + i] - shift
+    hi = shift + team_sum(total, team, shared, at, element) * per_element
     total = element(0)
     squares = element(0)
     for k in range(held):
@@ -131,16 +140,32 @@ def centred(values, cols, lane, team, held, width, complete, per_element, shared
 
 
 @inlined
-def diff_of_squares(values, team, held, width, per_element, shared, at, element):
-    """From one sweep over the row."""
+def diff_of_squares(values, shift, cols, lane, team, held, width, complete, per_element, shared, at, element):
+    """From one sweep over the row: the squares of its elements, or of what they have beyond the shift.
+
+    Those with the smaller mean lose fewer digits, and never more than sqrt(cols) deviations cost.
+    """
     total = element(0)
     squares = element(0)
-    for i in range(held * width):
-        total += values[i] * per_element
-        squares += values[i] * values[i]
-    mean, squares = team_sums(total, squares, team, shared, at, element)
-    subtract(values, held * width, element(1), mean)
-    return mean, element(0), not_negative(squares * per_element - mean * mean, element)
+    shifted_squares = element(0)
+    for k in range(held):
+        if k < complete or (lane + k * team) * width < cols:
+            for i in range(width):
+                x = values[k * width + i]
+                d = x - shift
+                total += d
+                squares += x * x
+                shifted_squares += d * d
+    total, squares = team_sums(total, squares, team, shared, at, element)
+    shifted_squares = team_sum(shifted_squares, team, shared, at + 2 * WARP, element)
+    distance = total * per_element
+    hi = shift + distance
+    lo = distance - (hi - shift)
+    subtract(values, held * width, element(1), hi)
+    is_shifted = abs(distance) <= abs(hi)
+    mean = distance if is_shifted else hi
+    squares = shifted_squares if is_shifted else squares
+    return hi, lo, not_negative(squares * per_element - mean * mean, element)
 
 
 @inlined
@@ -156,23 +181,30 @@ def not_negative(var, element):
 
 
 @inlined
-def rescaling(values, cols, eps, team, size, shared, at, element):
-    """A power of two by which the row, and the root of eps, neither overflow nor vanish when they are squared."""
+def rescaling(values, cols, team, size, shared, at, element):
+    """A power of two by which the row neither overflows nor vanishes when it is squared."""
     per_element = inverse(element(cols))
     total = element(0)
     for i in range(size):
+        # divided before it is added, so that no sum overflows
         total += abs(values[i]) * per_element
-    scale = max(team_sum(total, team, shared, at, element), inverse(inverse_root(eps)))
-    return inverse_power_of_two(scale)
+    return inverse_power_of_two(team_sum(total, team, shared, at, element))
 
 
 @inlined
-def inverse_deviation(var, eps, factor, element):
-    """What brings deviations, which were multiplied by `factor`, to a variance of 1; and by what more rstd is larger."""
-    if var == element(0):
-        # where every deviation is 0, the product of eps may vanish
-        return inverse_root(eps), element(1)
-    return inverse_root(var + eps * factor * factor), factor
+def inverse_deviation(var, eps, eps_power, eps_rest, factor, smallest, element):
+    """What brings deviations, which were multiplied by `factor`, to a variance of 1; and rstd, as a product of two numbers."""
+    scale = inverse_root(var + eps)
+    if factor == element(1) and var + eps >= smallest:
+        return scale, scale, element(1)
+    root = inverse(eps_rest) * (eps_power * factor)
+    if var == element(0) or root > element(1 << 40):
+        # eps alone counts, and its root may be a number that the type holds only so
+        larger = inverse_power_of_two(eps_power)
+        scale = eps_rest if var == element(0) else eps_rest * larger * inverse_power_of_two(factor)
+        return scale, eps_rest, larger
+    scale = inverse_root(var + root * root)
+    return scale, scale, factor
 
 
 @inlined

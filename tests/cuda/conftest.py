@@ -16,7 +16,7 @@ if IS_SIMULATED:
     simulator.install()
 
     from nbnorm import checks
-    from nbnorm.cuda import arrays, combine, kernels, launch, rows
+    from nbnorm.cuda import arrays, combine, kernels, launch, rows, sizes
 
     def prepare(kernel, signature, device, blocks, threads):
         return lambda stream, *arguments: simulator.run(kernel, signature, blocks, threads, *arguments)
@@ -57,6 +57,15 @@ def order(request, monkeypatch):
     """The order of blocks and threads, which a device chooses itself."""
     if IS_SIMULATED:
         monkeypatch.setattr(simulator, "order", request.param)
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    """Columns of a row that no block holds: on a device; in the simulator of two warps, which take it a tenth of a second."""
+    if not IS_SIMULATED:
+        return 32776
+    monkeypatch.setattr(sizes, "MOST_THREADS", {"forward": 64, "backward": 64})
+    return 2052
 
 
 @pytest.fixture(autouse=True)

@@ -93,7 +93,7 @@ def forward_variants():
     for cols, dtype in itertools.product((32768, 32767), ("float32", "float16")):
         yield from of(dtype, cols, "float32", "float32")
     yield from of("float32", 8192, "float64", "float64")
-    # one sum less: in a part of a warp, in a block, in the first step of a long row
+    # one sweep less: in a part of a warp, in a block, in the first step of a long row
     for cols, dtype in itertools.product((64, 4096, 131072), DTYPES):
         yield from (v for v in of(dtype, cols, variance="diff_of_squares") if v.step != "normalise")
     # addresses of x and y, or of weight and bias, that do not allow the whole of a vector
@@ -243,6 +243,8 @@ def loads(variant):
     dy_access, access, parameter_access = variant.accesses
     # an extreme row is read again
     attempts = 1 + has_statistics(variant)
+    # the shift
+    counts.add(variant.x_dtype, has_statistics(variant))
     if variant.direction == "forward":
         x, *parameters = variant.operands
         counts.add(x, attempts * size, access)
@@ -313,7 +315,7 @@ def test_sums(problem, built):
     sums = barriers = 0
     if has_statistics(variant):
         # both attempts, and between them the sum for the scale of the second
-        sums, barriers = {"centred": (3 + 1 + 3, 2 + 1 + 2), "diff_of_squares": (2 + 1 + 2, 1 + 1 + 1)}[variant.variance]
+        sums, barriers = {"centred": (3 + 1 + 3, 2 + 1 + 2), "diff_of_squares": (3 + 1 + 3, 2 + 1 + 2)}[variant.variance]
     is_backward = variant.direction == "backward"
     if is_backward and variant.output_mask[0] and variant.step != "gradients":
         sums, barriers = sums + 2, barriers + 1
