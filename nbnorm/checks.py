@@ -149,64 +149,6 @@ def float_dtype(dtype):
     return result.newbyteorder("=")
 
 
-def files(source, destination, others):
-    """The paths of `nbnorm apply`: the destination as the file to replace, which must be none of those that are read."""
-    destination = Path(os.path.realpath(destination))
-    if not destination.parent.is_dir():
-        raise ValueError(f"{destination}: no such directory as {destination.parent}")
-    if destination.is_symlink():
-        raise ValueError(f"{destination}: a symbolic link that leads back to itself; expected a name for a file")
-    if destination.exists() and not destination.is_file():
-        raise ValueError(f"{destination}: not a regular file; expected a name for a new file, or a file to replace")
-    if not os.access(destination.parent, os.W_OK):
-        raise ValueError(f"{destination}: no permission to write in {destination.parent}")
-    for path in (source, *others):
-        if destination.exists() and Path(path).samefile(destination):
-            raise ValueError(f"{destination}: is also an input; expected another file to write to")
-    return destination
-
-
-def regular_file(path):
-    """Of what may be opened: a FIFO would wait for its other end."""
-    if not stat.S_ISREG(Path(path).stat().st_mode):
-        raise ValueError(f"{path}: not a regular file; expected an array in NumPy's .npy format")
-
-
-def npy_header(path, file):
-    """What the header of an open .npy file says: where the elements begin, the shape, the dtype, and if in Fortran order."""
-    # NumPy would read all of the 4 GB that a header can say it has
-    head = io.BytesIO(file.read(NPY_HEADER_BYTES))
-    try:
-        # NumPy warns of what Python 2 wrote
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            version = np.lib.format.read_magic(head)
-            if version not in NPY_VERSIONS:
-                raise ValueError(f"version {version}; expected one of {NPY_VERSIONS}")
-            # 3.0 has another encoding than 2.0 for the names of fields, which no array here has
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran_order, dtype = read(head)
-            # and refuses sizes that no array can have
-            np.broadcast_to(np.empty((), dtype), shape)
-    # a hostile header may raise anything in there
-    except Exception as error:
-        raise ValueError(f"{path}: not an array in NumPy's .npy format: {error!s:.200}") from error
-    # pickles, and numbers in structures or arrays of their own
-    if dtype.kind in "OV":
-        raise TypeError(f"{path}: elements of dtype {dtype!s:.200}; expected floats, integers or booleans")
-    offset = head.tell()
-    expected = offset + math.prod(shape) * dtype.itemsize
-    size = os.fstat(file.fileno()).st_size
-    if size < expected:
-        raise ValueError(f"{path}: {size} bytes; expected {expected}, for the shape and dtype that its header says")
-    return offset, shape, dtype, fortran_order
-
-
-def unchanged_file(path, is_unchanged):
-    if not is_unchanged:
-        raise ValueError(f"{path}: changed while it was read")
-
-
 def _x(x, stream):
     """As `operands.operand`, and where the other operands must lie."""
     device = CUDA if arrays.is_cuda(x) else CPU

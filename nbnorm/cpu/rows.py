@@ -101,8 +101,8 @@ def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mo
 def near_mean(x, at, cols, element):
     """A shift for float32 sums: the mean of eight elements, which is each of them where they are equal.
 
-    A float64 that `element` can hold. It is more than a deviation from the mean in 1 normally distributed row of 200; the mean
-    of four elements would be in 1 of 22, the first one in 1 of 3.
+    A float64 that `element` can hold. It is more than a deviation from the mean in 1 normally distributed row of 200; the
+    mean of four elements would be in 1 of 22, the first one in 1 of 3.
     """
     # all over the row, and in no column of an image whose sides are powers of two
     first = element(load_one(x, at)) + element(load_one(x, at + (37 * cols >> 8)))
@@ -114,7 +114,7 @@ def near_mean(x, at, cols, element):
 
 @inlined
 def is_enough(rest, variance, limits):
-    """Whether sums with these limits are enough for a variance, and a mean that is the shift and `rest`; NaN fails it too."""
+    """Whether sums with these limits are enough for a variance, and a mean that is the shift and `rest`; NaN fails it."""
     condition, smallest, largest = limits
     return smallest < variance < largest and rest * rest <= condition * variance
 
@@ -147,8 +147,8 @@ def shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, sum_type, ahead)
             d1 = load(x, k + 16, sum_type) - shifts
             d2 = load(x, k + 32, sum_type) - shifts
             d3 = load(x, k + 48, sum_type) - shifts
-            # in pairs, which are exact where numbers are equal: one by one, the sums of a row that is mostly one value would be
-            # rounded the same way in every block
+            # in pairs, which are exact where numbers are equal: one by one, the sums of a row that is mostly one value would
+            # be rounded the same way in every block
             block_totals = block_totals + ((d0 + d1) + (d2 + d3))
             block_squares = block_squares + (multiply_add(d1, d1, d0 * d0) + multiply_add(d3, d3, d2 * d2))
             if dy is not None:
@@ -219,7 +219,8 @@ def shifted_g(dy, k, weight, to_weight, minus_shifts, sum_type, ahead):
 def compensated(x, at, cols, element, ahead):
     """The mean first, then the deviations from it and their squares, in sums that keep what rounding loses.
 
-    The mean is found from the distances from the first element, which are 0 where all are equal, and exact where all are near.
+    The mean is found from the distances from the first element, which are 0 where all are equal, and exact where all are
+    near.
     """
     first = load_one(x, at)
     firsts = fill(first)

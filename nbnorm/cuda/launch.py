@@ -71,7 +71,7 @@ def is_captured(handle):
 
 
 def epsilon(eps, dtype):
-    """eps as arguments of a kernel that computes in `dtype`: eps, a power of two, and what divided by that is 1 / sqrt(eps).
+    """The arguments of a kernel for eps: in `dtype`, a power of two, and what divided by that is 1 / sqrt(eps).
 
     The power is the largest in the range of the type that is not above the root. float32 holds roots, and rows beside them,
     whose squares it does not.
