@@ -14,7 +14,7 @@ from numba import from_dtype, prange, types
 
 from nbnorm.cpu import lowering  # noqa: F401  teaches Numba the operations on lanes
 from nbnorm.cpu.compiled import compiled
-from nbnorm.cpu.lanes import fence, pointer, scratch
+from nbnorm.cpu.lanes import fence, larger, pointer, scratch, smaller
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.rows import (
     DIFF_OF_SQUARES,
@@ -121,9 +121,9 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
         weight_ = pointer(weight) if has_weight else None
         bias_ = pointer(bias) if has_bias else None
         ahead = cols * -(-AHEAD // cols)
-        task_rows = max(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // cols)
+        task_rows = larger(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // cols)
         for task in prange(-(-rows // task_rows)):
-            stop = min((task + 1) * task_rows, rows)
+            stop = smaller((task + 1) * task_rows, rows)
             # a row that waits for the other of its pair; not yet one, but no literal 0, for which Numba would compile twice
             is_waiting = False
             waiting = rows, element(0), element(0), element(0)
@@ -189,7 +189,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         dx_ = pointer(dx) if with_dx else None
         dweight_sums = pointer(sums[0]) if with_dweight else None
         dbias_sums = pointer(sums[-1]) if with_dbias else None
-        group_rows = max(1, min(GROUP_ROWS, GROUP_ELEMENTS // cols))
+        group_rows = larger(1, smaller(GROUP_ROWS, GROUP_ELEMENTS // cols))
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
             his, rests, rstds = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
             g_his, g_rests, slopes = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
@@ -197,8 +197,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
             if b * block_rows >= first:
                 clear(dweight_sums, b * cols, cols)
                 clear(dbias_sums, b * cols, cols)
-            r = max(b * block_rows - first, 0)
-            stop = min((b + 1) * block_rows - first, rows)
+            r = larger(b * block_rows - first, 0)
+            stop = smaller((b + 1) * block_rows - first, rows)
             while r < stop:
                 # statistics of the rows of a group, up to one that needs another arithmetic
                 count = 0

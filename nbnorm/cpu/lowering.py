@@ -354,6 +354,24 @@ def _(a, b):
     return types.boolean, code
 
 
+def _chosen(function, sign):
+    @lowers(function)
+    def _(a, b):
+        a, b = types.unliteral(a), types.unliteral(b)
+        if a == b and isinstance(a, types.Float):
+            return a, lambda builder, a, b: builder.select(builder.fcmp_ordered(sign, b, a), b, a)
+
+        def code(builder, *values):
+            a, b = (value if value.type == I64 else builder.sext(value, I64) for value in values)
+            return builder.select(builder.icmp_signed(sign, b, a), b, a)
+
+        return (types.int64, code) if a in types.signed_domain and b in types.signed_domain else None
+
+
+_chosen(lanes.larger, ">")
+_chosen(lanes.smaller, "<")
+
+
 def _halves_added(builder, value):
     half_ = value.type.count // 2
     return builder.fadd(_shuffle(builder, value, range(half_)), _shuffle(builder, value, range(half_, 2 * half_)))

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from nbnorm.cpu.lanes import load_one, store_one
+from nbnorm.cpu.lanes import larger, load_one, smaller, store_one
 from nbnorm.cpu.rows import first_gradient, inlined, two_sum
 
 
@@ -21,10 +21,10 @@ def rescaled(x, at, cols, eps):
     is_constant = True
     for k in range(at, at + cols):
         value = load_one(x, k)
-        largest = max(largest, abs(value))
+        largest = larger(largest, abs(value))
         is_constant = is_constant and value == load_one(x, at)
     # within what a float64 holds, so that the product is exact
-    exponent = min(max(math.frexp(largest)[1], -1000), 1000)
+    exponent = smaller(larger(math.frexp(largest)[1], -1000), 1000)
     factor = math.ldexp(1.0, -exponent)
     total = lost = 0.0
     for k in range(at, at + cols):
@@ -41,8 +41,8 @@ def rescaled(x, at, cols, eps):
     if is_constant and is_finite and eps > 0.0:
         # eps may vanish beside the row's scale, and 0 / 0 is not what the formula says
         return factor, load_one(x, at) * factor, 0.0, 0.0, load_one(x, at), 1.0 / root_eps
-    variance = max((squares + lost_squares) / cols - rest * rest, 0.0)
-    rstd = 1.0 / np.sqrt(variance + (root_eps * factor) ** 2)
+    variance = larger((squares + lost_squares) / cols - rest * rest, 0.0)
+    rstd = 1.0 / np.sqrt(variance + (root_eps * factor) * (root_eps * factor))
     return factor, mean, rest, rstd, (mean + rest) / factor, rstd * factor
 
 

@@ -6,7 +6,8 @@ the small rest `lo`, so that `(x - hi) * rstd - lo * rstd` loses no digits where
 float32 mean alone costs 1e-3 at mean/std = 1e4.
 
 These functions are inlined into every kernel that calls them. What is behind a branch on `mode` is compiled, and then left
-out; behind a branch on it in a kernel, or on `is None`, it is not compiled at all.
+out; behind a branch on it in a kernel, or on `is None`, it is not compiled at all. For `in`, `**`, `min` and `max` Numba
+compiles functions of its own, which take as long as these.
 """
 
 import numpy as np
@@ -16,11 +17,13 @@ from nbnorm.cpu.lanes import (
     cast,
     fill,
     keep,
+    larger,
     load,
     load_one,
     load_part,
     multiply_add,
     prefetch,
+    smaller,
     store,
     store_part,
     stream,
@@ -68,11 +71,11 @@ def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mo
     dy is for rows whose `element` is float32; element k of it belongs to element k + `to_weight` of weight.
     """
     shift = 0.0
-    if mode in (ONE_SWEEP, ONE_SWEEP_64):
+    if mode == ONE_SWEEP or mode == ONE_SWEEP_64:  # noqa: SIM109
         shift = mean_of_four(x, at, cols, element) if cols >= BLOCK else load_one(x, at)
     rest, variance, sums = 0.0, 0.0, (np.nan, np.nan)
     is_done = False
-    if cols >= BLOCK and mode in (ONE_SWEEP, DIFF_OF_SQUARES):
+    if cols >= BLOCK and (mode == ONE_SWEEP or mode == DIFF_OF_SQUARES):  # noqa: SIM109
         rest, variance, sums = shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, np.float32, ahead)
         is_done = is_enough(rest, variance)
     # a product that was lost to underflow or overflow does not show in a sum that is neither small nor large
@@ -158,7 +161,7 @@ def shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, sum_type, ahead)
     )
     per_element = 1.0 / np.float64(cols)
     mean = total(totals + widen(block_totals)) * per_element
-    variance = max(total(squares + widen(block_squares)) * per_element - mean * mean, 0.0)
+    variance = larger(total(squares + widen(block_squares)) * per_element - mean * mean, 0.0)
     if dy is None:
         return mean, variance, (np.nan, np.nan)
     sum_g = total(g_totals + block_g)
@@ -235,7 +238,7 @@ def compensated(x, at, cols, element, ahead):
     rest = (total(totals) + total(lost)) * per_element
     variance = (total(squares) + total(lost_squares)) * per_element - rest * rest
     hi, lo = split(mean, rest, element)
-    return hi, lo, max(variance, 0.0)
+    return hi, lo, larger(variance, 0.0)
 
 
 @inlined
@@ -269,7 +272,7 @@ def merged(parts, width, cols):
     total_distance = 0.0
     for s in range(-(-cols // width)):
         distance = (parts[PARTS * s + HI] - base_hi) + (parts[PARTS * s + LO] - base_lo)
-        total_distance += min(width, cols - s * width) * distance
+        total_distance += smaller(width, cols - s * width) * distance
     rest = base_lo + total_distance / cols
     hi = base_hi + rest
     lo = (base_hi - (hi - (hi - base_hi))) + (rest - (hi - base_hi))
@@ -277,7 +280,7 @@ def merged(parts, width, cols):
     squares = totals = projected = 0.0
     for s in range(-(-cols // width)):
         distance = (parts[PARTS * s + HI] - hi) + (parts[PARTS * s + LO] - lo)
-        squares += min(width, cols - s * width) * (parts[PARTS * s + VARIANCE] + distance * distance)
+        squares += smaller(width, cols - s * width) * (parts[PARTS * s + VARIANCE] + distance * distance)
         totals += parts[PARTS * s + SUM_G]
         projected += parts[PARTS * s + PROJECTED] + parts[PARTS * s + SUM_G] * distance
     return hi, lo, squares / cols, totals, projected
@@ -407,7 +410,7 @@ def gradients(
     """
     # dx in whole lines, of the first row at least: 1.3x at (4096, 4096), where parts would be streamed by turns, and 1.0 to
     # 1.1x in the cache, where reading would wait for what was written to the same place of another page
-    head = min(cols, until_aligned(dx, at + begin * pitch)) if is_wide else 0
+    head = smaller(cols, until_aligned(dx, at + begin * pitch)) if is_wide else 0
     blocks = (cols - head) >> 4
     done = 0
     if is_wide and end - begin == 4:

@@ -97,7 +97,7 @@ def sums_of_row(dy, x, at, i, cols, weight, element, mode, is_near, sum_type, ah
     """Write the sums over row i, and what they are about: with `is_near`, a number that is near the mean."""
     k = at + i * cols
     shift = 0.0
-    if mode in (ONE_SWEEP, ONE_SWEEP_64):
+    if mode == ONE_SWEEP or mode == ONE_SWEEP_64:  # noqa: SIM109
         shift = mean_of_four(x, k, cols, element) if is_near else load_one(x, k)
     g_shift = 0.0 if dy is None else np.float64(first_gradient(dy, k, weight, element))
     row_totals, row_squares, row_g, row_projected = sums_over(dy, x, k, cols, shift, g_shift, weight, -k, sum_type, ahead)
