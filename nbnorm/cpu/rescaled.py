@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 
+from nbnorm.cpu.inlined import inlined
 from nbnorm.cpu.lanes import larger, load_one, smaller, store_one
-from nbnorm.cpu.rows import first_gradient, inlined, two_sum
+from nbnorm.cpu.rows import first_gradient, two_sum
 
 
 @inlined

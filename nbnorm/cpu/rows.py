@@ -11,8 +11,8 @@ compiles functions of its own, which take as long as these.
 """
 
 import numpy as np
-from numba import njit
 
+from nbnorm.cpu.inlined import inlined
 from nbnorm.cpu.lanes import (
     cast,
     fill,
@@ -46,12 +46,6 @@ CONDITION = 2.0
 SMALLEST, LARGEST = 2.0**-80, 2.0**80
 # elements whose float32 sums are taken before float64 goes on: eight additions a lane, off by 2 eps at most
 BLOCK = 128
-
-# not called from Python or C: what Numba compiles for that, with the function inlined, took a fifth of a first use. Its type
-# hints leave the options out
-inlined = njit(  # type: ignore[call-overload]
-    forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
 
 
 @inlined
