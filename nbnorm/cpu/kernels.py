@@ -17,7 +17,7 @@ from numba import from_dtype, prange, types
 
 from nbnorm.cpu import lowering  # noqa: F401  teaches Numba the operations on lanes
 from nbnorm.cpu.compiled import compiled
-from nbnorm.cpu.lanes import fence, pointer, restore_mode, scratch, standard_mode
+from nbnorm.cpu.lanes import fence, larger, pointer, restore_mode, scratch, smaller, standard_mode
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.rows import (
     DIFF_OF_SQUARES,
@@ -126,10 +126,10 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
         bias_or_none = pointer(bias) if has_bias else None
         operands = pointer(x), pointer(y), weight_or_none, bias_or_none, row_size, given_eps
         ahead = row_size * -(-AHEAD // row_size)
-        task_rows = max(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // row_size)
+        task_rows = larger(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // row_size)
         for task in prange(-(-rows // task_rows)):
             thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
-            stop = min((task + 1) * task_rows, rows)
+            stop = smaller((task + 1) * task_rows, rows)
             # a row that waits for the other of its pair; not yet one, but no literal 0, for which Numba would compile twice
             is_waiting = False
             waiting = rows, element(0), element(0), element(0)
@@ -199,7 +199,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
             pointer(dy), pointer(x), weight_or_none, dx_or_none, dweight_sums_or_none, dbias_sums_or_none,
             row_size, given_eps,
         )  # fmt: skip
-        group_rows = max(1, min(GROUP_ROWS, GROUP_ELEMENTS // row_size))
+        group_rows = larger(1, smaller(GROUP_ROWS, GROUP_ELEMENTS // row_size))
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
             thread_mode, (dy_, x_, weight_, dx_, dweight_sums, dbias_sums, cols, eps) = standard_mode(operands)
             his, rests, rstds = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
@@ -208,8 +208,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
             if b * block_rows >= first:
                 clear(dweight_sums, b * cols, cols)
                 clear(dbias_sums, b * cols, cols)
-            r = max(b * block_rows - first, 0)
-            stop = min((b + 1) * block_rows - first, rows)
+            r = larger(b * block_rows - first, 0)
+            stop = smaller((b + 1) * block_rows - first, rows)
             while r < stop:
                 # statistics of the rows of a group, up to one that needs another arithmetic
                 count = 0

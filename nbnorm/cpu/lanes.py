@@ -194,3 +194,13 @@ def _bfloat16(lanes):
     bits = to_odd(lanes).view(np.uint32)
     rounded = np.where(np.isnan(lanes), bits | 0x400000, bits + 0x7FFF + (bits >> 16 & 1))
     return (rounded >> 16).astype(np.uint16).view(np.int16)
+
+
+def larger(a, b):
+    """The larger of two numbers, as `max` has it: the first where one is NaN."""
+    return max(a, b)
+
+
+def smaller(a, b):
+    """The smaller of two numbers, as `min` has it."""
+    return min(a, b)

@@ -12,7 +12,7 @@ from numba import prange
 from nbnorm.cpu import kernels
 from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS
-from nbnorm.cpu.lanes import fence, pointer, restore_mode, standard_mode
+from nbnorm.cpu.lanes import fence, larger, pointer, restore_mode, smaller, standard_mode
 from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
 from nbnorm.cpu.rows import (
     HI,
@@ -60,14 +60,14 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
         rows, row_size = x.shape
         segments = -(-row_size // SEGMENT)
-        group_rows = min(rows, max(1, GROUP_ELEMENTS // row_size))
+        group_rows = smaller(rows, larger(1, GROUP_ELEMENTS // row_size))
         weight_or_none = pointer(weight) if has_weight else None
         bias_or_none = pointer(bias) if has_bias else None
         operands = pointer(x), pointer(y), weight_or_none, bias_or_none, row_size, given_eps
         parts = np.empty((group_rows, segments * PARTS))
         state = np.empty((group_rows, RESCALED))
         for first in range(0, rows, group_rows):
-            count = min(group_rows, rows - first)
+            count = smaller(group_rows, rows - first)
 
             # statistics
             for task in prange(count * segments):
@@ -75,7 +75,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                 i, s = task // segments, task % segments
                 start = s * SEGMENT
                 at = (first + i) * cols + start
-                width = min(SEGMENT, cols - start)
+                width = smaller(SEGMENT, cols - start)
                 if mode == TWO_SWEEPS:
                     hi, lo, var = compensated(x_, at, width, element, AHEAD)
                 else:
@@ -105,7 +105,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
                 thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
                 i = task // tasks
                 start = task % tasks * STREAMED_TASK_ELEMENTS
-                width = min(STREAMED_TASK_ELEMENTS, cols - start)
+                width = smaller(STREAMED_TASK_ELEMENTS, cols - start)
                 at = (first + i) * cols + start
                 hi64, lo64, scale64, factor = state[i, HI], state[i, LO], state[i, RSTD], state[i, FACTOR]
                 if factor == 0.0:
@@ -142,7 +142,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     def kernel(dy, x, weight, given_eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
         rows, row_size = x.shape
         segments = -(-row_size // SEGMENT)
-        group_rows = min(rows, max(1, GROUP_ELEMENTS // row_size))
+        group_rows = smaller(rows, larger(1, GROUP_ELEMENTS // row_size))
         weight_or_none = pointer(weight) if has_weight else None
         dx_or_none = pointer(dx) if with_dx else None
         operands = pointer(dy), pointer(x), weight_or_none, dx_or_none, row_size, given_eps
@@ -154,12 +154,12 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
 
         # statistics and means of each row
         for group in range(0, rows if needs_statistics else 0, group_rows):
-            count = min(group_rows, rows - group)
+            count = smaller(group_rows, rows - group)
             for task in prange(count * segments):
                 thread_mode, (dy_, x_, weight_, dx_, cols, eps) = standard_mode(operands)
                 i, s = task // segments, task % segments
                 start = s * SEGMENT
-                width = min(SEGMENT, cols - start)
+                width = smaller(SEGMENT, cols - start)
                 at = (group + i) * cols + start
                 sums_of_g = 0.0, 0.0
                 if is_given:
@@ -216,15 +216,15 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
             restore_mode(thread_mode)
 
         # the gradients of some columns
-        task_cols = COLUMNS * max(1, STREAMED_TASK_ELEMENTS // (COLUMNS * rows))
+        task_cols = COLUMNS * larger(1, STREAMED_TASK_ELEMENTS // (COLUMNS * rows))
         for task in prange(-(-row_size // task_cols)):
             statistics_ = pointer(row_statistics[0]), pointer(row_statistics[1]), pointer(row_statistics[2])
             means_ = pointer(row_means[0]), pointer(row_means[1]), pointer(row_means[2])
             # which may raise
             own_sums = np.empty(0 if sums.size > 0 else 2 * COLUMNS)
             thread_mode, (dy_, x_, weight_, dx_, cols, eps) = standard_mode(operands)
-            for start in range(task * task_cols, min((task + 1) * task_cols, cols), COLUMNS):
-                width = min(COLUMNS, cols - start)
+            for start in range(task * task_cols, smaller((task + 1) * task_cols, cols), COLUMNS):
+                width = smaller(COLUMNS, cols - start)
                 if sums.size > 0:
                     dweight_sums, dbias_sums, sums_at = pointer(sums[0]), pointer(sums[-1]), start
                 else:

@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 
-from nbnorm.cpu.lanes import load_one, store_one
-from nbnorm.cpu.rows import first_gradient, inlined, two_sum
+from nbnorm.cpu.inlined import inlined
+from nbnorm.cpu.lanes import larger, load_one, smaller, store_one
+from nbnorm.cpu.rows import first_gradient, two_sum
 
 
 @inlined
@@ -23,11 +24,11 @@ def rescaled(x, at, cols, eps):
     plain_mean = 0.0
     for k in range(at, at + cols):
         value = load_one(x, k)
-        largest = max(largest, abs(value))
+        largest = larger(largest, abs(value))
         is_constant = is_constant and value == first
         plain_mean += value / cols
     # within what a float64 holds, so that the product is exact
-    exponent = min(max(math.frexp(largest)[1], -1000), 1000)
+    exponent = smaller(larger(math.frexp(largest)[1], -1000), 1000)
     factor = math.ldexp(1.0, -exponent)
     total = lost = 0.0
     for k in range(at, at + cols):
@@ -47,8 +48,8 @@ def rescaled(x, at, cols, eps):
         rest, lost = two_sum(rest, lost, d)
         squares, lost_squares = two_sum(squares, lost_squares, d * d)
     rest = (rest + lost) / cols
-    variance = max((squares + lost_squares) / cols - rest * rest, 0.0)
-    rstd = 1.0 / np.sqrt(variance + (root_eps * factor) ** 2)
+    variance = larger((squares + lost_squares) / cols - rest * rest, 0.0)
+    rstd = 1.0 / np.sqrt(variance + (root_eps * factor) * (root_eps * factor))
     return factor, mean, rest, rstd, (mean + rest) / factor, rstd * factor
 
 

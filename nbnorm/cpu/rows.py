@@ -6,21 +6,24 @@ the small rest `lo`, so that `(x - hi) * rstd - lo * rstd` loses no digits where
 float32 mean alone costs 1e-3 at mean/std = 1e4.
 
 These functions are inlined into every kernel that calls them. What is behind a branch on `mode` is compiled, and then left
-out; behind a branch on it in a kernel, or on `is None`, it is not compiled at all.
+out; behind a branch on it in a kernel, or on `is None`, it is not compiled at all. For `in`, `**`, `min` and `max` Numba
+compiles functions of its own, which take as long as these.
 """
 
 import numpy as np
-from numba import njit
 
+from nbnorm.cpu.inlined import inlined
 from nbnorm.cpu.lanes import (
     cast,
     fill,
     keep,
+    larger,
     load,
     load_one,
     load_part,
     multiply_add,
     prefetch,
+    smaller,
     store,
     store_part,
     stream,
@@ -47,12 +50,6 @@ FLOAT64_SUMS = 2.0**28, 0.0, np.inf
 FLOAT64_SUMS_64 = 2.0**42, 0.0, np.inf
 # elements whose float32 sums are taken before float64 goes on; rows of fewer have float64 sums alone
 BLOCK = 128
-
-# not called from Python or C: what Numba compiles for that, with the function inlined, took a fifth of a first use. Its type
-# hints leave the options out
-inlined = njit(  # type: ignore[call-overload]
-    forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-)
 
 
 @inlined
@@ -168,7 +165,7 @@ def shifted(dy, x, at, cols, shift, g_shift, weight, to_weight, sum_type, ahead)
     )
     per_element = 1.0 / np.float64(cols)
     mean = total(totals + widen(block_totals)) * per_element
-    variance = max(total(squares + widen(block_squares)) * per_element - mean * mean, 0.0)
+    variance = larger(total(squares + widen(block_squares)) * per_element - mean * mean, 0.0)
     if dy is None:
         return mean, variance, (np.nan, np.nan)
     sum_g = total(g_totals + block_g)
@@ -251,7 +248,7 @@ def compensated(x, at, cols, element, ahead):
     rest = (total(totals) + total(lost)) * per_element
     variance = (total(squares) + total(lost_squares)) * per_element - rest * rest
     hi, lo = split(mean, rest, element)
-    return hi, lo, max(variance, 0.0)
+    return hi, lo, larger(variance, 0.0)
 
 
 @inlined
@@ -285,7 +282,7 @@ def merged(parts, width, cols):
     total_distance = 0.0
     for s in range(-(-cols // width)):
         distance = (parts[PARTS * s + HI] - base_hi) + (parts[PARTS * s + LO] - base_lo)
-        total_distance += min(width, cols - s * width) * distance
+        total_distance += smaller(width, cols - s * width) * distance
     rest = base_lo + total_distance / cols
     hi = base_hi + rest
     lo = (base_hi - (hi - (hi - base_hi))) + (rest - (hi - base_hi))
@@ -293,7 +290,7 @@ def merged(parts, width, cols):
     squares = totals = projected = 0.0
     for s in range(-(-cols // width)):
         distance = (parts[PARTS * s + HI] - hi) + (parts[PARTS * s + LO] - lo)
-        squares += min(width, cols - s * width) * (parts[PARTS * s + VARIANCE] + distance * distance)
+        squares += smaller(width, cols - s * width) * (parts[PARTS * s + VARIANCE] + distance * distance)
         totals += parts[PARTS * s + SUM_G]
         projected += parts[PARTS * s + PROJECTED] + parts[PARTS * s + SUM_G] * distance
     return hi, lo, squares / cols, totals, projected
@@ -423,7 +420,7 @@ def gradients(
     """
     # dx in whole lines, of the first row at least: 1.3x at (4096, 4096), where parts would be streamed by turns, and 1.0 to
     # 1.1x in the cache, where reading would wait for what was written to the same place of another page
-    head = min(cols, until_aligned(dx, at + begin * pitch)) if is_wide else 0
+    head = smaller(cols, until_aligned(dx, at + begin * pitch)) if is_wide else 0
     blocks = (cols - head) >> 4
     done = 0
     if is_wide and end - begin == 4:

@@ -11,7 +11,7 @@ from numba import prange
 from nbnorm.cpu import kernels
 from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
-from nbnorm.cpu.lanes import fence, pointer, restore_mode, scratch, standard_mode, until_aligned
+from nbnorm.cpu.lanes import fence, larger, pointer, restore_mode, scratch, smaller, standard_mode, until_aligned
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.rows import TWO_SWEEPS, add_blocks, clear, gradients, normalise, rest_of, split
 from nbnorm.cpu.sixteen_rows import ROWS, SUMS_SIZE, compensated_of_rows, means_of_rows, normalise_rows, statistics_of_rows
@@ -44,7 +44,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
         bias_or_none = pointer(bias) if has_bias else None
         operands = pointer(x), pointer(y), weight_or_none, bias_or_none, row_size, given_eps
         ahead = row_size * -(-AHEAD // row_size)
-        task_rows = max(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // row_size)
+        task_rows = larger(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // row_size)
         # column by column, a line that leaves the caches leaves in pieces, unless a row is one column of lanes: row by row,
         # a call takes 0.65 of the time there
         is_by_columns = row_size <= 16 or not (streaming or y.size * y.itemsize >= STREAMED_BYTES)
@@ -53,11 +53,11 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
             scratch_sums = scratch(SUMS_SIZE, np.float64)
             means, variances = scratch(ROWS, np.float64), scratch(ROWS, np.float64)
             his, rests, rstds = scratch(ROWS, element), scratch(ROWS, element), scratch(ROWS, element)
-            stop = min((task + 1) * task_rows, rows)
+            stop = smaller((task + 1) * task_rows, rows)
             for r in range(task * task_rows, stop, ROWS):
                 # statistics of the rows of a group
                 at = r * cols
-                count = min(ROWS, stop - r)
+                count = smaller(ROWS, stop - r)
                 if mode == TWO_SWEEPS:
                     compensated_of_rows(x_, at, count, cols, element, eps, ahead, (his, rests, rstds), means, variances)
                 else:
@@ -148,11 +148,11 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
             if b * block_rows >= first:
                 clear(dweight_sums, b * cols, cols)
                 clear(dbias_sums, b * cols, cols)
-            stop = min((b + 1) * block_rows - first, rows)
-            for r in range(max(b * block_rows - first, 0), stop, ROWS):
+            stop = smaller((b + 1) * block_rows - first, rows)
+            for r in range(larger(b * block_rows - first, 0), stop, ROWS):
                 # statistics of the rows of a group
                 at = r * cols
-                count = min(ROWS, stop - r)
+                count = smaller(ROWS, stop - r)
                 if needs_statistics and is_given:
                     for i in range(count):
                         hi, lo = split(np.float64(mean[r + i]), 0.0, element)
@@ -181,7 +181,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                         end += 1
                     for i in range(begin, end, together):
                         gradients(
-                            dy_, x_, at, cols, i, min(i + together, end), cols, None, (his, rests, rstds),
+                            dy_, x_, at, cols, i, smaller(i + together, end), cols, None, (his, rests, rstds),
                             (g_his, g_rests, slopes), weight_, 0, element, streaming,
                             dx_, dweight_sums, dbias_sums, b * cols, False,
                         )  # fmt: skip

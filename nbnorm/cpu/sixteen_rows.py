@@ -6,6 +6,7 @@ on lanes, each of which is a row: what they cost is shared by all rows, and none
 
 import numpy as np
 
+from nbnorm.cpu.inlined import inlined
 from nbnorm.cpu.lanes import (
     COUNT,
     all_below,
@@ -30,7 +31,6 @@ from nbnorm.cpu.rows import (
     compensated,
     first_gradient,
     gradient_block_sums,
-    inlined,
     is_enough,
     near_mean,
     normalised,

@@ -1,4 +1,4 @@
-"""Rows of equal elements, and of elements a few units in the last place apart: is what rounding leaves of a mean no part of y?"""
+"""Rows of equal elements, and of elements a few ulps apart: is what rounding leaves of a mean no part of y?"""
 
 import ml_dtypes
 import numpy as np
