@@ -114,10 +114,40 @@ def torchs_weight_has_changed(names):
     assert (names["parameters"][0].detach() != 1).all().item()
 
 
+def autograds_limits_are_errors(names):
+    """And its gradients are torch's."""
+    autograds_gradients_are_torchs(names)
+    torch, function = names["torch"], names["LayerNormFunction"]
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    first = torch.autograd.grad(function.apply(x, 8, weight, None, 1e-5).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    with pytest.raises(RuntimeError, match="vmap support"):
+        torch.func.vmap(lambda x: function.apply(x, 8, weight, None, 1e-5))(x[None])
+    with pytest.raises(TypeError, match="^x: "):
+        torch.func.grad(lambda x: function.apply(x, 8, weight, None, 1e-5).sum())(x)
+    assert names["LayerNorm"](8)(x.bfloat16()).dtype == torch.bfloat16
+
+
+def autograds_gradients_are_torchs(names):
+    """Of each mix of parameters."""
+    torch, function = names["torch"], names["LayerNormFunction"]
+    layer_norm = torch.nn.functional.layer_norm
+    for with_weight, with_bias in ((True, True), (True, False), (False, True), (False, False)):
+        x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((4, 3, 5), (3, 5), (3, 5)))
+        parameters = weight if with_weight else None, bias if with_bias else None
+        needed = [x, *(parameter for parameter in parameters if parameter is not None)]
+        own = torch.autograd.grad(function.apply(x, (3, 5), *parameters, 1e-3).square().sum(), needed)
+        expected = torch.autograd.grad(layer_norm(x, (3, 5), *parameters, 1e-3).square().sum(), needed)
+        for grad, other in zip(own, expected, strict=True):
+            torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
+
+
 # what a page says of its program, but does not test itself
 CLAIMS = {
     "README.md: the beginning": the_readmes_gradients,
     "docs/tutorial.md: The data": digits_are_read,
+    "docs/howto/autograd.md: A function and a module": autograds_limits_are_errors,
     "docs/howto/transformer.md: The two residual halves": gradients_of_blocks,
     "docs/training.md: With Numba's arrays": numbas_layer_has_learned,
     "docs/training.md: With CuPy's arrays": cupys_weight_has_changed,
