@@ -1,6 +1,6 @@
 """Is docs/howto/migrate.md right about other libraries' layer norms? Its table, measured with the libraries themselves.
 
-A library that is not installed is left out. The extra `peers` has those that are in no other extra.
+A library that is not installed is left out. The extra `peers`, and a line of .ci/run, have those that are in no other extra.
 """
 
 import importlib
