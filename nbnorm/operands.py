@@ -83,7 +83,7 @@ def no_gradients(name, value, kind):
     if kind != "torch" or not arrays.records_gradients(value):
         return
     way = (
-        "call it under torch.no_grad()" if name.startswith("out") else "train with the function that docs/training.md shows"
+        "call it under torch.no_grad()" if name.startswith("out") else "train with the function that docs/howto/autograd.md shows"
     )
     raise TypeError(
         f"{name}: a torch tensor that requires grad, which nbnorm does not record; pass {name}.detach(), or {way}"

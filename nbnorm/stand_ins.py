@@ -74,7 +74,7 @@ def _fault_of_tensor(name, tensor):
             return "a tensor within torch.func.functionalize; call nbnorm outside"
         return (
             "a tensor within torch.func, whose derivatives nbnorm does not record; call nbnorm outside, or as a function of "
-            "autograd, as docs/training.md shows"
+            "autograd, as docs/howto/autograd.md shows"
         )
     if tensor.is_meta:
         return "a torch tensor on meta, which has a shape but no values; expected one on the CPU or on a CUDA device"

@@ -37,6 +37,9 @@ class Program(NamedTuple):
         nodes = list(ast.walk(ast.parse(self.python)))
         imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        # packages whose files are read alone
+        calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "find_spec"]
+        imported |= {call.args[0].value for call in calls}
         packages = {name.partition(".")[0] for name in imported}
         return sorted(package for package in packages if importlib.util.find_spec(package) is None)
 

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+import nbnorm
 from nbnorm import report
 from pages import ROOT, links, pages, program, programs
 
@@ -114,10 +115,76 @@ def torchs_weight_has_changed(names):
     assert (names["parameters"][0].detach() != 1).all().item()
 
 
+def autograds_limits_are_errors(names):
+    """And its gradients are torch's."""
+    autograds_gradients_are_torchs(names)
+    torch, function = names["torch"], names["LayerNormFunction"]
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    first = torch.autograd.grad(function.apply(x, 8, weight, None, 1e-5).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+    with pytest.raises(RuntimeError, match="vmap support"):
+        torch.func.vmap(lambda x: function.apply(x, 8, weight, None, 1e-5))(x[None])
+    with pytest.raises(TypeError, match="^x: "):
+        torch.func.grad(lambda x: function.apply(x, 8, weight, None, 1e-5).sum())(x)
+    assert names["LayerNorm"](8)(x.bfloat16()).dtype == torch.bfloat16
+
+
+def autograds_gradients_are_torchs(names):
+    """Of each mix of parameters."""
+    torch, function = names["torch"], names["LayerNormFunction"]
+    layer_norm = torch.nn.functional.layer_norm
+    for with_weight, with_bias in ((True, True), (True, False), (False, True), (False, False)):
+        x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((4, 3, 5), (3, 5), (3, 5)))
+        parameters = weight if with_weight else None, bias if with_bias else None
+        needed = [x, *(parameter for parameter in parameters if parameter is not None)]
+        own = torch.autograd.grad(function.apply(x, (3, 5), *parameters, 1e-3).square().sum(), needed)
+        expected = torch.autograd.grad(layer_norm(x, (3, 5), *parameters, 1e-3).square().sum(), needed)
+        for grad, other in zip(own, expected, strict=True):
+            torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
+
+
+def jaxs_gradients_are_those_of_the_formula(names):
+    jax, jnp = names["jax"], names["jnp"]
+
+    def formula(x, weight, bias):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return centred / jnp.sqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + 1e-5) * weight + bias
+
+    operands = names["x"], jnp.linspace(0.5, 2, 512), jnp.linspace(-1, 1, 512)
+
+    def gradients(f):
+        return jax.jit(jax.value_and_grad(lambda *a: jnp.square(f(*a) - 1).mean(), argnums=(0, 1, 2)))(*operands)
+
+    own, expected = gradients(names["layer_norm"]), gradients(formula)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), own, expected)
+    rows = jax.vmap(names["layer_norm"], in_axes=(0, None, None))(*operands)
+    np.testing.assert_allclose(rows, formula(*operands), rtol=1e-4, atol=1e-5)
+
+
+def dasks_results_are_those_of_the_whole(names):
+    x, dy, weight, bias = (np.asarray(names[name]) for name in ("x", "dy", "weight", "bias"))
+    np.testing.assert_array_equal(names["y"].compute(), nbnorm.layer_norm(x, 512, weight, bias), strict=True)
+    dx, dweight, dbias = nbnorm.layer_norm_backward(dy, x, 512, weight)
+    np.testing.assert_array_equal(names["dx"].compute(), dx, strict=True)
+    np.testing.assert_allclose(names["dweight"].compute(), dweight, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(names["dbias"].compute(), dbias, rtol=1e-4)
+
+
+def xarrays_result_is_that_of_a_view(names):
+    x, weight = names["x"], names["weight"]
+    expected = np.moveaxis(nbnorm.layer_norm(np.moveaxis(x.values, 1, -1), 64, weight.values), -1, 1)
+    np.testing.assert_array_equal(names["y"].values, expected, strict=True)
+
+
 # what a page says of its program, but does not test itself
 CLAIMS = {
     "README.md: the beginning": the_readmes_gradients,
     "docs/tutorial.md: The data": digits_are_read,
+    "docs/howto/autograd.md: A function and a module": autograds_limits_are_errors,
+    "docs/howto/elsewhere.md: Inside jit and grad of JAX": jaxs_gradients_are_those_of_the_formula,
+    "docs/howto/elsewhere.md: Dask": dasks_results_are_those_of_the_whole,
+    "docs/howto/elsewhere.md: xarray": xarrays_result_is_that_of_a_view,
     "docs/howto/transformer.md: The two residual halves": gradients_of_blocks,
     "docs/training.md: With Numba's arrays": numbas_layer_has_learned,
     "docs/training.md: With CuPy's arrays": cupys_weight_has_changed,
@@ -157,3 +224,19 @@ def test_the_function_of_autograd_on_the_cpu():
     loss = (torch.nn.functional.layer_norm(x, (256,), weight, bias) - torch.tanh(x)).square().sum()
     for grad, expected in zip(own, torch.autograd.grad(loss, (x, weight, bias)), strict=True):
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.compiled
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a way to run on one core")
+def test_jaxs_callback_on_one_core(python_environment):
+    """It hung where JAX had one thread, and dispatched to it."""
+    pytest.importorskip("jax")
+    code = program("docs/howto/elsewhere.md", "Inside jit and grad of JAX").python
+    one_core = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    more = """
+loss_of_product = jax.jit(jax.value_and_grad(lambda x, weight, bias: loss(jnp.tanh(x @ x.T), weight, bias)))
+for i in range(4):
+    x = jax.random.normal(jax.random.key(i), (1024, 1024))
+    jax.block_until_ready(loss_of_product(x, jnp.ones(1024), jnp.zeros(1024)))
+"""
+    subprocess.run([sys.executable, "-c", one_core + code + more], env=python_environment, check=True, timeout=300)

@@ -145,7 +145,7 @@ def tensors(torch):
 def test_torch_that_requires_grad_names_what_trains(torch, name):
     right = tensors(torch) | {"normalized_shape": SHAPE[1]}
     value = right.get(name, torch.tensor(1e-5)).clone().requires_grad_()
-    message = rf"^{name}: a torch tensor that requires grad, .*; pass {name}.detach\(\), or .* docs/training.md"
+    message = rf"^{name}: a torch tensor that requires grad, .*; pass {name}.detach\(\), or .* docs/howto/autograd.md"
     with pytest.raises(TypeError, match=message):
         nbnorm.layer_norm_backward(**right | {name: value})
     # the same beside NumPy's arrays
