@@ -82,9 +82,9 @@ def no_gradients(name, value, kind):
     """Of a torch tensor, none would be lost."""
     if kind != "torch" or not arrays.records_gradients(value):
         return
-    way = (
-        "call it under torch.no_grad()" if name.startswith("out") else "train with the function that docs/howto/autograd.md shows"
-    )
+    way = "train with the function that docs/howto/autograd.md shows"
+    if name.startswith("out"):
+        way = "call it under torch.no_grad()"
     raise TypeError(
         f"{name}: a torch tensor that requires grad, which nbnorm does not record; pass {name}.detach(), or {way}"
     )
