@@ -103,7 +103,7 @@ def _lazy(name, value):
     if not callable(graph) or (package != "dask" and graph(value) is None):
         return None
     if package == "xarray":
-        way = f"xarray.apply_ufunc with dask='parallelized', as docs/howto/arrays.md shows, or {name}.compute()"
+        way = f"xarray.apply_ufunc with dask='parallelized', as docs/howto/elsewhere.md shows, or {name}.compute()"
     elif hasattr(type(value), "map_blocks") and name == "x":
         columns = value.shape[-1] if value.shape else 1
         way = f"x.map_blocks(nbnorm.layer_norm, {columns}, dtype=x.dtype), where each row lies in one chunk, or x.compute()"
