@@ -151,7 +151,7 @@ def cost():
         pass
 
     x = np.empty(SHAPE, np.float32)
-    watched = parallel.watched(kernel)
+    watched = parallel.watched((kernel,), kernel)
     asking = "workers = parallel.many if size >= parallel.from_elements else ONE"
     names = {"parallel": parallel, "ONE": parallel.ONE, "size": 64, "kernel": kernel, "watched": watched, "x": x}
     best = {
