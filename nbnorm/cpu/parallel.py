@@ -33,7 +33,7 @@ WORKERS = ONE, NUMBAS, OURS = "one", "numba's", "ours"
 ELEMENTS = 1 << 15
 # a call of Numba's threads stalls that takes so many times as long as one without them, and so many seconds. How long that
 # one takes is measured while they pause; before, ONE_THREAD for an element, or twice their own shortest time, is a guess
-STALL = 1.5
+STALL = 1.2
 ONE_THREAD = 1.5e-9
 STALL_SECONDS = 5e-4
 # they pause for so many seconds, and for so many times what the stall has cost; at least twice as long as before where they
