@@ -22,7 +22,23 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results" / "protection.json"
 SHAPE = (1024, 768)
 CALLS = 600
-CASES = ("idle", "one processor", "a quota of one processor", "one processor taken by another process", "a forked child")
+IDLE, TAKEN = "idle", "one processor taken by another process"
+CASES = (IDLE, "one processor", "a quota of one processor", TAKEN, "a forked child")
+# by their names, the shape, how it is viewed, and whether it is a backward with all its gradients
+KINDS = {
+    "(128, 768)": ((128, 768), (0, 1), False),
+    "(8192, 768)": ((8192, 768), (0, 1), False),
+    "(8192, 768), backward": ((8192, 768), (0, 1), True),
+    "channels first, (16, 96, 56, 56)": ((16, 96, 56, 56), (0, 2, 3, 1), False),
+    "channels first, backward": ((16, 96, 56, 56), (0, 2, 3, 1), True),
+    "(16, 1048576)": ((16, 1 << 20), (0, 1), False),
+    "(16, 1048576), backward": ((16, 1 << 20), (0, 1), True),
+    "(3, 5242880)": ((3, 5 << 20), (0, 1), False),
+    "(3, 5242880), backward": ((3, 5 << 20), (0, 1), True),
+    "(1, 16777216)": ((1, 1 << 24), (0, 1), False),
+    "(1, 16777216), backward": ((1, 1 << 24), (0, 1), True),
+}
+SECONDS = 4
 
 
 def main():
@@ -30,7 +46,11 @@ def main():
     parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing, put saved results into a page")
     parser.add_argument("markdown", type=Path, nargs="*", help="with --render, that page")
     parser.add_argument("--case", choices=[*CASES, "cost"], help=argparse.SUPPRESS)
+    parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.kind:
+        print(json.dumps(of_kind(options.kind, options.case)))
+        return
     if options.case:
         print(json.dumps(cost() if options.case == "cost" else measured(options.case)))
         return
@@ -42,13 +62,17 @@ def main():
         for path in options.markdown:
             tables.rewrite(path, {"protection": text(results)})
         return
-    results = machine.description([]) | {"cases": {case: in_process(case) for case in CASES}, "cost": in_process("cost")}
+    results = machine.description([]) | {
+        "cases": {case: in_process(case) for case in CASES},
+        "kinds": {kind: {case: in_process(case, kind) for case in (IDLE, TAKEN)} for kind in KINDS},
+        "cost": in_process("cost"),
+    }
     print(text(results))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def in_process(case):
-    command = [sys.executable, __file__, "--case", case]
+def in_process(case, kind=None):
+    command = [sys.executable, __file__, "--case", case, *(["--kind", kind] if kind else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{case}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -143,6 +167,56 @@ def times(with_numbas):
     }
 
 
+def of_kind(kind, case):
+    """What calls of a kind take, in ms, by nbnorm's choice from its first large call on, and by one thread."""
+    import nbnorm
+    from nbnorm.cpu import parallel, quick
+
+    shape, axes, is_backward = KINDS[kind]
+    rng = np.random.default_rng(0)
+    dy, x, out = (rng.standard_normal(shape, dtype=np.float32).transpose(axes) for _ in range(3))
+    cols = x.shape[-1]
+    weight = np.ones(cols, np.float32)
+
+    def call():
+        start = time.perf_counter()
+        if is_backward:
+            nbnorm.layer_norm_backward(dy, x, cols, weight, out=(out, None, None))
+        else:
+            nbnorm.layer_norm(x, cols, weight, weight, out=out)
+        return (time.perf_counter() - start) * 1e3
+
+    def timings(seconds):
+        end = time.perf_counter() + seconds
+        values = []
+        while time.perf_counter() < end or len(values) < 5:
+            values.append(call())
+        return values
+
+    def by_one(seconds=0):
+        from_elements, parallel.from_elements = parallel.from_elements, float("inf")
+        values = timings(seconds)
+        parallel.from_elements = from_elements
+        return values
+
+    parallel.workers(x.size)
+    chosen = parallel.many
+    # both builds are compiled or loaded, and what was learnt meanwhile is forgotten
+    by_one()
+    call()
+    for known in (quick.FORWARD, quick.BACKWARD):
+        known.clear()
+    parallel.watched.cache_clear()
+    parallel.shortest_without.cache_clear()
+    parallel.many, parallel._paused_until = chosen, 0.0
+    with busy() if case == TAKEN else contextlib.nullcontext():
+        samples = {"nbnorm": timings(SECONDS), parallel.ONE: by_one(SECONDS)}
+    return {
+        name: {"median": float(np.median(values)), "p99": float(np.quantile(values, 0.99)), "first": values[0]}
+        for name, values in samples.items()
+    }
+
+
 def cost():
     """What it costs a call, in us: to ask who works, and to watch Numba's threads."""
     from nbnorm.cpu import parallel
@@ -151,7 +225,7 @@ def cost():
         pass
 
     x = np.empty(SHAPE, np.float32)
-    watched = parallel.watched(kernel)
+    watched = parallel.watched((kernel,), kernel)
     asking = "workers = parallel.many if size >= parallel.from_elements else ONE"
     names = {"parallel": parallel, "ONE": parallel.ONE, "size": 64, "kernel": kernel, "watched": watched, "x": x}
     best = {
@@ -179,12 +253,29 @@ def text(results):
     for case, timings in results["cases"].items():
         cells = ["not measured"] * 4 if timings is None else [cell(timings.get(name)) for name in who]
         lines.append(f"| {case} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Other float32 calls with `out=`, {SECONDS} seconds of each, median and 99th percentile in ms; beside a busy "
+        "process also the first call.",
+        "",
+        "| call | idle | idle, one thread | one processor taken | the first call | one processor taken, one thread |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for kind, by_case in results["kinds"].items():
+        idle, taken = by_case[IDLE], by_case[TAKEN]
+        cells = [cell_ms(idle["nbnorm"]), cell_ms(idle["one"])]
+        cells += [cell_ms(taken["nbnorm"]), f"{taken['nbnorm']['first']:.3g}", cell_ms(taken["one"])]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
     asking, watching = results["cost"]["asking"], results["cost"]["watching"]
     lines += [
         "",
         f"To ask who works costs a call {asking:.2f} us, and to watch Numba's threads, where they work, {watching:.2f} us.",
     ]
     return "\n".join(lines)
+
+
+def cell_ms(timing):
+    return "not measured" if timing is None else f"{timing['median']:.3g}, {timing['p99']:.3g}"
 
 
 def cell(timing):

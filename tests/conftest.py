@@ -78,6 +78,7 @@ def choose_workers(monkeypatch):
         monkeypatch.setattr("nbnorm.cpu.parallel._paused_until", 0.0)
         monkeypatch.setattr("nbnorm.cpu.parallel.our_threads", lambda: 3)
         monkeypatch.setattr("nbnorm.cpu.threads.ELEMENTS", 0)
+        monkeypatch.setattr("nbnorm.cpu.blocks.ELEMENTS", 0 if workers == parallel.OURS else float("inf"))
         monkeypatch.setattr("nbnorm.cpu.threads.PIECE_ELEMENTS", 1)
         monkeypatch.setattr("nbnorm.cpu.parallel.STALL_SECONDS", float("inf"))
 

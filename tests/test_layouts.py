@@ -1,5 +1,9 @@
 """Does the memory layout of an operand change nothing? Strides, byte order, alignment, memmap, lists, empty arrays, out."""
 
+import itertools
+import math
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import nbnorm
+from nbnorm.cpu import parallel, staging, threads
 from tolerances import assert_grads, assert_y
 
 # (cols,) of a batch (6, 4); big enough for a vector and a rest
@@ -110,6 +115,90 @@ def test_layout_of_out_does_not_change_a_bit(operands, buffer, layout):
     for out, grad, expected in zip(outs, result, grads, strict=True):
         assert grad is out
         np.testing.assert_array_equal(out, expected)
+
+
+def channels_last(array):
+    """The array as a view of one whose rows are not contiguous."""
+    return np.moveaxis(np.moveaxis(array, -1, 1).copy(), 1, -1)
+
+
+# long rows are shared without a copy too
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("views", [channels_last, np.array], ids=["strided", "contiguous"])
+def test_blocks_that_our_threads_share_have_the_same_bits(rng, dtype, monkeypatch, choose_workers, views, long_row):
+    shape, cols = (3, 5, 23), 40
+    x, dy = rng.standard_normal((2, *shape, cols)).astype(dtype)
+    weight, bias = rng.standard_normal((2, cols)).astype(np.float32)
+    masks = [mask for mask in itertools.product([True, False], repeat=3) if any(mask)]
+
+    def results(x, dy, out, dx):
+        found = [a.copy() for a in nbnorm.layer_norm(x, cols, weight, bias, out=out, return_stats=True)]
+        for mask in masks:
+            outs = (dx if mask[0] else None, None, None)
+            grads = nbnorm.layer_norm_backward(dy, x, cols, weight, output_mask=mask, out=outs)
+            found += [grad for grad in grads if grad is not None]
+            found = [a.copy() for a in found]
+        return found
+
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
+    choose_workers(parallel.ONE)
+    expected = results(x, dy, None, None)
+    choose_workers(parallel.OURS)
+    # sums of blocks of 16 rows: a piece is one of them, or a few
+    monkeypatch.setattr("nbnorm.cpu.long_rows.GROUP_ELEMENTS", 50 * cols)
+    shared = []
+    share = threads.share
+    monkeypatch.setattr("nbnorm.cpu.threads.share", lambda *args: (shared.append(len(args[1])), share(*args)))
+    for rows in (1, 7, 50):
+        monkeypatch.setattr("nbnorm.cpu.staging.BUFFER_ELEMENTS", rows * cols)
+        for out in (None, views(np.zeros_like(x))):
+            for a, b in zip(results(views(x), views(dy), out, out), expected, strict=True):
+                np.testing.assert_array_equal(a, b)
+        in_place = views(x)
+        np.testing.assert_array_equal(nbnorm.layer_norm(in_place, cols, weight, bias, out=in_place), expected[0])
+    assert max(shared) > 3
+
+
+@pytest.mark.parametrize("which", [0, 10, 22])
+def test_an_error_in_a_block_ends_all_of_them(rng, monkeypatch, choose_workers, which):
+    choose_workers(parallel.OURS)
+    monkeypatch.setattr("nbnorm.cpu.staging.BUFFER_ELEMENTS", 10 * COLS)
+    x = rng.standard_normal((COLS, 230)).T
+    out = np.zeros_like(x)
+    stored = []
+    store = nbnorm.cpu.store
+
+    def failing(rows, block, buffer):
+        stored.append(None)
+        if len(stored) > which:
+            raise MemoryError("no memory")
+        store(rows, block, buffer)
+
+    monkeypatch.setattr("nbnorm.cpu.store", failing)
+    with pytest.raises(MemoryError, match="no memory"):
+        nbnorm.layer_norm(x, COLS, out=out)
+    before = out.copy()
+    time.sleep(0.01)
+    np.testing.assert_array_equal(out, before)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(nbnorm.layer_norm(x, COLS, out=out), nbnorm.layer_norm(x.copy(), COLS))
+
+
+@given(st.lists(st.integers(1, 5), max_size=4), st.data())
+def test_blocks_of_some_rows_are_these_rows(batch, data):
+    count = math.prod(batch)
+    start = data.draw(st.integers(0, count))
+    stop = data.draw(st.integers(start, count))
+    limit = data.draw(st.integers(1, 10))
+    rows = np.arange(count).reshape(batch)
+    for order in (0, 1, -1):
+        blocks = list(staging.row_blocks(batch, limit, order, slice(start, stop)))
+        found = [rows[index].reshape(-1) for index, _ in blocks]
+        for (_, span), values in zip(blocks, found, strict=True):
+            assert 1 <= len(values) <= limit
+            np.testing.assert_array_equal(values, np.arange(span.start, span.stop))
+        np.testing.assert_array_equal(np.concatenate([[], *found][:: order or 1]), np.arange(start, stop))
 
 
 def test_some_outs_may_be_none(operands):

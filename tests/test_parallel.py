@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm.cpu import parallel, threads
+from nbnorm.cpu import blocks, long_rows, parallel, sizes, staging, threads
 from nbnorm.cpu.parallel import NUMBAS, OURS
 
 X = np.ones((16, 768), np.float32)
@@ -23,83 +23,167 @@ def clock(monkeypatch):
     """The time that `parallel` sees, in its first entry; Numba's threads work on all calls as it begins."""
     now = [100.0]
     monkeypatch.setattr(parallel, "perf_counter", lambda: now[0])
-    for name, value in {"many": NUMBAS, "_pause": parallel.PAUSE, "_paused_until": 0.0, "_is_decided": True}.items():
+    state = {"many": NUMBAS, "_pause": parallel.PAUSE, "_paused_until": 0.0, "_worked": 0.0, "_is_decided": True}
+    for name, value in state.items():
         monkeypatch.setattr(parallel, name, value)
     monkeypatch.setattr(parallel, "from_elements", 0)
     return now
 
 
-def watched(clock):
-    """A kernel of Numba's threads that takes as long as it is told."""
+class Kernel:
+    """One that takes as long as it is told, by Numba's threads or without them."""
 
-    def kernel(x, seconds):
-        clock[0] += seconds
+    def __init__(self, clock):
+        self.clock = clock
+        build = (object(),)
+        self.watched = parallel.watched(build, self.work)
+        self.shortest_without = parallel.shortest_without(build)
 
-    return parallel.watched(kernel)
+    def work(self, x, seconds):
+        self.clock[0] += seconds
 
-
-def test_a_stall_makes_numbas_threads_pause(clock):
-    call = watched(clock)
-    for seconds in (1e-5, 3e-5, 2e-5):
-        call(X, seconds)
+    def by_numbas(self, x, seconds):
+        parallel.end_pause()
         assert parallel.many == NUMBAS
-    call(X, 1.1 * parallel.STALL_SECONDS)
-    assert parallel.many == OURS
+        self.watched(x, seconds)
+        return parallel.many == OURS
+
+    def without(self, x, seconds):
+        parallel.timed(self.shortest_without, self.work, x, seconds)
+
+
+@pytest.fixture
+def kernel(clock):
+    return Kernel(clock)
+
+
+def pause_of(clock):
+    return parallel._paused_until - clock[0]
+
+
+def end_the_pause(clock):
+    clock[0] = parallel._paused_until + 1e-9
+
+
+def test_a_stall_makes_numbas_threads_pause(clock, kernel):
+    for seconds in (1e-5, 3e-5, 2e-5):
+        assert not kernel.by_numbas(X, seconds)
+    assert kernel.by_numbas(X, 1.1 * parallel.STALL_SECONDS)
     parallel.end_pause()
     assert parallel.many == OURS
-    clock[0] += 1.01 * parallel.PAUSE
+    end_the_pause(clock)
     parallel.end_pause()
     assert parallel.many == NUMBAS
 
 
-def test_what_is_no_stall(clock):
-    call = watched(clock)
-    call(X, 1e-5)
+def test_what_is_no_stall(kernel):
+    kernel.by_numbas(X, 1e-5)
     # a moment
-    call(X, 0.9 * parallel.STALL_SECONDS)
+    assert not kernel.by_numbas(X, 0.9 * parallel.STALL_SECONDS)
     # a larger call, and one of a kind that takes longer
-    call(np.ones((1600, 768), np.float32), 1e-3)
-    call(np.ones((16_000, 16), np.float32), 1e-3)
-    assert parallel.many == NUMBAS
+    assert not kernel.by_numbas(np.ones((1600, 768), np.float32), 1e-3)
+    assert not kernel.by_numbas(np.ones((16_000, 16), np.float32), 5e-4)
+    # as long as its kind takes without Numba's threads
+    slow = np.ones((16, 7680), np.float32)
+    kernel.without(slow, 0.1)
+    assert not kernel.by_numbas(slow, 0.1)
 
 
-def test_stalls_from_the_first_call_on(clock):
-    call = watched(clock)
-    call(X, 2 * parallel.STALL_SECONDS)
-    assert parallel.many == OURS
+def test_a_stall_is_known_by_what_a_call_takes_without_numbas_threads(clock, kernel):
+    x = np.broadcast_to(np.float32(1), (8, 1 << 20))
+    guessed = parallel.STALL * parallel.ONE_THREAD * x.size
+    assert not kernel.by_numbas(x, 0.9 * guessed)
+    kernel.without(x, 0.4 * guessed)
+    kernel.without(x, 0.8 * guessed)
+    assert kernel.by_numbas(x, 0.9 * guessed)
+    end_the_pause(clock)
+    assert not kernel.by_numbas(x, 0.3 * guessed)
 
 
-def test_calls_that_stall_at_once_make_one_pause(clock):
-    call = watched(clock)
+def test_stalls_from_the_first_call_on(kernel):
+    assert kernel.by_numbas(X, 2 * parallel.STALL_SECONDS)
+
+
+def test_calls_that_stall_at_once_make_one_pause(clock, kernel):
     for _ in range(8):
-        call(X, 0.01)
+        kernel.watched(X, 1e-3)
     assert parallel._pause == parallel.PAUSE
 
 
-def test_pauses_grow_while_stalls_go_on(clock):
-    call = watched(clock)
+def test_a_pause_costs_less_than_the_stall_that_it_makes_up_for(clock, kernel):
+    x = np.broadcast_to(np.float32(1), (8, 1 << 20))
+    kernel.without(x, 0.01)
+    assert kernel.by_numbas(x, 0.2)
+    assert pause_of(clock) == pytest.approx(parallel.PAUSE_FOR_LOSS * 0.19)
+    end_the_pause(clock)
+    assert kernel.by_numbas(x, 10)
+    assert pause_of(clock) == pytest.approx(parallel.LONGEST_PAUSE)
+
+
+# seconds between the calls, which are more than the first pauses last
+@pytest.mark.parametrize("between", [0, 0.3, 1000])
+def test_pauses_grow_while_stalls_go_on(clock, kernel, between):
     pauses = []
     for _ in range(10):
-        call(X, 0.01)
-        pauses.append(parallel._paused_until - clock[0])
-        clock[0] = parallel._paused_until + 1e-9
-        parallel.end_pause()
+        assert kernel.by_numbas(X, 1e-3)
+        pauses.append(pause_of(clock))
+        end_the_pause(clock)
+        clock[0] += between
+        # now and then one does well
+        kernel.by_numbas(X, 1e-5)
     assert pauses == pytest.approx([min(parallel.PAUSE * 2**n, parallel.LONGEST_PAUSE) for n in range(10)])
-    # a stall that comes much later is a first one
-    clock[0] += 1000
-    call(X, 0.01)
-    assert parallel._paused_until - clock[0] == pytest.approx(parallel.PAUSE)
+    # a stall that comes after they have worked long enough is a first one
+    for _ in range(11_000):
+        kernel.by_numbas(X, 1e-5)
+    assert kernel.by_numbas(X, 1e-3)
+    assert pause_of(clock) == pytest.approx(parallel.PAUSE)
 
 
 def test_calls_end_the_pause(clock, monkeypatch):
     monkeypatch.setattr(parallel, "STALL_SECONDS", math.inf)
-    parallel._pause_numbas(clock[0])
+    parallel._pause_numbas(clock[0], 0.001)
     for _ in range(2):
         nbnorm.layer_norm(X, 768)
         assert parallel.many == OURS
     clock[0] += parallel.PAUSE + 1
     nbnorm.layer_norm(X, 768)
     assert parallel.many == NUMBAS
+
+
+@pytest.mark.parametrize("case", ["in blocks that follow each other", "long rows"])
+def test_a_stall_within_a_call_of_many_blocks_changes_who_works_on_the_rest(clock, monkeypatch, rng, case):
+    monkeypatch.setattr(staging, "BUFFER_ELEMENTS", 10 * 768)
+    monkeypatch.setattr(parallel, "our_threads", lambda: 2)
+    if case == "long rows":
+        monkeypatch.setattr(sizes, "LONG_ROW", 100)
+        monkeypatch.setattr(long_rows, "GROUP_ELEMENTS", 10 * 768)
+        monkeypatch.setattr(blocks, "LONG_ROWS", math.inf)
+    memory = rng.standard_normal((101, 768), dtype=np.float32)
+    expected = nbnorm.layer_norm(memory[:-1], 768)
+    worked = []
+    watched, timed = parallel.watched, parallel.timed
+
+    def stalling(build, kernel):
+        call = watched(build, kernel)
+
+        def stalls_at_the_third(*arguments):
+            worked.append(NUMBAS)
+            if len(worked) == 3:
+                parallel._pause_numbas(clock[0], 1.0)
+            call(*arguments)
+
+        return stalls_at_the_third
+
+    def counted(*arguments):
+        worked.append(OURS)
+        timed(*arguments)
+
+    monkeypatch.setattr(parallel, "watched", stalling)
+    monkeypatch.setattr(parallel, "timed", counted)
+    parallel.many = NUMBAS
+    out = np.empty_like(expected) if case == "long rows" else memory[1:]
+    np.testing.assert_array_equal(nbnorm.layer_norm(memory[:-1], 768, out=out), expected)
+    assert worked == [NUMBAS] * 3 + [OURS] * 7
 
 
 def test_an_error_in_another_thread_reaches_the_caller(monkeypatch):

@@ -1,15 +1,14 @@
 """Layer norm on NumPy arrays that `checks` has passed: allocate, bring the operands into rows, run the kernels."""
 
-import functools
 import math
 from typing import Any
 
 import numpy as np
 
 from nbnorm.arrays import convert
-from nbnorm.cpu import kernels, long_rows, memory, parallel, quick, short_rows, sizes, threads
-from nbnorm.cpu.parallel import NUMBAS, OURS
-from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, row_blocks, rows_of, storage, store
+from nbnorm.cpu import blocks, kernels, long_rows, memory, quick, short_rows, sizes, threads
+from nbnorm.cpu.parallel import ONE
+from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, rows_of, storage, store
 from nbnorm.problem import wide_dtype
 
 
@@ -25,24 +24,24 @@ def forward(problem, x, weight, bias, out, return_stats):
     if problem.rows > 0 and problem.cols > 0:
         dtype = problem.compute_dtype
         present = (weight is not None, bias is not None)
-        workers = parallel.workers(problem.rows * problem.cols)
-        kernel = _kernels(problem).forward(x_dtype, dtype, *present, problem.variance, workers == NUMBAS)
-        if workers == OURS:
-            kernel = functools.partial(threads.forward, kernel)
-        elif workers == NUMBAS:
-            kernel = parallel.watched(kernel)
         weight_row = _flat(weight, dtype, y)
         bias_row = _flat(bias, dtype, y)
         streaming = _is_streamed(y, x)
         limit = block_limit(problem, order, x, y)
-        x_buffer = buffer_for(x, problem, limit, order)
-        y_buffer = buffer_for(y, problem, limit)
-        for index, rows in row_blocks(problem.batch, limit, order):
+
+        def new_buffers(limit):
+            return buffer_for(x, problem, limit, order), buffer_for(y, problem, limit)
+
+        def work(kernel, buffers, index, rows, last):
+            x_buffer, y_buffer = buffers
             x_rows = load(x[index], x_buffer, problem.cols)
             y_rows = rows_of(y[index], y_buffer, problem.cols)
             kernel(x_rows, weight_row, bias_row, problem.eps, streaming, y_rows, mean[rows], rstd[rows])
             store(y_rows, y[index], y_buffer)
-        if dtype == wide_dtype(problem.dtype) and problem.cols <= sizes.LONG_ROW:
+
+        build = (_kernels(problem).forward, x_dtype, dtype, *present, problem.variance)
+        workers, kernel = blocks.run(problem, order, limit, False, build, threads.forward, new_buffers, work)
+        if kernel is not None and dtype == wide_dtype(problem.dtype) and problem.cols <= sizes.LONG_ROW:
             is_diff_of_squares = problem.variance == "diff_of_squares"
             key = problem.dtype, _is_short(problem), weight is None, bias is None, is_diff_of_squares, workers
             quick.FORWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
@@ -83,14 +82,6 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         sum_dtype = storage(problem.weight_dtype)
         dtypes = (storage(dy.dtype), x_dtype, dtype, statistics_dtype, sum_dtype)
         statistics = problem.variance if mean is None else "given"
-        factory = _kernels(problem).backward
-        workers = parallel.workers(problem.rows * problem.cols)
-        kernel = factory(*dtypes, weight is not None, statistics, output_mask, workers == NUMBAS)
-        # the sums of a long row's elements go over all rows
-        if workers == OURS and (problem.cols <= sizes.LONG_ROW or not (with_dweight or with_dbias)):
-            kernel = functools.partial(threads.backward, kernel)
-        elif workers == NUMBAS:
-            kernel = parallel.watched(kernel)
         weight_row = _flat(weight, dtype, dx)
         mean_row = _flat(mean, statistics_dtype, dx)
         rstd_row = _flat(rstd, statistics_dtype, dx)
@@ -98,39 +89,43 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         dbias_row = dbias.reshape(-1).view(sum_dtype)
         # a kernel for long rows writes dweight and dbias past the caches too
         streaming = with_dx and _is_streamed(dx, dy, x) and dweight.ctypes.data % 16 == dbias.ctypes.data % 16 == 0
-        limit = block_limit(problem, order, dy, x, dx)
-        dy_buffer = buffer_for(dy, problem, limit, order)
-        x_buffer = buffer_for(x, problem, limit, order)
-        dx_buffer = buffer_for(dx, problem, limit) if with_dx else None
         absent_dx = np.empty((0, problem.cols), x_dtype)
+        limit = block_limit(problem, order, dy, x, dx)
+        has_sums = with_dweight or with_dbias
+        is_long = problem.cols > sizes.LONG_ROW
         block_rows = sizes.block_rows(problem.rows, problem.cols)
-        blocks = -(-problem.rows // block_rows)
-        if problem.cols > sizes.LONG_ROW:
+        blocks_of_sums = -(-problem.rows // block_rows)
+        if is_long:
             # a kernel for long rows has sums of its own, unless there are several calls to add up
-            blocks = int(limit < problem.rows)
-        sums = np.empty((with_dweight + with_dbias, blocks, problem.cols))
-        for index, rows in row_blocks(problem.batch, limit, order):
+            blocks_of_sums = int(limit < problem.rows)
+        sums = np.empty((with_dweight + with_dbias, blocks_of_sums, problem.cols))
+
+        def new_buffers(limit):
+            dx_buffer = buffer_for(dx, problem, limit) if with_dx else None
+            return buffer_for(dy, problem, limit, order), buffer_for(x, problem, limit, order), dx_buffer
+
+        def work(kernel, buffers, index, rows, last):
+            dy_buffer, x_buffer, dx_buffer = buffers
+            dy_rows, x_rows = load(dy[index], dy_buffer, problem.cols), load(x[index], x_buffer, problem.cols)
             dx_rows = rows_of(dx[index], dx_buffer, problem.cols) if with_dx else absent_dx
             kernel(
-                load(dy[index], dy_buffer, problem.cols),
-                load(x[index], x_buffer, problem.cols),
-                weight_row,
-                problem.eps,
-                mean_row[rows],
-                rstd_row[rows],
-                rows.start,
-                block_rows,
-                rows.stop == problem.rows,
-                streaming,
-                dx_rows,
-                sums,
-                dweight_row,
-                dbias_row,
-            )
+                dy_rows, x_rows, weight_row, problem.eps, mean_row[rows], rstd_row[rows], rows.start, block_rows, last,
+                streaming, dx_rows, sums, dweight_row, dbias_row,
+            )  # fmt: skip
             if with_dx:
                 store(dx_rows, dx[index], dx_buffer)
+
+        build = (_kernels(problem).backward, *dtypes, weight is not None, statistics, output_mask)
+        workers, kernel = blocks.run(problem, order, limit, has_sums, build, threads.backward, new_buffers, work)
+        if kernel is None and has_sums:
+            # no rows, only the sums of the blocks
+            blocks.kernel_for(ONE, build, None)(
+                np.empty((0, problem.cols), dtypes[0]), absent_dx, weight_row, problem.eps, mean_row[:0], rstd_row[:0], 0,
+                block_rows, True, False, absent_dx, sums, dweight_row, dbias_row,
+            )  # fmt: skip
         is_usual = problem.dtype == dy.dtype and dtype == wide_dtype(problem.dtype) == statistics_dtype
-        if with_dx and is_usual and problem.weight_dtype in (problem.dtype, dtype) and problem.cols <= sizes.LONG_ROW:
+        is_usual = is_usual and problem.weight_dtype in (problem.dtype, dtype) and not is_long
+        if kernel is not None and with_dx and is_usual:
             mode = problem.variance == "diff_of_squares" if mean is None else None
             parameter = None if weight is None else problem.weight_dtype
             key = problem.dtype, _is_short(problem), parameter, output_mask, mode, workers

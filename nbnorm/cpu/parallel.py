@@ -31,13 +31,18 @@ WORKERS = ONE, NUMBAS, OURS = "one", "numba's", "ours"
 # 6.1 and 5.1, 17.5 and 12.9 at (64, 768); 12.7 and 8.4, 37 and 22 at (128, 768). With the other core slower to wake, the
 # parallel ones win from (128, 768) on
 ELEMENTS = 1 << 15
-# a call of Numba's threads stalls that takes so many times as long for each element as the shortest one of its kind, or as
-# one thread takes, and so many seconds. They pause then, twice as long each time that they stall again at once
-STALL = 4
-ONE_THREAD = 1e-9
+# a call of Numba's threads stalls that takes so many times as long as one without them, and so many seconds. How long that
+# one takes is measured while they pause; before, ONE_THREAD for an element, or twice their own shortest time, is a guess
+STALL = 1.2
+ONE_THREAD = 1.5e-9
 STALL_SECONDS = 5e-4
+# they pause for so many seconds, and for so many times what the stall has cost; at least twice as long as before where they
+# have not worked for PAUSE seconds since
 PAUSE = 0.1
 LONGEST_PAUSE = 10.0
+PAUSE_FOR_LOSS = 20
+# a call of more elements takes no longer for each
+ALL_ALIKE = 1 << 23
 
 # from this many elements on, `many` work on a call
 from_elements: float = ELEMENTS
@@ -45,6 +50,8 @@ many = NUMBAS
 _is_decided = False
 _pause = PAUSE
 _paused_until = 0.0
+# the seconds that Numba's threads have worked since they last paused
+_worked = 0.0
 
 
 def workers(elements):
@@ -72,33 +79,64 @@ def processors(thread=0):
 
 
 @functools.cache
-def watched(kernel):
-    """The parallel build of a kernel, after whose stalls our threads work for a while."""
+def watched(build, kernel):
+    """The parallel build of a kernel, a factory and its arguments; after its stalls our threads work for a while."""
     shortest: dict[tuple, float] = {}
+    without = shortest_without(build)
 
     def call(first, *others):
+        global _worked
         start = perf_counter()
         kernel(first, *others)
         seconds = perf_counter() - start
         rows, cols = first.shape
-        kind = rows.bit_length(), cols.bit_length()
-        per_element = seconds / (rows * cols)
-        least = shortest.get(kind, ONE_THREAD)
-        if per_element < least:
+        elements, kind = rows * cols, kind_of(rows, cols)
+        per_element = seconds / elements
+        least = shortest.get(kind)
+        expected = without.get(kind) or (2 * least if least else ONE_THREAD)
+        if seconds > STALL_SECONDS and per_element > STALL * expected:
+            _pause_numbas(start + seconds, seconds - expected * elements)
+            return
+        _worked += seconds
+        if least is None or per_element < least:
             shortest[kind] = per_element
-        elif seconds > STALL_SECONDS and per_element > STALL * least:
-            _pause_numbas(start + seconds)
 
     return call
 
 
-def _pause_numbas(now):
-    global many, _pause, _paused_until
+def timed(without, kernel, first, *others):
+    """Call a kernel without Numba's threads, and keep how long that takes in its `shortest_without`."""
+    start = perf_counter()
+    kernel(first, *others)
+    rows, cols = first.shape
+    keep(without, kind_of(rows, cols), (perf_counter() - start) / (rows * cols))
+
+
+def keep(without, kind, per_element):
+    without[kind] = min(per_element, without.get(kind, math.inf))
+
+
+def kind_of(rows, cols):
+    """What calls have in common that take about as long for an element."""
+    return cols.bit_length(), min(rows * cols, ALL_ALIKE).bit_length()
+
+
+@functools.cache
+def shortest_without(build):
+    """The shortest times for an element of a kernel without Numba's threads, by the kind of a call."""
+    return {}
+
+
+def _pause_numbas(now, lost):
+    """Let our threads work for a while, since Numba's have lost so many seconds."""
+    global many, _pause, _paused_until, _worked
     if many == OURS:
         # another call that was on its way
         return
-    _pause = min(2 * _pause, LONGEST_PAUSE) if now < _paused_until + PAUSE else PAUSE
+    shortest = 2 * _pause if _paused_until and _worked < PAUSE else PAUSE
+    _pause = min(max(shortest, PAUSE_FOR_LOSS * lost), LONGEST_PAUSE)
     _paused_until = now + _pause
+    _worked = 0.0
     many = OURS
 
 
