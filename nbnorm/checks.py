@@ -183,7 +183,7 @@ def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes)
 
 def cuda_is_supported(what):
     """Raise where there is nothing to run kernels with."""
-    if not has_numba_cuda():
+    if not (has_numba_cuda() or in_simulator()):
         raise TypeError(
             f"{what}; nbnorm needs the package numba-cuda for it: pip install 'nbnorm[cuda13]', or 'nbnorm[cuda12]' for a "
             "driver older than CUDA 13"
@@ -198,12 +198,26 @@ def has_numba_cuda():
     return importlib.util.find_spec("numba_cuda") is not None
 
 
+def in_simulator():
+    """Whether Numba's own simulator runs what is decorated by `cuda.jit`."""
+    from numba import cuda
+    from numba.core import config
+
+    return bool(config.ENABLE_CUDASIM) and not hasattr(cuda, "shfl_xor_sync")
+
+
 # asked for at each call on CUDA arrays
 @functools.cache
 def cuda_fault():
     """What keeps Numba from using a CUDA device; None where nothing does."""
     from numba import cuda
 
+    if in_simulator():
+        return (
+            "NUMBA_ENABLE_CUDASIM=1 puts its simulator in the place of devices, which has no shuffles and votes of a warp "
+            "and no accesses of 16 bytes, as nbnorm's kernels need them; unset it where there is a GPU, or pass NumPy "
+            "arrays, such as x.copy_to_host(), which the CPU's kernels take"
+        )
     return None if cuda.is_available() else " ".join(str(cuda.cuda_error() or "no device").split())
 
 

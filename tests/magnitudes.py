@@ -12,7 +12,7 @@ SCALES = (1e-310, 1e-160, 1e-40, 1e-21, 1e-7, 1.0, 6e4, 1e25, 1e38, 1e160, 1e308
 
 
 def rows(rng, dtype, cols, eps):
-    """Of each scale that the dtype has, one whose mean is near 0; and one of equal elements, NaN with an eps of 0."""
+    """Of each scale that the dtype has, one with a mean near 0; and one of equal elements, which an eps of 0 makes NaN."""
     name = np.dtype(dtype).name
     scales = np.array([scale for scale in SCALES if SMALLEST[name] * 8 < scale <= LARGEST[name]])
     with np.errstate(under="ignore"):

@@ -71,10 +71,10 @@ def is_captured(handle):
 
 
 def epsilon(eps, dtype):
-    """The arguments of a kernel for eps: in `dtype`, a power of two, and what divided by that is 1 / sqrt(eps).
+    """What kernels that compute in `dtype` take for eps: eps, a power of two, and what divided by that is 1 / sqrt(eps).
 
-    The power is the largest in the range of the type that is not above the root. float32 holds roots, and rows beside them,
-    whose squares it does not.
+    float32 has roots, and deviations that are as large, of which it does not have the squares. The power is the largest that
+    the type has and that is not above the root.
     """
     number = ctypes.c_double if dtype == np.float64 else ctypes.c_float
     ends = np.finfo(dtype)

@@ -193,7 +193,7 @@ def rescaling(values, cols, team, size, shared, at, element):
 
 @inlined
 def inverse_deviation(var, eps, eps_power, eps_rest, factor, smallest, element):
-    """What brings deviations, multiplied by `factor`, to a variance of 1; and rstd, as a product of two numbers."""
+    """What brings deviations, which were multiplied by `factor`, to a variance of 1; and rstd, as two numbers' product."""
     scale = inverse_root(var + eps)
     if factor == element(1) and var + eps >= smallest:
         return scale, scale, element(1)

@@ -61,7 +61,7 @@ def order(request, monkeypatch):
 
 @pytest.fixture
 def short_segments(monkeypatch):
-    """Columns of a row that no block holds: on a device; in the simulator of two warps, in a tenth of a second."""
+    """Columns of a row that no block holds: in the simulator none of two warps, which it is through with sooner."""
     if not IS_SIMULATED:
         return 32776
     monkeypatch.setattr(sizes, "MOST_THREADS", {"forward": 64, "backward": 64})

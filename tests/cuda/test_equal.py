@@ -1,4 +1,4 @@
-"""Rows of equal elements, and of elements a few ulps apart: is what rounding leaves of a mean no part of y?"""
+"""Is nothing of a mean's rounding in results, where all elements of a row are equal, or a few units apart?"""
 
 import ml_dtypes
 import numpy as np

@@ -16,6 +16,40 @@ HERE = Path(__file__).parent
 SHARES = (("test_backward.py", "test_quick.py"), ("test_[!bq]*.py", "test_quick_*.py"))
 
 
+# what a reader of Numba's manual would try
+IN_NUMBAS_SIMULATOR = """
+import numpy as np
+from numba import cuda
+import nbnorm
+x = cuda.to_device(np.ones((2, 768), np.float32))
+calls = (
+    lambda: nbnorm.layer_norm(x, 768),
+    lambda: nbnorm.layer_norm_backward(x, x, 768),
+    lambda: nbnorm.LayerNorm(768, device="cuda"),
+)
+for call in calls:
+    try:
+        call()
+    except TypeError as error:
+        print(error)
+print(nbnorm.layer_norm(x.copy_to_host(), 768).max())
+"""
+
+
+def test_numbas_own_simulator_is_refused(python_environment):
+    environment = python_environment | {"NUMBA_ENABLE_CUDASIM": "1"}
+    command = [sys.executable, "-W", "error", "-c", IN_NUMBAS_SIMULATOR]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.stderr == ""
+    *messages, largest = run.stdout.splitlines()
+    assert largest == "0.0"
+    assert [message.partition("; ")[0] for message in messages] == ["x: an array on a CUDA device"] * 2 + ["device: 'cuda'"]
+    for message in messages:
+        assert "NUMBA_ENABLE_CUDASIM=1" in message
+        assert "no shuffles and votes of a warp" in message
+        assert "x.copy_to_host()" in message
+
+
 @pytest.mark.compiled
 @pytest.mark.skipif(bool(numba.config.ENABLE_CUDASIM), reason="this is the simulator")
 def test_in_the_simulator(python_environment):
