@@ -45,8 +45,12 @@ def _complain(text):
 
 
 def _line(text):
-    """On one line, and with what would steer a terminal, which files may have, spelt out."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return _spelt_out(" ".join(text.split()))
+
+
+def _spelt_out(text):
+    """With what would steer a terminal, which files and their names may have, spelt out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def parser():
@@ -101,8 +105,8 @@ def _apply(options):
             interrupted=lambda: bool(received),
         )
     for path in applied.taken_as_bfloat16:
-        print(f"{path}: 2-byte elements without a name, taken as bfloat16")
-    print(f"{options.output}: {applied.shape} {applied.dtype}; ", end="")
+        print(f"{_spelt_out(path)}: 2-byte elements without a name, taken as bfloat16")
+    print(f"{_spelt_out(options.output)}: {applied.shape} {applied.dtype}; ", end="")
     print(f"largest error {applied.largest_error:.2f} eps in {applied.checked_rows} rows checked against longdouble")
     return 0
 
@@ -111,11 +115,11 @@ def _cache(options):
     from nbnorm import cache_folder
 
     folder, distrust = cache_folder.place()
-    print(f"folder:  {folder}")
+    print(f"folder:  {_spelt_out(folder)}")
     reason = distrust or cache_folder.fault_of_writing(folder)
     if reason:
         consequence = "each process compiles its kernels" if distrust else "no kernel is added"
-        print(f"fault:   {reason}: {consequence}; NBNORM_CACHE_DIR names another folder")
+        print(f"fault:   {_spelt_out(reason)}: {consequence}; NBNORM_CACHE_DIR names another folder")
     if distrust:
         return 0
     kernels, unfinished = cache_folder.files(folder)

@@ -76,12 +76,12 @@ def read(name):
     folder, distrust = place()
     if distrust is None:
         with suppress(OSError):
-            path = folder / name
-            content = path.read_bytes()
-            with suppress(OSError):
+            with (folder / name).open("rb", buffering=0) as file:
+                content = file.readall()
                 # also of a clock that was wrong
-                if abs(time.time() - path.stat().st_mtime) > DAY:
-                    os.utime(path)
+                if abs(time.time() - os.fstat(file.fileno()).st_mtime) > DAY:
+                    with suppress(OSError):
+                        os.utime(folder / name)
             return content
     return b""
 

@@ -56,7 +56,7 @@ ZARR = "a zarr folder", SAVE.format('zarr.open("{name}", mode="r")[...]')
 # endings of names that would say that the result is of another format than it is
 OTHER_ENDINGS = re.compile(
     r"\.(npz|gz|bz2|xz|zst|lz4|zip|tar|safetensors|hdf5?|h5|nc|mat|zarr|pth?|bin|ckpt|onnx|gguf|pkl|pickle|parquet|feather|arrow"
-    r"|csv|tsv|txt|json)",
+    r"|csv|tsv|txt|json)$",
     re.IGNORECASE,
 )
 
@@ -66,9 +66,9 @@ def destination(path, sources):
     name = os.fspath(path)
     if name == "-":
         raise ValueError("-: expected a name for a file; the result is not written to stdout")
-    ending = Path(name).suffix
-    if OTHER_ENDINGS.fullmatch(ending):
-        raise ValueError(f"{name}: ends in {ending}; expected a name that ends in .npy, as the result is of that format")
+    ending = OTHER_ENDINGS.search(name)
+    if ending is not None:
+        raise ValueError(f"{name}: ends in {ending[0]}; expected a name that ends in .npy, as the result is of that format")
     if name.endswith(os.sep) or not name:
         raise ValueError(f"{name!r}: not a name for a file; expected one such as y.npy")
     # as the system follows it: what /dev/stdout leads to may have no name
@@ -116,7 +116,7 @@ def source(path):
     if stat.S_ISDIR(mode) and any((folder / name).exists() for name in (".zarray", ".zgroup", "zarr.json")):
         raise _other_format(path, *ZARR)
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: not a regular file; expected an array in NumPy's .npy format")
+        raise ValueError(f"{path or repr(path)}: not a regular file; expected an array in NumPy's .npy format")
 
 
 def npy_header(path, file):

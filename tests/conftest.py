@@ -101,5 +101,10 @@ def the_long_way(monkeypatch):
 
 @pytest.fixture
 def python_environment():
-    """An environment for subprocesses that shows them this package, also where it is not installed."""
-    return os.environ | {"PYTHONPATH": str(Path(nbnorm.__file__).parent.parent)}
+    """An environment for subprocesses that shows them this package, also where it is not installed.
+
+    A test that names a cache of its own does so by NUMBA_CACHE_DIR.
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(nbnorm.__file__).parent.parent)}
+    environment.pop("NBNORM_CACHE_DIR", None)
+    return environment

@@ -236,6 +236,7 @@ FAILURES = [
     pytest.param(lambda folder: None, ["--bias", "b.npy"], "No such file or directory: 'b.npy'", id="no bias"),
     pytest.param(lambda folder: None, ["--eps", "-1"], "nbnorm: --eps: -1.0; expected a finite number", id="eps"),
     pytest.param(lambda folder: None, ["--normalized-shape", "-1"], "--normalized-shape: [-1]; expected", id="negative"),
+    pytest.param(lambda folder: None, ["--weight", ""], "'': not a regular file; expected an array", id="no weight"),
     pytest.param(fifo, [], "x.npy: not a regular file; expected an array", id="fifo"),
     pytest.param(lambda folder: header(folder, b"1" + b"+1" * 4000), [], "x.npy: not an array in NumPy's", id="deep header"),
     pytest.param(
@@ -357,7 +358,9 @@ def test_other_formats_are_named_whatever_the_files_name(x, folder, capsys, writ
     assert leftovers(folder) == []
 
 
-@pytest.mark.parametrize("name", ["y.npz", "y.npy.gz", "y.safetensors", "Y.NPZ", "y.h5", "y.pt", "y.csv", "no/y.zarr"])
+@pytest.mark.parametrize(
+    "name", ["y.npz", "y.npy.gz", "y.safetensors", "Y.NPZ", "y.h5", "y.pt", "y.csv", "no/y.zarr", ".npz"]
+)
 def test_names_of_other_formats_are_not_written_to(x, folder, capsys, name):
     assert apply("-o", name) == 2
     assert (

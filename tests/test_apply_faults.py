@@ -228,6 +228,10 @@ def test_what_would_steer_a_terminal_is_spelt_out(folder):
     assert_refused(apply(), r"\x1b[2J")
     (folder / "\x1b]0;\a\u202e.npy").write_bytes(b"")
     assert_refused(apply(x="\x1b]0;\a\u202e.npy"), r"\x1b]0;\x07\u202e.npy: not an array")
+    np.save("x.npy", np.zeros((2, COLS), "f4"))
+    code, stdout, _ = apply(out="\x1b]0;\a\n.npy")
+    assert code == 0
+    assert stdout.startswith(r"\x1b]0;\x07\n.npy: (2, 6) float32")
 
 
 @contextlib.contextmanager

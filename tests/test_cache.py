@@ -134,6 +134,7 @@ def test_a_folder_that_all_may_write_to(site, run, tmp_path):
 @pytest.mark.parametrize("which", ["the folder", "what it would be in"])
 def test_a_folder_of_another_user(site, run, tmp_path, which):
     """As with sudo, which may leave HOME as it was: root would run another user's code, or lock that user out."""
+    (tmp_path / "home").mkdir()
     if which == "the folder":
         run(site)
     before = files(tmp_path)

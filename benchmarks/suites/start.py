@@ -7,6 +7,7 @@ EMPTY_CACHE = """
 import os, tempfile
 directory = tempfile.TemporaryDirectory()
 os.environ["NUMBA_CACHE_DIR"] = directory.name
+os.environ.pop("NBNORM_CACHE_DIR", None)
 """
 ARRAYS = """
 import numpy as np
