@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, settings
 import nbnorm
 import offline
 import pages
+from levels import deep
 from nbnorm import report
 from nbnorm.cpu import parallel
 
+DEEP_LEFT_OUT = "nbnorm: LEFT OUT: the deep level, which any -m of yours lets run: pytest -m ''"
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
 settings.register_profile("default", max_examples=100, deadline=None)
@@ -44,15 +46,33 @@ def pytest_report_header(config):
         f"nbnorm: tests with arrays of other libraries: {interop}",
         f"nbnorm: code of the documentation: {documented}",
         f"nbnorm: CUDA kernels compile-only: {offline.missing() or 'yes'}",
-        f"nbnorm: CUDA kernels run {cuda_level()}",
+        f"nbnorm: CUDA kernels run {cuda_level(config)}",
+        f"nbnorm: imported from {Path(nbnorm.__file__).parent}",
+        *([DEEP_LEFT_OUT] if config.option.markexpr == "not deep" else []),
     ]
 
 
-def cuda_level():
+def cuda_level(config):
     if numba.config.ENABLE_CUDASIM:
         return "in the simulator"
     fault = report.cuda_fault()
-    return f"in the simulator, by tests/cuda/test_levels; LEFT OUT on a device: {fault}" if fault else "on a device"
+    return f"LEFT OUT on a device: {fault}; in the simulator by the deep level" if fault else "on a device"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without a device, its tests are left out rather than skipped one by one."""
+    if not numba.config.ENABLE_CUDASIM and report.cuda_fault() is not None:
+        left_out = [item for item in items if item.get_closest_marker("hardware")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests run in one process, where they share kernels: in two, each would compile them."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.option.dist == "load" else None
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +104,7 @@ def choose_workers(monkeypatch):
     return choose
 
 
-@pytest.fixture(params=[parallel.ONE, parallel.NUMBAS])
+@pytest.fixture(params=[parallel.ONE, *deep(parallel.NUMBAS)])
 def build(request, choose_workers):
     """Each build of the kernels: the serial one and the parallel one."""
     choose_workers(request.param)
@@ -99,6 +119,7 @@ def the_long_way(monkeypatch):
 
 
 @pytest.fixture
-def python_environment():
-    """An environment for subprocesses that shows them this package, also where it is not installed."""
+def python_environment(monkeypatch, tmp_path_factory):
+    """An environment for subprocesses that shows them this package, installed or not, and none of the folder before it."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     return os.environ | {"PYTHONPATH": str(Path(nbnorm.__file__).parent.parent)}

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import nbnorm
+from levels import deep
 from tolerances import assert_grads, assert_y
 
 # (cols,) of a batch (6, 4); big enough for a vector and a rest
@@ -61,7 +62,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=[np.float32, np.float64, np.float16])
+@pytest.fixture(params=[np.float32, *deep(np.float64, np.float16)])
 def dtype(request):
     return request.param
 

@@ -16,12 +16,13 @@ HERE = Path(__file__).parent
 SHARES = (("test_backward.py", "test_quick.py"), ("test_[!bq]*.py", "test_quick_*.py"))
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 @pytest.mark.skipif(bool(numba.config.ENABLE_CUDASIM), reason="this is the simulator")
 def test_in_the_simulator(python_environment):
     environment = python_environment | {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "0"}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "hardware and not device", "-p", "no:cacheprovider"]
-    options = {"env": environment, "cwd": HERE.parent.parent, "text": True}
+    options = {"env": environment, "cwd": HERE, "text": True}
     shares = [sorted(file for pattern in patterns for file in HERE.glob(pattern)) for patterns in SHARES]
     assert sorted(file for files in shares for file in files) == sorted(HERE.glob("test_*.py"))
     with ThreadPoolExecutor(len(shares)) as pool:
