@@ -36,7 +36,7 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     """One line each: what the kernels run as, and which other libraries' arrays are tested."""
-    absent = [name for name in ("torch", "jax") if importlib.util.find_spec(name) is None]
+    absent = absent_libraries()
     interop = f"LEFT OUT for {', '.join(absent)}: pip install '.[interop]'" if absent else "torch and JAX"
     needed = pages.left_out()
     documented = f"LEFT OUT where it needs {', '.join(needed)}" if needed else "all"
@@ -52,6 +52,11 @@ def pytest_report_header(config):
     ]
 
 
+def absent_libraries():
+    """Of those whose arrays are tested by fixtures of these names."""
+    return [name for name in ("torch", "jax") if importlib.util.find_spec(name) is None]
+
+
 def cuda_level(config):
     if numba.config.ENABLE_CUDASIM:
         return "in the simulator"
@@ -60,11 +65,15 @@ def cuda_level(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without a device, its tests are left out rather than skipped one by one."""
-    if not numba.config.ENABLE_CUDASIM and report.cuda_fault() is not None:
-        left_out = [item for item in items if item.get_closest_marker("hardware")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """What needs a device or a library that is not here is left out, as the header says, rather than skipped one by one."""
+    absent = set(absent_libraries())
+    is_on_no_device = not numba.config.ENABLE_CUDASIM and report.cuda_fault() is not None
+    here, left_out = [], []
+    for item in items:
+        cannot_run = absent.intersection(item.fixturenames) or (is_on_no_device and item.get_closest_marker("hardware"))
+        (left_out if cannot_run else here).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = here
 
 
 @pytest.hookimpl(optionalhook=True)
