@@ -61,7 +61,7 @@ def cuda_level(config):
     if numba.config.ENABLE_CUDASIM:
         return "in the simulator"
     fault = report.cuda_fault()
-    return f"LEFT OUT on a device: {fault}; in the simulator by the deep level" if fault else "on a device"
+    return f"LEFT OUT on a device: {fault}; in the simulator, by tests/cuda/test_levels" if fault else "on a device"
 
 
 def pytest_collection_modifyitems(config, items):
