@@ -129,6 +129,8 @@ def the_long_way(monkeypatch):
 
 @pytest.fixture
 def python_environment(monkeypatch, tmp_path_factory):
-    """An environment for subprocesses that shows them this package, installed or not, and none of the folder before it."""
-    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    """An environment for subprocesses that shows them this package, also where it is not installed."""
+    if Path("nbnorm").is_dir():
+        # which `python -m` and `python -c` would take instead of the installed one
+        monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     return os.environ | {"PYTHONPATH": str(Path(nbnorm.__file__).parent.parent)}
