@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, settings
 import nbnorm
 import offline
 import pages
+from levels import deep
 from nbnorm import report
 from nbnorm.cpu import parallel
 
+DEEP_LEFT_OUT = "nbnorm: LEFT OUT: the deep level, which any -m of yours lets run: pytest -m ''"
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
 settings.register_profile("default", max_examples=100, deadline=None)
@@ -34,7 +36,7 @@ def pytest_configure(config):
 
 def pytest_report_header(config):
     """One line each: what the kernels run as, and which other libraries' arrays are tested."""
-    absent = [name for name in ("torch", "jax") if importlib.util.find_spec(name) is None]
+    absent = absent_libraries()
     interop = f"LEFT OUT for {', '.join(absent)}: pip install '.[interop]'" if absent else "torch and JAX"
     needed = pages.left_out()
     documented = f"LEFT OUT where it needs {', '.join(needed)}" if needed else "all"
@@ -44,15 +46,42 @@ def pytest_report_header(config):
         f"nbnorm: tests with arrays of other libraries: {interop}",
         f"nbnorm: code of the documentation: {documented}",
         f"nbnorm: CUDA kernels compile-only: {offline.missing() or 'yes'}",
-        f"nbnorm: CUDA kernels run {cuda_level()}",
+        f"nbnorm: CUDA kernels run {cuda_level(config)}",
+        f"nbnorm: imported from {Path(nbnorm.__file__).parent}",
+        *([DEEP_LEFT_OUT] if config.option.markexpr == "not deep" else []),
     ]
 
 
-def cuda_level():
+def absent_libraries():
+    """Of those whose arrays are tested by fixtures of these names."""
+    return [name for name in ("torch", "jax") if importlib.util.find_spec(name) is None]
+
+
+def cuda_level(config):
     if numba.config.ENABLE_CUDASIM:
         return "in the simulator"
     fault = report.cuda_fault()
-    return f"in the simulator, by tests/cuda/test_levels; LEFT OUT on a device: {fault}" if fault else "on a device"
+    return f"LEFT OUT on a device: {fault}; in the simulator, by tests/cuda/test_levels" if fault else "on a device"
+
+
+def pytest_collection_modifyitems(config, items):
+    """What needs a device or a library that is not here is left out, as the header says, rather than skipped one by one."""
+    absent = set(absent_libraries())
+    is_on_no_device = not numba.config.ENABLE_CUDASIM and report.cuda_fault() is not None
+    here, left_out = [], []
+    for item in items:
+        cannot_run = absent.intersection(item.fixturenames) or (is_on_no_device and item.get_closest_marker("hardware"))
+        (left_out if cannot_run else here).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = here
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests run in one process, where they share kernels: in two, each would compile them."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log) if config.option.dist == "load" else None
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +114,7 @@ def choose_workers(monkeypatch):
     return choose
 
 
-@pytest.fixture(params=[parallel.ONE, parallel.NUMBAS])
+@pytest.fixture(params=[parallel.ONE, *deep(parallel.NUMBAS)])
 def build(request, choose_workers):
     """Each build of the kernels: the serial one and the parallel one."""
     choose_workers(request.param)
@@ -100,11 +129,14 @@ def the_long_way(monkeypatch):
 
 
 @pytest.fixture
-def python_environment():
+def python_environment(monkeypatch, tmp_path_factory):
     """An environment for subprocesses that shows them this package, also where it is not installed.
 
     A test that names a cache of its own does so by NUMBA_CACHE_DIR.
     """
+    if Path("nbnorm").is_dir():
+        # which `python -m` and `python -c` would take instead of the installed one
+        monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     environment = os.environ | {"PYTHONPATH": str(Path(nbnorm.__file__).parent.parent)}
     environment.pop("NBNORM_CACHE_DIR", None)
     return environment

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import nbnorm
+from levels import deep
 from tolerances import assert_grads, assert_y
 
 ROWS = 24
@@ -30,7 +31,7 @@ def dtype(request):
     return request.param
 
 
-@pytest.mark.parametrize("cols", [5, 100, 768, pytest.param(16384, marks=pytest.mark.compiled)])
+@pytest.mark.parametrize("cols", [100, 768, *deep(5), pytest.param(16384, marks=[pytest.mark.compiled, pytest.mark.deep])])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_hard_rows(rng, dtype, kind, cols):
     with np.errstate(over="ignore", under="ignore"):

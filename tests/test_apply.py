@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 import nbnorm
+from levels import deep
 from nbnorm import apply as apply_module
 from nbnorm import npy
 from nbnorm.__main__ import main
@@ -470,7 +471,7 @@ def test_peak_memory_is_under_300_mb(folder, python_environment, shape, fortran_
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *deep(signal.SIGINT, signal.SIGHUP, signal.SIGKILL)])
 def test_a_run_that_is_stopped_leaves_the_old_file_whole(folder, python_environment, number):
     (folder / "y.npy").write_bytes(b"old")
     # large enough that it is not done before this process, on a busy machine, gets to stop it

@@ -543,6 +543,7 @@ def test_a_process_of_its_own(folder, python_environment, fault):
     assert_untouched(folder)
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 def test_runs_that_are_disturbed_at_random_moments(folder, python_environment):
     command = [sys.executable, Path(disturbed.__file__).resolve(), str(RUNS)]

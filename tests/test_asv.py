@@ -88,6 +88,7 @@ def test_suites_are_all_here():
     assert found == {"__init__", "problems", *SUITES}
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 @pytest.mark.parametrize("name", SUITES)
 def test_a_suite_measures_what_is_here_and_skips_the_rest(suites, name):
@@ -139,6 +140,7 @@ def test_only_what_an_older_commit_lacks_is_skipped(suites, monkeypatch, module,
         suites.problems.module_beside("contestants")
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 def test_suites_on_cuda(python_environment):
     pytest.importorskip("numba_cuda")

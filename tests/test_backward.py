@@ -8,17 +8,21 @@ import pytest
 
 import nbnorm
 import oracle
+from levels import deep
 from test_forward import DTYPES, EXTREME, FAR, SHAPES
 from tolerances import EPS, assert_grads
 
 MASKS = list(itertools.product([True, False], repeat=3))
+# all gradients, one of them, or none; and two of them
+MASKS_BY_LEVEL = [*(mask for mask in MASKS if sum(mask) != 2), *deep(*(mask for mask in MASKS if sum(mask) == 2))]
 
 
 @pytest.mark.parametrize(("shape", "normalized_shape"), SHAPES)
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("use_diff_of_squares", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_full_product(rng, build, dtype, use_diff_of_squares, given, shape, normalized_shape):
+@pytest.mark.parametrize("is_mixed", [False, *deep(True)])
+def test_full_product(rng, build, is_mixed, dtype, use_diff_of_squares, given, shape, normalized_shape):
     x = (3 * rng.standard_normal(shape) + 1).astype(dtype)
     row = shape[-np.size(normalized_shape) :]
     statistics = {}
@@ -26,13 +30,13 @@ def test_full_product(rng, build, dtype, use_diff_of_squares, given, shape, norm
         wide = x.astype(np.float64)
         _, mean, rstd = nbnorm.layer_norm(wide, normalized_shape, None, None, 1e-3, return_stats=True)
         statistics = {"mean": mean, "rstd": rstd}
-    weight_dtypes, dy_dtypes = [None, dtype, np.float32, np.float64], [dtype, np.float32, np.float64]
-    if np.dtype(dtype).itemsize == 2:
-        # each of these is a kernel of its own, a second to compile; float64 beside 16 bits has a test of its own
-        weight_dtypes, dy_dtypes = weight_dtypes[:3], dy_dtypes[:2]
-    if build == "parallel":
-        # of the same source; that it gives the same bits is tested elsewhere
-        weight_dtypes, dy_dtypes = [None, np.float32], [dtype]
+    weight_dtypes, dy_dtypes = [None, np.float32], [dtype]
+    # the parallel build is of the same source; that it gives the same bits is tested elsewhere
+    if is_mixed and build == "serial":
+        weight_dtypes, dy_dtypes = [None, dtype, np.float32, np.float64], [dtype, np.float32, np.float64]
+        if np.dtype(dtype).itemsize == 2:
+            # each of these is a kernel of its own, a second to compile; float64 beside 16 bits has a test of its own
+            weight_dtypes, dy_dtypes = weight_dtypes[:3], dy_dtypes[:2]
     for weight_dtype, dy_dtype in itertools.product(weight_dtypes, dy_dtypes):
         weight = None if weight_dtype is None else rng.standard_normal(row).astype(weight_dtype)
         dy = rng.standard_normal(shape).astype(dy_dtype)
@@ -43,6 +47,7 @@ def test_full_product(rng, build, dtype, use_diff_of_squares, given, shape, norm
         assert_grads(grads, dy, x, len(row), weight, 1e-3, use_diff_of_squares)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize(("dy_dtype", "weight_dtype"), [("x", np.float64), (np.float64, "x"), (np.float64, np.float64)])
 def test_float64_beside_16_bits(rng, dtype, dy_dtype, weight_dtype):
@@ -54,7 +59,7 @@ def test_float64_beside_16_bits(rng, dtype, dy_dtype, weight_dtype):
 
 @pytest.mark.parametrize("cols", [31, 300])
 @pytest.mark.parametrize("scales", [(1e-36, 1e-3), (1e-20, 1e-20), (1e-11, 1e-33), (1e10, 1e33), (1e30, 1e-3), (1.0, 1e34)])
-@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("long_row", [1 << 16, *deep(0)])
 def test_products_beyond_the_range_of_float32(rng, monkeypatch, long_row, scales, cols):
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     with np.errstate(under="ignore"):
@@ -64,8 +69,8 @@ def test_products_beyond_the_range_of_float32(rng, monkeypatch, long_row, scales
     assert (abs(dx - exact) <= 8 * EPS["float32"] * (abs(exact) + abs(exact).max(1, keepdims=True))).all()
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("with_weight", [False, True])
+@pytest.mark.parametrize("mask", MASKS_BY_LEVEL)
+@pytest.mark.parametrize("with_weight", [True, *deep(False)])
 def test_output_mask_leaves_out_what_is_not_asked_for(rng, build, with_weight, mask):
     x, dy = rng.standard_normal((2, 40, 11), dtype=np.float32)
     weight = rng.standard_normal(11, dtype=np.float32) if with_weight else None
@@ -118,7 +123,7 @@ def test_float32_dy_with_a_large_mean_keeps_its_digits(rng):
 
 @pytest.mark.parametrize("first", [0.7, 0.1, -0.9])
 @pytest.mark.parametrize("cols", [31, 48, 100, 127, 255, 768, 4096])
-@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("long_row", [1 << 16, *deep(0)])
 def test_dy_of_one_element_keeps_its_digits(rng, monkeypatch, long_row, cols, first):
     # all other g are the same distance from the first one: sums of them are off by the same in every lane, if they are off;
     # the elements that the shift comes from are far from the mean, and there is a deviation that is large
@@ -136,7 +141,7 @@ def test_dy_of_one_element_keeps_its_digits(rng, monkeypatch, long_row, cols, fi
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cols", [20, 300])
-@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("long_row", [1 << 16, *deep(0)])
 def test_rows_of_padding(rng, monkeypatch, long_row, cols, dtype):
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     x, dy = (rng.standard_normal((9, cols)).astype(dtype) for _ in range(2))
@@ -149,7 +154,7 @@ def test_rows_of_padding(rng, monkeypatch, long_row, cols, dtype):
 
 @pytest.mark.parametrize("cols", [100, 300])
 @pytest.mark.parametrize("dy_scale", [0, 1e-36, 1e38])
-@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("long_row", [1 << 16, *deep(0)])
 def test_statistics_do_not_depend_on_dy(rng, monkeypatch, long_row, dy_scale, cols):
     # where the sums of g need another sweep than the statistics; dweight of rows that have a dy shows it
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
@@ -166,14 +171,14 @@ def test_statistics_do_not_depend_on_dy(rng, monkeypatch, long_row, dy_scale, co
         np.testing.assert_array_equal(both, alone)
 
 
-@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize("use_diff_of_squares", [False, *deep(True)])
 @pytest.mark.parametrize(
     ("dy_dtype", "x_dtype", "weight_dtype"),
     [
         ("f4", "f2", "f4"),
-        ("f2", "f4", "f2"),
-        ("f4", ml_dtypes.bfloat16, ml_dtypes.bfloat16),
-        (ml_dtypes.bfloat16, "f4", "f4"),
+        pytest.param("f2", "f4", "f2", marks=pytest.mark.deep),
+        pytest.param("f4", ml_dtypes.bfloat16, ml_dtypes.bfloat16, marks=pytest.mark.deep),
+        pytest.param(ml_dtypes.bfloat16, "f4", "f4", marks=pytest.mark.deep),
     ],
 )
 @pytest.mark.parametrize("cols", [128, 300])
@@ -206,7 +211,7 @@ def test_given_statistics_beside_a_large_dy(rng, cols):
     assert_grads(nbnorm.layer_norm_backward(dy, x, cols, mean=mean, rstd=rstd), dy, x, 1)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float16, *deep(ml_dtypes.bfloat16)])
 def test_sums_over_rows_are_wider_than_16_bit(rng, dtype):
     # 4096 ones in float16 stop growing at 2048
     dy = np.ones((4096, 3), dtype)
@@ -214,8 +219,8 @@ def test_sums_over_rows_are_wider_than_16_bit(rng, dtype):
     np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, x, 3).dbias, np.full(3, 4096, dtype))
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, *deep(ml_dtypes.bfloat16)])
+@pytest.mark.parametrize("given", [False, *deep(True)])
 def test_sums_over_rows_are_rounded_once(dtype, given):
     # a little off the middle of two 16-bit numbers, by less than float32 holds
     half = EPS[np.dtype(dtype).name] / 2
@@ -226,7 +231,7 @@ def test_sums_over_rows_are_rounded_once(dtype, given):
 
 
 @pytest.mark.parametrize(("dtype", "row", "eps"), EXTREME)
-@pytest.mark.parametrize("mask", MASKS[:-1])
+@pytest.mark.parametrize("mask", [MASKS[0], *deep(*MASKS[1:-1])])
 def test_squares_that_leave_the_range_of_the_dtype(build, dtype, row, eps, mask):
     x = np.array([row, [1, 2, 3, 5]], dtype)
     dy = np.array([[1, 2, -1, 0.5], [0, 1, 0, -1]], np.float32)
@@ -251,7 +256,7 @@ def test_float64_dy_of_float32_rows_keeps_its_digits(rng):
 @pytest.mark.parametrize(
     ("dtype", "value", "eps"), [(np.float32, 3e37, 1e-5), (np.float32, 1e25, 1e-30), (np.float64, 1e306, 1e-5)]
 )
-@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("long_row", [1 << 16, *deep(0)])
 def test_constant_rows_of_large_numbers(rng, monkeypatch, long_row, dtype, value, eps):
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     x = np.full((3, 21), value, dtype)
@@ -261,7 +266,7 @@ def test_constant_rows_of_large_numbers(rng, monkeypatch, long_row, dtype, value
 
 @pytest.mark.parametrize(("dtype", "scale"), [(np.float32, 1), (np.float32, 1e37), (np.float64, 1), (np.float64, 1e306)])
 @pytest.mark.parametrize("cols", [21, 300])
-@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("long_row", [1 << 16, *deep(0)])
 def test_what_all_elements_have_in_common_is_no_part_of_dx(rng, monkeypatch, long_row, cols, dtype, scale):
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     x = (rng.standard_normal((3, cols)) * scale).astype(dtype)
@@ -289,9 +294,9 @@ def test_float64_statistics_of_float32_rows_keep_their_digits(rng):
     assert_grads(nbnorm.layer_norm_backward(dy, x, 768, mean=mean, rstd=rstd), dy, x, 1, cancels=False)
 
 
-@pytest.mark.parametrize("use_diff_of_squares", [False, True])
-@pytest.mark.parametrize("with_weight", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("use_diff_of_squares", [False, *deep(True)])
+@pytest.mark.parametrize("with_weight", [True, *deep(False)])
+@pytest.mark.parametrize("with_bias", [True, *deep(False)])
 def test_numerical_derivative_of_our_own_forward(rng, with_bias, with_weight, use_diff_of_squares):
     x, dy = rng.standard_normal((2, 3, 7))
     weight = rng.standard_normal(7) if with_weight else None

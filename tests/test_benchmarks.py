@@ -79,6 +79,7 @@ def results():
     return {**head, "left_out": ["JAX"], "problems": problems}
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 def test_compare_prints_and_saves_whatever_is_installed(tmp_path, python_environment):
     stem = tmp_path / "new" / "quick.v1"
@@ -110,6 +111,7 @@ def test_compare_prints_and_saves_whatever_is_installed(tmp_path, python_environ
     assert (tmp_path / "new" / "quick.v1.png").exists() == is_installed("matplotlib")
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 def test_compare_runs_without_any_other_library(tmp_path, python_environment):
     problem = ["--shapes", "512x320", "--dtypes", "float32", "--passes", "forward"]
@@ -137,6 +139,7 @@ def simulate(environment, *arguments, kernels="right"):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.deep
 def test_compare_on_a_device(tmp_path, python_environment):
     problems = ["--shapes", "4x64,3x100", "--dtypes", "float32,bfloat16"]
     result = simulate(python_environment, *problems, "--output", tmp_path / "compare-cuda")
@@ -165,6 +168,7 @@ def test_compare_on_a_device(tmp_path, python_environment):
         assert f"\nCUDA {pass_} bfloat16 small:\n" in result.stdout
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
 def test_kernels_that_write_nothing_are_not_timed(tmp_path, python_environment, pass_):
     problem = ["--shapes", "4x64", "--dtypes", "float32", "--passes", pass_]
@@ -347,6 +351,7 @@ for rows, cols in ((1, 1), (3, 5), (100, 70), (5, 1000)):
 """
 
 
+@pytest.mark.deep
 def test_triton_kernels(python_environment):
     if not is_installed("torch", "triton"):
         pytest.skip("needs torch and Triton")
@@ -356,6 +361,7 @@ def test_triton_kernels(python_environment):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 def test_host_cost_without_a_device(python_environment):
     """With a driver that does nothing, and every library's arrays that can be had."""
@@ -371,6 +377,7 @@ def test_host_cost_without_a_device(python_environment):
         assert all(float(figure) > 0 for figure in line[2:5])
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 def test_numerics_runs_without_any_other_library(tmp_path, python_environment):
     arguments = ["--json", tmp_path / "accuracy.json", "--image", tmp_path / "accuracy.png"]
@@ -464,6 +471,7 @@ def test_how_much_faster_than_each_peer(tables, results):
     ]
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 def test_sweeps_save_and_draw(tmp_path, python_environment):
     result = run(python_environment, "sweeps.py", "--quick", "--output", tmp_path, hidden="torch,onnxruntime,jax")

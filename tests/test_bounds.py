@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.compiled, pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no mprotect")]
+pytestmark = [
+    pytest.mark.deep,
+    pytest.mark.compiled,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no mprotect"),
+]
 
 SECONDS = 600
 

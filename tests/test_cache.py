@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import nbnorm
+from levels import deep
 
 pytestmark = pytest.mark.compiled
 
@@ -98,12 +99,14 @@ def test_the_folder_that_is_named(site, run, tmp_path, name):
     assert folder.stat().st_mode & 0o777 == 0o755
 
 
+@pytest.mark.deep
 def test_the_package_own_folder_where_it_is_asked_for(site, run):
     told = {"NBNORM_CACHE_DIR": str(site / "nbnorm" / "__pycache__"), "NUMBA_CACHE_DIR": "/dev/null"}
     assert [run(site, **told), run(site, **told)] == ["0", "2"]
     assert {file.parent for file in files(site)} == {site / "nbnorm" / "__pycache__"}
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("told", ["", "cache"])
 def test_a_folder_of_xdg_that_is_none(site, run, tmp_path, told):
     """What is empty or relative would be a folder of where the process happens to run, whose files anyone may have made."""
@@ -113,6 +116,7 @@ def test_a_folder_of_xdg_that_is_none(site, run, tmp_path, told):
     assert len(files(tmp_path / "xdg" / "nbnorm")) == 2
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("folder", [None, "NUMBA_CACHE_DIR", "NBNORM_CACHE_DIR"])
 @pytest.mark.parametrize("home", ["/dev/null/home", "relative"])
 def test_no_folder_at_all(site, run, tmp_path, folder, home):
@@ -131,6 +135,7 @@ def test_a_folder_that_all_may_write_to(site, run, tmp_path):
     assert run(site) == "2"
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("which", ["the folder", "what it would be in"])
 def test_a_folder_of_another_user(site, run, tmp_path, which):
     """As with sudo, which may leave HOME as it was: root would run another user's code, or lock that user out."""
@@ -141,12 +146,14 @@ def test_a_folder_of_another_user(site, run, tmp_path, which):
     # the users are told apart by this alone; root, where the test does not run as root
     other = "import os; user = os.geteuid(); os.geteuid = lambda: USER\n".replace("USER", "user + 1" if before else "0")
     if not before and os.geteuid() == 0:
+        (tmp_path / "home").mkdir()
         os.chown(tmp_path / "home", 1, 1)
     assert run(site, other + CALL) == "0"
     assert files(tmp_path) == before
     assert "belongs to another user: each process compiles" in run(site, other + SHOW)
 
 
+@pytest.mark.deep
 def test_kernels_unused_for_longest_go_first(run, tmp_path):
     """Where there are too many; nothing else is deleted, in whatever folder."""
     folder = tmp_path / "told"
@@ -176,6 +183,7 @@ cache_folder.write("{"f" * 64}.nbnorm", b"new")
     assert run(PACKAGE.parent, NBNORM_CACHE_DIR=str(folder)) == "2"
 
 
+@pytest.mark.deep
 def test_a_kernel_that_was_used_today_is_not_written_to(run, tmp_path):
     told = {"NBNORM_CACHE_DIR": str(tmp_path / "told")}
     run(PACKAGE.parent, **told)
@@ -199,6 +207,7 @@ def test_what_killed_processes_have_left(run, tmp_path):
     assert old not in folder.iterdir()
 
 
+@pytest.mark.deep
 def test_processes_that_delete_and_load_at_once(run, tmp_path):
     """Six of them, with room for two kernels of four: each call is right, and the folder stays small."""
     code = """
@@ -276,6 +285,7 @@ def test_a_folder_that_cannot_be_written_to_is_shown_as_such(run, tmp_path):
     )
 
 
+@pytest.mark.deep
 def test_a_full_disk(site, run, tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
     told = {"NUMBA_CACHE_DIR": str(tmp_path / "told"), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -283,6 +293,7 @@ def test_a_full_disk(site, run, tmp_path):
     assert not files(tmp_path / "told")
 
 
+@pytest.mark.deep
 def test_a_process_killed_while_it_saves(site, run, tmp_path):
     kill = """
 import os, signal
@@ -299,6 +310,7 @@ Path.write_bytes = half
     assert [run(site, **told), run(site, **told)] == ["0", "2"]
 
 
+@pytest.mark.deep
 def test_a_signal_while_it_saves(site, run):
     code = """
 import numpy as np
@@ -343,7 +355,7 @@ def no_pickle_of_ours(content, other):
     return hashlib.sha256(b"not a pickle").digest() + b"not a pickle"
 
 
-@pytest.mark.parametrize("spoilt", [truncated, empty, changed, another_kernels, no_pickle_of_ours])
+@pytest.mark.parametrize("spoilt", [truncated, *deep(empty, changed, another_kernels, no_pickle_of_ours)])
 def test_spoilt_files(site, run, tmp_path, spoilt):
     run(site)
     first, second = files(tmp_path / "home")
@@ -361,6 +373,7 @@ def test_another_processor_numba_or_setting(site, run):
     assert run(site) == "2"
 
 
+@pytest.mark.deep
 def test_a_helper_that_is_edited(site, run):
     assert run(site, LAYER_NORM) == run(site, LAYER_NORM) == "[[-1.0, 1.0]]"
     helper = site / "nbnorm" / "cpu" / "rows.py"
@@ -374,6 +387,7 @@ def test_a_helper_that_is_edited(site, run):
     assert run(site, LAYER_NORM) == "[[-2.0, 2.0]]"
 
 
+@pytest.mark.deep
 def test_a_zip_file(site, run, tmp_path):
     # of any name
     archive = tmp_path / "packages.bin"
@@ -385,6 +399,7 @@ def test_a_zip_file(site, run, tmp_path):
     assert [run(archive), run(archive)] == ["0", "2"]
 
 
+@pytest.mark.deep
 def test_processes_that_compile_at_once(run, tmp_path):
     """Eight of them, in each of twenty rounds on an empty cache, on kernels of four dtypes."""
     code = """
@@ -444,6 +459,7 @@ if __name__ == "__main__":
     assert len(files(tmp_path / "rounds")) == 20 * 4
 
 
+@pytest.mark.deep
 def test_code_of_one_name(run, tmp_path):
     """Numba gives what two forked processes compile one name, and a third runs the first for both, unless told otherwise."""
     code = """

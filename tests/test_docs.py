@@ -6,13 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import nbnorm
 from nbnorm import report
-from pages import ROOT, links, pages, program, programs
+from pages import links, pages, program, programs
 
 PROGRAMS = programs()
 
@@ -31,7 +32,7 @@ def run(program, names):
             assert block.language == "bash", f"{block.language}: neither run nor one of those that are not"
             # where the package is not installed, there is no command of this name
             function = f'nbnorm() {{ "{sys.executable}" -m nbnorm "$@"; }}\n'
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            environment = os.environ | {"PYTHONPATH": str(Path(nbnorm.__file__).parent.parent)}
             subprocess.run(["bash", "-euc", function + block.code], env=environment, check=True)
 
 
@@ -45,10 +46,8 @@ def compare(session, names, program):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("program", [pytest.param(p, id=str(p), marks=marks(p)) for p in PROGRAMS])
+@pytest.mark.parametrize("program", [pytest.param(p, id=str(p), marks=marks(p)) for p in PROGRAMS if not p.missing()])
 def test_programs(program, tmp_path, monkeypatch):
-    if missing := program.missing():
-        pytest.skip(f"needs {', '.join(missing)}")
     if program.needs_device and (fault := report.cuda_fault()):
         pytest.skip(f"needs a CUDA device: {fault}")
     if any(block.language == "bash" for block in program.blocks) and shutil.which("bash") is None:

@@ -6,18 +6,24 @@ import pytest
 
 import nbnorm
 import oracle
+from levels import deep
 from tolerances import EPS, assert_grads, assert_statistics, assert_y
 
-COLS = [1, 5, 100, 768, pytest.param(4100, marks=pytest.mark.compiled), pytest.param(65536, marks=pytest.mark.compiled)]
-COLS += [pytest.param(100_001, marks=pytest.mark.compiled)]
+COLS = [5, 100, 768, *deep(1)]
+COLS += [pytest.param(cols, marks=[pytest.mark.compiled, pytest.mark.deep]) for cols in (4100, 65536, 100_001)]
 # of x, of weight and bias, and the largest power of ten among the constants
 DTYPES = [
-    (np.float64, np.float64, 300),
-    (np.int64, np.float64, 18),
-    (np.float32, np.float64, 37),
     (np.float32, np.float32, 37),
-    (np.float16, np.float32, 4),
-    (ml_dtypes.bfloat16, np.float32, 37),
+    pytest.param(np.float64, np.float64, 300, marks=pytest.mark.deep),
+    pytest.param(np.int64, np.float64, 18, marks=pytest.mark.deep),
+    pytest.param(np.float32, np.float64, 37, marks=pytest.mark.deep),
+    pytest.param(np.float16, np.float32, 4, marks=pytest.mark.deep),
+    pytest.param(ml_dtypes.bfloat16, np.float32, 37, marks=pytest.mark.deep),
+]
+DTYPES_OF_ULPS = [
+    (np.float32, np.float32),
+    pytest.param(np.float64, np.float64, marks=pytest.mark.deep),
+    pytest.param(np.float32, np.float64, marks=pytest.mark.deep),
 ]
 ROWS = 5
 
@@ -45,7 +51,7 @@ def test_equal_elements_are_bias_exactly(rng, dtype, weight_dtype, largest, cols
         np.testing.assert_allclose(rstd.astype(np.float64), 1 / np.sqrt(eps), rtol=EPS[rstd.dtype.name])
 
 
-@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize("use_diff_of_squares", [False, *deep(True)])
 @pytest.mark.parametrize("cols", COLS)
 @pytest.mark.parametrize(("dtype", "weight_dtype", "largest"), DTYPES)
 def test_equal_elements_have_no_share_in_dweight(rng, dtype, weight_dtype, largest, cols, use_diff_of_squares):
@@ -70,9 +76,9 @@ def test_one_row_of_equal_elements_leaves_the_dweight_of_a_batch_as_it_is(rng):
     assert_grads(nbnorm.layer_norm_backward(dy, x, 4096), dy, x, 1)
 
 
-@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize("use_diff_of_squares", [False, *deep(True)])
 @pytest.mark.parametrize("cols", COLS)
-@pytest.mark.parametrize(("dtype", "weight_dtype"), [(np.float64,) * 2, (np.float32, np.float64), (np.float32,) * 2])
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES_OF_ULPS)
 def test_elements_a_few_ulps_apart(rng, dtype, weight_dtype, cols, use_diff_of_squares):
     x = np.repeat(constants(rng, dtype, 30), cols, axis=1)
     # of all, of some, and of one element
@@ -138,7 +144,7 @@ def test_rows_that_are_mostly_one_value(rng, use_diff_of_squares):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize("use_diff_of_squares", [False, *deep(True)])
 def test_gradients_of_rows_that_are_mostly_one_value(rng, use_diff_of_squares):
     for cols in (16, 31, 127, 128, 197, 255, 256, 768, 1000):
         for _ in range(2):

@@ -12,6 +12,7 @@ import pytest
 
 import nbnorm
 from floating_point import HARDEST, IS_KNOWN, MODES, STANDARD, control, mode
+from levels import deep
 from nbnorm.cpu.parallel import NUMBAS, ONE, OURS, WORKERS
 
 pytestmark = [
@@ -60,14 +61,21 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize(
     ("dtype", "cols", "long_row"),
     [
-        *itertools.product([np.float32, np.float64], [40, 333], [1 << 16]),
-        *itertools.product([np.float32, np.float64], [333], [0]),
-        (np.float16, 40, 1 << 16),
-        (BFLOAT16, 333, 1 << 16),
+        (np.float32, 40, 1 << 16),
+        (np.float32, 333, 1 << 16),
+        *(
+            pytest.param(*case, marks=pytest.mark.deep)
+            for case in (
+                *itertools.product([np.float64], [40, 333], [1 << 16]),
+                *itertools.product([np.float32, np.float64], [333], [0]),
+                (np.float16, 40, 1 << 16),
+                (BFLOAT16, 333, 1 << 16),
+            )
+        ),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("workers", [ONE, *deep(*(workers for workers in WORKERS if workers != ONE))])
 def test_same_bits_in_any_mode(monkeypatch, choose_workers, workers, dtype, cols, long_row):
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     case = operands(cols, dtype)
@@ -92,7 +100,7 @@ def test_same_bits_in_any_mode_by_difference_of_squares(cols):
         assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("long_row", [1 << 16, *deep(0)])
 def test_same_bits_written_past_the_caches(monkeypatch, build, long_row):
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", 0)

@@ -8,9 +8,10 @@ import pytest
 
 import nbnorm
 import oracle
+from levels import deep
 from tolerances import assert_statistics, assert_y
 
-DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+DTYPES = [np.float32, *deep(np.float64, np.float16, ml_dtypes.bfloat16)]
 
 # (shape, normalized_shape): one element; fewer than a vector; a vector and a rest; two normalized dimensions; more rows than
 # a block of the backward; a batch of two dimensions
@@ -20,11 +21,12 @@ SHAPES = [((1, 1), 1), ((3, 5), 5), ((4, 67), 67), ((2, 3, 4, 5), (4, 5)), ((70,
 @pytest.mark.parametrize(("shape", "normalized_shape"), SHAPES)
 @pytest.mark.parametrize("use_diff_of_squares", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_full_product(rng, build, dtype, use_diff_of_squares, shape, normalized_shape):
+@pytest.mark.parametrize("is_mixed", [False, *deep(True)])
+def test_full_product(rng, build, is_mixed, dtype, use_diff_of_squares, shape, normalized_shape):
     x = (3 * rng.standard_normal(shape) + 1).astype(dtype)
     row = shape[-np.size(normalized_shape) :]
     # the parallel build is of the same source; that it gives the same bits is tested elsewhere
-    dtypes = [None, dtype, np.float32, np.float64] if build == "serial" else [None, np.float32]
+    dtypes = [None, dtype, np.float32, np.float64] if is_mixed and build == "serial" else [None, np.float32]
     for weight_dtype, bias_dtype in itertools.product(dtypes, repeat=2):
         weight = None if weight_dtype is None else rng.standard_normal(row).astype(weight_dtype)
         bias = None if bias_dtype is None else rng.standard_normal(row).astype(bias_dtype)

@@ -30,7 +30,7 @@ fuzzed = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 # plain NumPy, which the placed arrays are made with, warns of them
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = [pytest.mark.deep, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
 F16, F32, F64 = map(np.dtype, (np.float16, np.float32, np.float64))
 INTEGERS = [np.dtype(name) for name in ("bool", "int8", "uint16", "int64")]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import nbnorm
+from levels import deep
 from nbnorm.cpu import parallel, staging, threads
 from tolerances import assert_grads, assert_y
 
@@ -66,7 +67,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=[np.float32, np.float64, np.float16])
+@pytest.fixture(params=[np.float32, *deep(np.float64, np.float16)])
 def dtype(request):
     return request.param
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import nbnorm
+from levels import deep
 from nbnorm.cpu import long_rows, sizes
 from nbnorm.cpu.parallel import WORKERS
 from test_forward import FAR
@@ -13,6 +14,8 @@ from tolerances import assert_grads, assert_statistics, assert_y
 
 # two segments and a part of one that is no multiple of 16
 COLS = 2 * long_rows.SEGMENT + 1003
+
+MASKS = [(True, False, False), *deep((False, True, False), (False, False, True), (True, True, False))]
 
 pytestmark = pytest.mark.compiled
 
@@ -32,7 +35,7 @@ def operands(rng, rows, cols, dtype=np.float32):
 
 @pytest.mark.parametrize("rows", [1, 3, 6])
 @pytest.mark.parametrize("cols", [1, 16, 1003, long_rows.SEGMENT, COLS])
-@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize("use_diff_of_squares", [False, *deep(True)])
 def test_any_length(rng, build, rows, cols, use_diff_of_squares):
     x, dy, weight, bias = operands(rng, rows, cols)
     y, mean, rstd = nbnorm.layer_norm(x, cols, weight, bias, 1e-3, use_diff_of_squares, return_stats=True)
@@ -42,7 +45,7 @@ def test_any_length(rng, build, rows, cols, use_diff_of_squares):
     assert_grads(grads, dy, x, 1, weight, 1e-3, use_diff_of_squares)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+@pytest.mark.parametrize("dtype", deep(np.float64, np.float16))
 def test_other_dtypes(rng, dtype):
     x, dy, weight, bias = operands(rng, 2, COLS, dtype)
     assert_y(nbnorm.layer_norm(x, COLS, weight, bias), x, 1, weight, bias)
@@ -75,7 +78,7 @@ def test_far_rows_whose_squares_leave_the_range_keep_their_digits(rng, mean, dev
     assert_grads(nbnorm.layer_norm_backward(dy, x, COLS, eps=0.0), dy, x, 1, eps=0.0)
 
 
-@pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
+@pytest.mark.parametrize("mask", MASKS)
 def test_output_mask(rng, mask):
     x, dy, weight, _ = operands(rng, 5, COLS)
     full = nbnorm.layer_norm_backward(dy, x, COLS, weight)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import nbnorm
+from levels import deep
 from nbnorm import checks
 from nbnorm.cpu import memory, parallel, sizes, staging
 
@@ -43,7 +44,7 @@ def test_arrays_that_are_ready_need_no_buffer():
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "reversed", "overlapping forwards", "overlapping backwards"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("dtype", [np.float32, *deep(np.float64, np.float16)])
 @pytest.mark.parametrize("workers", [parallel.NUMBAS, parallel.OURS])
 def test_a_call_takes_a_few_mebibytes(layout, dtype, workers, choose_workers):
     # or after a stall a second call would compile what the first had no use for

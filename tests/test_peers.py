@@ -15,7 +15,7 @@ from pages import ROOT
 PAGE, DEFAULTS, DTYPES = "docs/howto/migrate.md", "Defaults, names and variance", "Dtypes of the result"
 SIZE = 8
 
-pytestmark = [pytest.mark.compiled, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.deep, pytest.mark.compiled, pytest.mark.filterwarnings("ignore")]
 
 
 def library(name):

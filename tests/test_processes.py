@@ -11,7 +11,11 @@ import textwrap
 
 import pytest
 
-pytestmark = [pytest.mark.compiled, pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks")]
+pytestmark = [
+    pytest.mark.deep,
+    pytest.mark.compiled,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no forks"),
+]
 
 LAYERS = ("omp", "tbb", "workqueue")
 SECONDS = 120

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 import nbnorm
+from levels import deep
 from nbnorm.cpu import quick
 
 COLS = 24
 
 
-@pytest.fixture(params=[np.float32, np.float64])
+@pytest.fixture(params=[np.float32, *deep(np.float64)])
 def operands(request, rng):
     x, dy = rng.standard_normal((2, 6, COLS)).astype(request.param)
     weight, bias = rng.standard_normal((2, COLS)).astype(request.param)
@@ -45,7 +46,7 @@ def test_the_same_bits(operands, shape, normalized_shape):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("dtype", [np.float32, *deep(np.float16)])
 def test_rows_are_short_as_on_the_long_way(rng, dtype):
     # with another kernel, the last bits of mean and rstd would be others
     with np.errstate(under="ignore"):
@@ -89,7 +90,7 @@ def test_gradients_into_out(operands, shape, mask):
 
 
 @pytest.mark.parametrize("shape", [(6, COLS), (2, 3, COLS), (COLS,)])
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float16, *deep(ml_dtypes.bfloat16)])
 def test_the_same_bits_in_16_bits(rng, dtype, shape):
     x = rng.standard_normal(shape).astype(dtype)
     wide = rng.standard_normal((2, COLS), np.float32)
@@ -110,7 +111,7 @@ def test_the_same_bits_in_16_bits(rng, dtype, shape):
 
 
 @pytest.mark.parametrize("shape", [(6, COLS), (2, 3, COLS), (COLS,)])
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float16, *deep(ml_dtypes.bfloat16)])
 def test_gradients_of_16_bits(rng, dtype, shape):
     x, dy = rng.standard_normal((2, *shape), np.float32).astype(dtype)
     wide = rng.standard_normal(COLS, np.float32)

@@ -128,6 +128,7 @@ def test_lines_of_a_device(python_environment, kernels):
     assert lines[-1] == f"{8 if kernels == 'wrong' else 16} of 16 checks passed"
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 def test_the_command_itself(python_environment):
     result = subprocess.run(

@@ -155,6 +155,7 @@ print("done")
 needs_statm = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not say what is in use")
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 @needs_statm
 def test_large_results_that_the_system_has_no_memory_for(run):
@@ -228,6 +229,7 @@ print("done")
 """
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 @needs_statm
 def test_ten_thousand_calls_of_each_kind_leak_nothing(run):
@@ -284,6 +286,7 @@ print("done")
 """
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="any other processor's generic kind may have float16"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import nbnorm
+from levels import deep
 from nbnorm.cpu import sizes
 from nbnorm.cpu.rows import BLOCK
 from tolerances import assert_grads, assert_statistics, assert_y
@@ -40,9 +41,9 @@ def results(x, dy, weight, bias, **options):
     return y, mean, rstd, *grads, *given
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("options", [{}, {"use_diff_of_squares": True}, {"eps": 0.0}], ids=str)
-@pytest.mark.parametrize("streamed_bytes", [sizes.STREAMED_BYTES, 0])
+@pytest.mark.parametrize("dtype", [np.float32, *deep(np.float64)])
+@pytest.mark.parametrize("options", [{}, {"eps": 0.0}, *deep({"use_diff_of_squares": True})], ids=str)
+@pytest.mark.parametrize("streamed_bytes", [sizes.STREAMED_BYTES, *deep(0)])
 def test_same_bits(rng, monkeypatch, dtype, options, streamed_bytes):
     monkeypatch.setattr(sizes, "STREAMED_BYTES", streamed_bytes)
     for cols, rows in itertools.product(COLS, [1, 16, 53]):
@@ -55,8 +56,8 @@ def test_same_bits(rng, monkeypatch, dtype, options, streamed_bytes):
             np.testing.assert_array_equal(a, b, err_msg=f"{rows} x {cols}")
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("use_diff_of_squares", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, *deep(ml_dtypes.bfloat16)])
+@pytest.mark.parametrize("use_diff_of_squares", [False, *deep(True)])
 @pytest.mark.parametrize("cols", [1, 17, 64, 127, 128, 200, 256, 257])
 def test_rows_of_16_bits(rng, cols, use_diff_of_squares, dtype):
     x, dy, weight, bias = operands(rng, 53, cols, dtype)
@@ -86,8 +87,8 @@ def test_any_given_statistics(rng, monkeypatch):
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("has_weight", [True, False])
-@pytest.mark.parametrize("output_mask", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize("has_weight", [True, *deep(False)])
+@pytest.mark.parametrize("output_mask", [(True, False, False), *deep((False, True, False), (False, False, True))])
 def test_gradients_alone(rng, monkeypatch, has_weight, output_mask):
     x, dy, weight, _ = operands(rng, 53, 40, np.float32)
     call = dy, x, 40, weight if has_weight else None

@@ -7,6 +7,7 @@ import pytest
 import soak
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not say how much memory is in use")
 def test_mixed_calls_from_eight_threads(monkeypatch):

@@ -17,18 +17,13 @@ from llvmlite import ir
 from numba import types
 
 import offline
-from nbnorm.cuda import combine, instructions, kernels, sizes, strided
+from nbnorm.cuda import combine, instructions, kernels, lowering, sizes, strided
 from nbnorm.cuda.rows import MEANS, STATE
 from nbnorm.cuda.sizes import WARP
 from offline import steps
 
-if why := offline.missing():
-    pytest.skip(f"CUDA kernels compile-only: {why}", allow_module_level=True)
-
-from nbnorm.cuda import lowering
-
 # what compiles for devices is the same without the CPU's compiler
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.deep, pytest.mark.compiled]
 
 FULL = (9, 0)
 # Turing is the oldest that CUDA 13 builds for; 8.0 is the first to round bfloat16 itself; 10.0 the newest of the servers'

@@ -66,6 +66,7 @@ config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 EXAMPLE = program("docs/training.md", "With Numba's arrays").python
 
 
+@pytest.mark.deep
 @pytest.mark.compiled
 @pytest.mark.skipif(bool(numba.config.ENABLE_CUDASIM), reason="the simulator has no driver")
 @pytest.mark.skipif(offline.missing() is not None, reason=f"there is no compiler for kernels: {offline.missing()}")

@@ -14,6 +14,13 @@ HERE = Path(__file__).parent
 
 # two processes at a time, with about as much to do
 SHARES = (("test_backward.py", "test_quick.py"), ("test_[!bq]*.py", "test_quick_*.py"))
+# a few seconds' worth
+PART = ("test_layer.py", "test_errors.py")
+
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.skipif(bool(numba.config.ENABLE_CUDASIM), reason="this is the simulator"),
+]
 
 
 # what a reader of Numba's manual would try
@@ -50,19 +57,29 @@ def test_numbas_own_simulator_is_refused(python_environment):
         assert "x.copy_to_host()" in message
 
 
-@pytest.mark.compiled
-@pytest.mark.skipif(bool(numba.config.ENABLE_CUDASIM), reason="this is the simulator")
-def test_in_the_simulator(python_environment):
+@pytest.fixture
+def simulate(python_environment):
+    """Run files, and assert that at least so many tests have passed: or they were not found."""
     environment = python_environment | {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "0"}
     command = [sys.executable, "-m", "pytest", "-q", "-m", "hardware and not device", "-p", "no:cacheprovider"]
-    options = {"env": environment, "cwd": HERE.parent.parent, "text": True}
+
+    def simulate(files, least):
+        run = subprocess.run([*command, *files], env=environment, cwd=HERE, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+        passed = int(run.stdout.rstrip().rpartition("\n")[2].partition(" passed")[0].split()[-1])
+        assert passed >= least
+
+    yield simulate
+    assert os.environ.get("NUMBA_ENABLE_CUDASIM") != "1"
+
+
+def test_a_part_in_the_simulator(simulate):
+    simulate([HERE / name for name in PART], 20)
+
+
+@pytest.mark.deep
+def test_in_the_simulator(simulate):
     shares = [sorted(file for pattern in patterns for file in HERE.glob(pattern)) for patterns in SHARES]
     assert sorted(file for files in shares for file in files) == sorted(HERE.glob("test_*.py"))
     with ThreadPoolExecutor(len(shares)) as pool:
-        runs = pool.map(lambda files: subprocess.run([*command, *files], capture_output=True, **options), shares)
-    for run in runs:
-        assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-        # that many, or the tests were not found
-        passed = int(run.stdout.rstrip().rpartition("\n")[2].partition(" passed")[0].split()[-1])
-        assert passed > 300
-    assert os.environ.get("NUMBA_ENABLE_CUDASIM") != "1"
+        list(pool.map(lambda files: simulate(files, 300), shares))
