@@ -1,10 +1,16 @@
 """The largest error of float32 layer norm, here and elsewhere, on rows that are hard to normalise, as a Markdown table.
 
-In eps of (|y| + 1), against the reference in longdouble. Libraries that are not installed are left out.
+In eps of (|y| + 1), against the reference in longdouble. Libraries that are not installed are left out, and so are the rows of a real
+model where rapidocr, which ships it, or onnx is not there: `pip install onnx && pip install --no-deps rapidocr==3.10.0`.
 """
+
+from importlib.util import find_spec
+from pathlib import Path
 
 import contestants
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 import nbnorm
 from nbnorm import reference
@@ -19,6 +25,37 @@ def cases():
         yield f"mean {mean}, deviation 1", z + float(mean)
     yield "one outlier of 1e4", np.where(np.arange(COLS) == 3, 1e4, z)
     yield "1e30 times a normal", 1e30 * z
+    if all(map(find_spec, ("rapidocr", "onnx", "onnxruntime"))):
+        for i, x in enumerate(activations(), 1):
+            yield f"RapidOCR's recogniser, norm {i} of 5: {' x '.join(map(str, x.shape))}", x
+
+
+def activations():
+    """What reaches the layer norms of a text recogniser that reads a line of text: the left side of each Sub whose result is squared."""
+    import onnx
+    import onnxruntime
+
+    # not imported: only its model is read
+    model = onnx.load(Path(find_spec("rapidocr").origin).parent / "models" / "PP-OCRv6_rec_small.onnx")
+    squared = {node.input[0] for node in model.graph.node if node.op_type == "Pow"}
+    names = [node.input[0] for node in model.graph.node if node.op_type == "Sub" and node.output[0] in squared]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = onnxruntime.SessionOptions()
+    # or the tensors would not be there
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [x.reshape(-1, x.shape[-1]) for x in session.run(None, {session.get_inputs()[0].name: line_of_text()})]
+
+
+def line_of_text():
+    """As the recogniser takes it: (1, 3, 48, 480), black on white, from -1 to 1."""
+    figure = Figure(figsize=(4.8, 0.48), dpi=100)
+    figure.text(0.5, 0.5, "Layer normalisation, 2016", fontsize=22, ha="center", va="center")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(np.float32)
+    return np.moveaxis(pixels / 127.5 - 1, -1, 0)[None]
 
 
 def libraries():
