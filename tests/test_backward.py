@@ -18,7 +18,7 @@ MASKS_BY_LEVEL = [*(mask for mask in MASKS if sum(mask) != 2), *deep(*(mask for 
 
 
 @pytest.mark.parametrize(("shape", "normalized_shape"), SHAPES)
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("given", [False, *deep(True)])
 @pytest.mark.parametrize("use_diff_of_squares", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_mixed", [False, *deep(True)])
@@ -106,7 +106,7 @@ def test_difference_of_squares_loses_the_digits_that_its_formula_loses():
     assert 1e-8 < np.abs(dx / centred - 1).max() < 1e-2
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, *deep(np.float64)])
 @pytest.mark.parametrize("mean", [1e3, 1e4, 1e6])
 def test_rows_with_a_large_mean_keep_their_digits(rng, mean, dtype):
     x = (rng.standard_normal((24, 768)) + mean).astype(dtype)
@@ -152,6 +152,7 @@ def test_rows_of_padding(rng, monkeypatch, long_row, cols, dtype):
     assert_grads(grads, dy, x, 1)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("cols", [100, 300])
 @pytest.mark.parametrize("dy_scale", [0, 1e-36, 1e38])
 @pytest.mark.parametrize("long_row", [1 << 16, *deep(0)])
@@ -190,7 +191,13 @@ def test_mixed_dtypes_of_longer_rows(rng, cols, dy_dtype, x_dtype, weight_dtype,
 
 
 @pytest.mark.parametrize(
-    ("dtype", "scale"), [(np.float32, 1e38), (np.float64, 1e305), (np.float32, 1e-35), (np.float64, 1e-300)]
+    ("dtype", "scale"),
+    [
+        (np.float32, 1e38),
+        pytest.param(np.float64, 1e305, marks=pytest.mark.deep),
+        (np.float32, 1e-35),
+        pytest.param(np.float64, 1e-300, marks=pytest.mark.deep),
+    ],
 )
 def test_given_statistics_of_rows_at_the_edge_of_their_range(rng, dtype, scale):
     # any two of them differ by less than the largest number; underflow is what the small ones are for
@@ -219,6 +226,7 @@ def test_sums_over_rows_are_wider_than_16_bit(rng, dtype):
     np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, x, 3).dbias, np.full(3, 4096, dtype))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("dtype", [np.float16, *deep(ml_dtypes.bfloat16)])
 @pytest.mark.parametrize("given", [False, *deep(True)])
 def test_sums_over_rows_are_rounded_once(dtype, given):
@@ -246,6 +254,7 @@ def test_far_rows_whose_squares_leave_the_range_keep_their_digits(rng, mean, dev
     assert_grads(nbnorm.layer_norm_backward(dy, x, 1000, eps=0.0), dy, x, 1, eps=0.0)
 
 
+@pytest.mark.deep
 def test_float64_dy_of_float32_rows_keeps_its_digits(rng):
     x = rng.standard_normal((24, 768), dtype=np.float32)
     dy = rng.standard_normal((24, 768)) + 1e7
@@ -254,7 +263,8 @@ def test_float64_dy_of_float32_rows_keeps_its_digits(rng):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "value", "eps"), [(np.float32, 3e37, 1e-5), (np.float32, 1e25, 1e-30), (np.float64, 1e306, 1e-5)]
+    ("dtype", "value", "eps"),
+    [(np.float32, 3e37, 1e-5), (np.float32, 1e25, 1e-30), pytest.param(np.float64, 1e306, 1e-5, marks=pytest.mark.deep)],
 )
 @pytest.mark.parametrize("long_row", [1 << 16, *deep(0)])
 def test_constant_rows_of_large_numbers(rng, monkeypatch, long_row, dtype, value, eps):
@@ -264,7 +274,15 @@ def test_constant_rows_of_large_numbers(rng, monkeypatch, long_row, dtype, value
     assert_grads(nbnorm.layer_norm_backward(dy, x, 21, eps=eps), dy, x, 1, eps=eps)
 
 
-@pytest.mark.parametrize(("dtype", "scale"), [(np.float32, 1), (np.float32, 1e37), (np.float64, 1), (np.float64, 1e306)])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (np.float32, 1),
+        (np.float32, 1e37),
+        pytest.param(np.float64, 1, marks=pytest.mark.deep),
+        pytest.param(np.float64, 1e306, marks=pytest.mark.deep),
+    ],
+)
 @pytest.mark.parametrize("cols", [21, 300])
 @pytest.mark.parametrize("long_row", [1 << 16, *deep(0)])
 def test_what_all_elements_have_in_common_is_no_part_of_dx(rng, monkeypatch, long_row, cols, dtype, scale):
@@ -279,6 +297,7 @@ def test_what_all_elements_have_in_common_is_no_part_of_dx(rng, monkeypatch, lon
     assert np.abs(dx).max() <= float(np.finfo(dtype).eps) ** 2 * 1.4 * 0.3 * largest_rstd
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("cols", [15, 768])
 def test_float64_dweight_of_far_float32_rows_keeps_its_digits(rng, cols):
     x = rng.standard_normal((24, cols), dtype=np.float32) + np.float32(1e4)
@@ -287,6 +306,7 @@ def test_float64_dweight_of_far_float32_rows_keeps_its_digits(rng, cols):
     assert_grads(grads, dy, x, 1, np.ones(cols))
 
 
+@pytest.mark.deep
 def test_float64_statistics_of_float32_rows_keep_their_digits(rng):
     x = rng.standard_normal((24, 768), dtype=np.float32) + np.float32(1e6)
     dy = rng.standard_normal((24, 768), dtype=np.float32)

@@ -125,6 +125,7 @@ def test_no_folder_at_all(site, run, tmp_path, folder, home):
     assert not files(tmp_path)
 
 
+@pytest.mark.deep
 def test_a_folder_that_all_may_write_to(site, run, tmp_path):
     run(site)
     folder = tmp_path / "home" / ".cache" / "nbnorm"
@@ -365,6 +366,7 @@ def test_spoilt_files(site, run, tmp_path, spoilt):
     assert [run(site), run(site)] == ["0", "2"]
 
 
+@pytest.mark.deep
 def test_another_processor_numba_or_setting(site, run):
     assert run(site) == "0"
     assert run(site, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == "0"

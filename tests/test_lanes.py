@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from numba import njit
 
+from levels import deep
 from nbnorm.cpu import half, lanes, lowering, rows  # noqa: F401  lowering teaches Numba the operations
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-@pytest.fixture(params=["the processor's conversions", "integer conversions"], autouse=True)
+@pytest.fixture(params=["the processor's conversions", *deep("integer conversions")], autouse=True)
 def conversions(request, monkeypatch):
     if request.param == "integer conversions":
         monkeypatch.setattr(half, "has_half_instructions", lambda: False)

@@ -15,7 +15,6 @@ from tolerances import assert_grads, assert_statistics, assert_y
 # two segments and a part of one that is no multiple of 16
 COLS = 2 * long_rows.SEGMENT + 1003
 
-MASKS = [(True, False, False), *deep((False, True, False), (False, False, True), (True, True, False))]
 
 pytestmark = pytest.mark.compiled
 
@@ -70,6 +69,7 @@ def test_rows_beyond_the_range_of_their_type_between_others(rng):
     assert_grads(nbnorm.layer_norm_backward(dy, x, COLS, weight), dy, x, 1, weight)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("mean", "deviation"), FAR)
 def test_far_rows_whose_squares_leave_the_range_keep_their_digits(rng, mean, deviation):
     x = mean + deviation * rng.standard_normal((3, COLS))
@@ -78,7 +78,8 @@ def test_far_rows_whose_squares_leave_the_range_keep_their_digits(rng, mean, dev
     assert_grads(nbnorm.layer_norm_backward(dy, x, COLS, eps=0.0), dy, x, 1, eps=0.0)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.deep
+@pytest.mark.parametrize("mask", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)])
 def test_output_mask(rng, mask):
     x, dy, weight, _ = operands(rng, 5, COLS)
     full = nbnorm.layer_norm_backward(dy, x, COLS, weight)
@@ -88,6 +89,7 @@ def test_output_mask(rng, mask):
         np.testing.assert_array_equal(grad, expected if wanted else None)
 
 
+@pytest.mark.deep
 def test_given_statistics(rng):
     x, dy, weight, _ = operands(rng, 5, COLS, np.float64)
     _, mean, rstd = nbnorm.layer_norm(x, COLS, return_stats=True)

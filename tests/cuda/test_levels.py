@@ -74,7 +74,7 @@ def simulate(python_environment):
 
 
 def test_a_part_in_the_simulator(simulate):
-    simulate([HERE / name for name in PART], 20)
+    simulate([HERE / name for name in PART], 40)
 
 
 @pytest.mark.deep
