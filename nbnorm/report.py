@@ -18,8 +18,8 @@ from nbnorm import checks, reference
 from nbnorm.cpu import parallel
 from nbnorm.functional import LayerNormGrads
 
-# (shape, normalized_shape): a transformer's activations, a large one's, and a batch of images. The second is just large enough
-# to be written past the caches; more would only take memory
+# (shape, normalized_shape): a transformer's activations, a large one's, and a batch of images. The second is just large
+# enough to be written past the caches; more would only take memory
 SHAPES = [((4096, 768), (768,)), ((1024, 4096), (4096,)), ((32, 64, 28, 28), (28, 28))]
 REPEATS = 5
 # how far a result may be from the reference, in eps of float32: see the functions that measure it
@@ -46,7 +46,7 @@ def report():
 def _report():
     print(f"nbnorm {nbnorm.__version__}, numba {numba.__version__}, NumPy {np.__version__}, ", end="")
     print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    print(f"CPU:  {config.NUMBA_NUM_THREADS} threads, {os.cpu_count()} processors, ", end="")  # type: ignore[attr-defined]
+    print(f"CPU:  {config.NUMBA_NUM_THREADS} threads, {os.cpu_count()} processors, ", end="")
     print(f"threading layer {threading_layer()}")
     print(f"CUDA: {cuda_devices()}")
     print()
@@ -56,7 +56,7 @@ def _report():
     print(f"{'shape':<17} {'over':<9} {'pass':<9} {'variance':<16} ", end="")
     print(f"{'error':>6} {'limit':>6} {'nbnorm':>9} {'NumPy':>9} {'copy':>9}", flush=True)
     shares: list[float] = []
-    passed = [check(*case, shares) for case in cases()]
+    passed = [check(shares, *case) for case in cases()]
     if cuda_fault() is None:
         print()
         print("On the CUDA device, by its clock:", flush=True)
@@ -89,12 +89,12 @@ def compilations_shown():
 
 def threading_layer():
     """Whose threads Numba's are, or why there are none."""
-    if config.DISABLE_JIT:  # type: ignore[attr-defined]
+    if config.DISABLE_JIT:
         return "none, NUMBA_DISABLE_JIT is set"
     try:
         # launches them
         numba.get_num_threads()
-        return numba.threading_layer()
+        return numba.threading_layer()  # type: ignore[attr-defined]
     except ValueError as error:
         return f"none, {error}"
 
@@ -124,7 +124,7 @@ def cases():
                 yield operands, weight, bias, backward, use_diff_of_squares
 
 
-def check(operands, weight, bias, backward, use_diff_of_squares, shares):
+def check(shares, operands, weight, bias, backward, use_diff_of_squares):
     """Print one line, and add to `shares`; returns whether the result is as close to the reference as it must be."""
     dy, x = operands
     row = weight.shape
@@ -144,14 +144,15 @@ def check(operands, weight, bias, backward, use_diff_of_squares, shares):
         dweight, dbias = np.zeros((2, *row), np.float32)
         for rows in blocks(x_rows):
             if backward:
-                options = weight, 1e-5, use_diff_of_squares
-                grads = reference.layer_norm_backward(dy_rows[rows], x_rows[rows], len(row), *options)
+                grads = reference.layer_norm_backward(
+                    dy_rows[rows], x_rows[rows], len(row), weight, 1e-5, use_diff_of_squares
+                )
                 out_rows[rows] = grads[0]
                 dweight += grads[1]
                 dbias += grads[2]
             else:
-                options = weight, bias, 1e-5, use_diff_of_squares
-                out_rows[rows] = reference.layer_norm(x_rows[rows], len(row), *options)[0]
+                y = reference.layer_norm(x_rows[rows], len(row), weight, bias, 1e-5, use_diff_of_squares)[0]
+                out_rows[rows] = y
 
     result = ours()
     error = largest_error_of_gradients(result, dy, x, weight) if backward else largest_error_of_y(result, x, weight, bias)
