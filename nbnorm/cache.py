@@ -9,6 +9,7 @@ Where the files are is `cache_folder`'s to say.
 
 import hashlib
 import inspect
+import logging
 import pickle
 import sys
 from contextlib import suppress
@@ -26,6 +27,8 @@ from nbnorm import cache_folder
 SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "ENABLE_AVX", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE", "USING_SVML")
 CHECKSUM_BYTES = 32
 
+_logger = logging.getLogger("nbnorm")
+
 
 class Cache(NullCache):
     """Where a dispatcher looks for its compiled code before it compiles, and leaves it after.
@@ -40,6 +43,7 @@ class Cache(NullCache):
         versions = sys.version, np.__version__, numba.__version__, llvmlite.__version__
         name = kernel.__module__, kernel.__qualname__
         self.key = _checksum(repr((name, closure, depends_on, settings, versions)).encode()).hex()
+        self._title = f"{kernel.__module__}.{kernel.__qualname__.partition('.')[0]}"
         self._reduce = reduce
         self._rebuild = rebuild
 
@@ -52,6 +56,7 @@ class Cache(NullCache):
             content = stored[CHECKSUM_BYTES:]
             if _checksum(name.encode() + content) == stored[:CHECKSUM_BYTES]:
                 return self._rebuild(target_context, pickle.loads(content))
+        _logger.info("compiling %s", self._title)
         return None
 
     def save_overload(self, signature, compiled):

@@ -55,8 +55,8 @@ def layer_norm(
     eps : float
         Added to the variance, not negative.
     use_diff_of_squares : bool
-        Take the variance as ``mean(x**2) - mean(x)**2``, clamped at 0, from one sweep over the row: less accurate where
-        the mean is large against the deviations.
+        Take the variance as ``mean(x**2) - mean(x)**2``, clamped at 0, from one sweep over the row. In float64 it is
+        less accurate where the mean is large against the deviations.
     out : array, shape of x, dtype of y, optional
         Where to write y. It may be x itself, or overlap any input.
     return_stats : bool

@@ -1,6 +1,6 @@
 """Layer norm in plain NumPy, in the dtype of its input: the definition that the kernels are checked against.
 
-In float64 or longdouble this is the reference of `python -m nbnorm` and of the tests, in float32 it is what one would write
+In float64 or longdouble this is the reference of `nbnorm check` and of the tests, in float32 it is what one would write
 without this package. It makes no checks.
 """
 

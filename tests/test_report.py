@@ -1,6 +1,7 @@
-"""Does `python -m nbnorm` show the machine, check the real thing, and fail where a check fails?"""
+"""Does `nbnorm check` show the machine, check the real thing, and fail where a check fails?"""
 
 import importlib.util
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -16,17 +17,65 @@ from nbnorm import __main__, report
 def small(monkeypatch):
     monkeypatch.setattr(report, "SHAPES", [((6, 16), (16,)), ((2, 3, 4, 5), (4, 5))])
     monkeypatch.setattr(report, "REPEATS", 1)
-    monkeypatch.setattr(report, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(report, "BLOCK_ELEMENTS", 64)
 
 
 def test_report(small, capsys):
-    assert __main__.main([]) == 0
+    assert __main__.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"nbnorm {nbnorm.__version__}, numba ")
     assert "threading layer" in lines[1]
     assert lines[2].startswith("CUDA: ")
     assert lines[-1] in ("8 of 8 checks passed", "12 of 12 checks passed")
     assert sum("backward" in line for line in lines) == 4
+
+
+def test_columns_have_titles(small, capsys):
+    report.report()
+    lines = capsys.readouterr().out.splitlines()
+    titles = next(index for index, line in enumerate(lines) if line.startswith("shape "))
+    assert lines[titles].split() == ["shape", "over", "pass", "variance", "error", "limit", "nbnorm", "NumPy", "copy"]
+    shown = [line for line in lines[titles + 1 :] if line.startswith("(6, 16) ")]
+    assert len(shown) >= 4
+    for line in shown:
+        for title in ("error", "limit", "nbnorm", "NumPy", "copy"):
+            end = lines[titles].index(title) + len(title)
+            # numbers end where their titles do
+            assert line[end - 1].isdigit()
+            assert line[end : end + 1] in ("", " ")
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert __main__.main([]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: nbnorm ")
+    for command in ("check", "apply", "cache"):
+        assert f"\n    {command} " in out
+
+
+@pytest.mark.parametrize(("share", "is_busy"), [(0.67, True), (0.99, False)])
+def test_a_busy_machine_is_said_to_be(small, capsys, monkeypatch, share, is_busy):
+    # seconds of a thread on a processor, and by the clock
+    monkeypatch.setattr(report, "time_of_hashing", lambda _: (share, 1.0))
+    assert report.report()
+    assert (f"This machine is busy: a thread for each processor gets {share:.0%}" in capsys.readouterr().out) == is_busy
+
+
+def test_a_compilation_is_said_before_it_is_waited_for(small, capsys, monkeypatch):
+    layer_norm = nbnorm.layer_norm
+
+    def slow(*arguments, **options):
+        logging.getLogger("nbnorm").info("compiling %s", "a kernel")
+        return layer_norm(*arguments, **options)
+
+    monkeypatch.setattr(nbnorm, "layer_norm", slow)
+    logger = logging.getLogger("nbnorm")
+    before = logger.level, list(logger.handlers)
+    assert report.report()
+    lines = capsys.readouterr().out.splitlines()
+    assert "  compiling a kernel" in lines
+    assert lines.index("  compiling a kernel") < next(i for i, line in enumerate(lines) if line.startswith("(6, 16) "))
+    assert (logger.level, logger.handlers) == before
 
 
 @pytest.mark.parametrize(
@@ -48,7 +97,7 @@ def test_a_failed_check_is_shown_and_is_exit_code_1(small, capsys, monkeypatch, 
 
     monkeypatch.setattr(nbnorm, function, off_by_a_little)
     monkeypatch.setattr(report, "cuda_fault", lambda: "not asked for")
-    assert __main__.main([]) == 1
+    assert __main__.main(["check"]) == 1
     out = capsys.readouterr().out
     assert out.count("FAILED") == 4
     assert out.endswith("4 of 8 checks passed\n")
@@ -80,7 +129,7 @@ def test_cuda_is_absent_with_a_reason_or_named():
 def test_without_a_device(small, capsys, monkeypatch, is_installed, fault, expected):
     monkeypatch.setattr("nbnorm.checks.has_numba_cuda", lambda: is_installed)
     monkeypatch.setattr("nbnorm.checks.cuda_fault", lambda: fault)
-    assert __main__.main([]) == 0
+    assert __main__.main(["check"]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[2] == expected
     assert "CUDA device" not in out
@@ -119,24 +168,51 @@ def test_lines_of_a_device(python_environment, kernels):
     assert result.returncode == (kernels == "wrong")
     before, _, after = result.stdout.partition("\nOn the CUDA device, by its clock:\n")
     lines = after.splitlines()
-    assert before.count(" of 4") == 4
+    assert before.count("      4 ") == 4
     assert len(lines) == 10
     for line in lines[:8]:
-        assert " of 16 " in line
+        assert "     16 " in line
         assert ("FAILED" in line) == (kernels == "wrong")
-        assert "    1.500        -    1.500" in line
+        assert "     1.500         -     1.500" in line
     assert lines[-1] == f"{8 if kernels == 'wrong' else 16} of 16 checks passed"
+
+
+# prints the most memory that it had: what ru_maxrss says begins with the parent's
+MEASURED = """
+from pathlib import Path
+from nbnorm.__main__ import main
+code = main(["check"])
+status = Path("/proc/self/status")
+if status.exists():
+    print("kB:", *(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")))
+raise SystemExit(code)
+"""
 
 
 @pytest.mark.deep
 @pytest.mark.compiled
-def test_the_command_itself(python_environment):
-    result = subprocess.run(
-        [sys.executable, "-m", "nbnorm"], env=python_environment, capture_output=True, text=True, check=False, timeout=300
-    )
+def test_the_command_itself_compiles_aloud_and_takes_less_than_300_megabytes(python_environment, tmp_path):
+    environment = python_environment | {"NBNORM_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", MEASURED]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "(8192, 768)" in result.stdout
-    assert "(4096, 4096)" in result.stdout
-    assert "(32, 64, 28, 28)" in result.stdout
+    output, _, kilobytes = result.stdout.partition("kB:")
+    for text in ("(4096, 768)", "(1024, 4096)", "(32, 64, 28, 28)"):
+        assert output.count(f"\n{text} ") >= 4
+    lines = output.splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("(4096, 768)"))
+    assert any(line.startswith("  compiling nbnorm.cpu.kernels.forward") for line in lines[:first])
+    assert sum(line.startswith("  compiling ") for line in lines) >= 4
     # with a CUDA device twice as many
-    assert result.stdout.endswith(("12 of 12 checks passed\n", "24 of 24 checks passed\n"))
+    assert lines[-1] in ("12 of 12 checks passed", "24 of 24 checks passed")
+    # a device's driver takes memory of its own
+    if kilobytes and lines[-1].startswith("12"):
+        assert int(kilobytes) < 300e3
+
+
+@pytest.mark.compiled
+def test_the_module_is_the_command(python_environment):
+    command = [sys.executable, "-m", "nbnorm"]
+    result = subprocess.run(command, env=python_environment, capture_output=True, text=True, check=False, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: nbnorm ")
