@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/images that show no measurements: the way of a call, what thread blocks own, the tutorial's.
+"""Draw the pictures of docs/images that show no measurements: the architecture, what thread blocks own, the tutorial's.
 
     python docs/draw.py
 
@@ -40,9 +40,9 @@ def run_the_tutorial():
         exec(compile(program, "tutorial.md", "exec"), {})
 
 
-def canvas(width, height):
-    """A panel whose units are tenths of an inch, from the upper left corner."""
-    figure = Figure(figsize=(width / 10, height / 10))
+def canvas(width, height, to_the_inch=10):
+    """A panel of so many units to the inch, from the upper left corner; more of them, and text is larger beside the rest."""
+    figure = Figure(figsize=(width / to_the_inch, height / to_the_inch))
     panel = figure.add_axes((0, 0, 1, 1))
     panel.set(xlim=(0, width), ylim=(height, 0))
     panel.axis("off")
@@ -75,7 +75,7 @@ def arrow(panel, start, end, label="", color=GREY, offset=(0, 0), **style):
 
 
 def architecture(path):
-    figure, panel = canvas(92, 66)
+    figure, panel = canvas(92, 66, 13)
     box(panel, 26, 1.5, 40, 6, "layer_norm(x, ...)", ["functional.py, layers.py"])
     box(panel, 31, 16, 30, 7, "checks.py", ["every raise; returns a Problem"], ORANGE)
     box(panel, 31, 29, 30, 7, "arrays.py", ["array type: device and library"], ORANGE)
@@ -84,8 +84,8 @@ def architecture(path):
     lines = ["short_rows.py, long_rows.py; @njit,", "serial and parallel: the same bits"]
     box(panel, 7, 56.5, 34, 8, "cpu/kernels.py", lines, BLUE)
     box(panel, 51, 56.5, 34, 8, "cuda/kernels.py, combine.py", ["@cuda.jit: enqueued,", "not waited for"], GREEN)
-    box(panel, 2, 24, 17, 9, "cpu/quick.py", ["knows what most", "calls look like"], BLUE)
-    box(panel, 73, 24, 17, 9, "cuda/quick.py", ["knows calls that", "were made before"], GREEN)
+    box(panel, 2, 24, 17, 9, "cpu/quick.py", ["fast path of", "common calls"], BLUE)
+    box(panel, 73, 24, 17, 9, "cuda/quick.py", ["fast path of", "repeated calls"], GREEN)
 
     arrow(panel, (46, 7.5), (46, 16), "any other call", offset=(7, 0))
     arrow(panel, (46, 23), (46, 29), "Problem", offset=(4.6, 0))
@@ -97,7 +97,7 @@ def architecture(path):
         arrow(panel, (end, 4.5), (x, y), "", color, connectionstyle="angle,angleA=180,angleB=90,rad=2")
     panel.text(14, 3, "plain NumPy arrays", ha="center", fontsize=8.5, color=BLUE)
     panel.text(78, 3, "CUDA arrays", ha="center", fontsize=8.5, color=GREEN)
-    # past the boxes that the long way goes through
+    # past the boxes of the checked path
     arrow(panel, (4.5, 33), (7, 60.5), "", BLUE, connectionstyle="angle,angleA=90,angleB=0,rad=2")
     arrow(panel, (87.5, 33), (85, 60.5), "", GREEN, connectionstyle="angle,angleA=90,angleB=0,rad=2")
     save(figure, path)

@@ -63,8 +63,8 @@ def layer_norm(
         Return mean and rstd too.
     stream : stream or int, optional
         For CUDA arrays only: where to enqueue the work, a stream of Numba, CuPy, torch or cuda.core, or its address. By
-        default the current stream of x's library. The call does not wait for it; what the other arrays are made by must
-        come before it there.
+        default the current stream of x's library. The call returns before the work is done. Whatever fills the
+        other arrays must be enqueued on this stream before the call.
 
     Returns
     -------

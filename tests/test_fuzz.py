@@ -147,7 +147,7 @@ def test_forward(data):
     assert_same_bits(placed_y, y)
     assert_same_bits(placed_mean, mean)
     assert_same_bits(placed_rstd, rstd)
-    # the short way
+    # the fast path
     assert_same_bits(call(nbnorm.layer_norm, False), y)
     call.memories.assert_nothing_else_was_written()
     assert (y.dtype, y.shape, mean.shape) == (dtype, call.shape, call.batch + (1,) * len(call.row))
@@ -207,7 +207,7 @@ def test_backward(data):
         assert given_out is None or grad is given_out
         if wanted:
             assert_same_bits(grad, expected)
-    # the short way
+    # the fast path
     for grad, expected in zip(call(nbnorm.layer_norm_backward, False), grads, strict=True):
         assert_same_bits(grad, expected)
     call.memories.assert_nothing_else_was_written()
@@ -259,7 +259,7 @@ def test_wrong_calls(data):
         arguments["out"] = (arguments["out"], *rng.standard_normal((2, *row)).astype(dtype))
         if draw(st.booleans()):
             arguments |= dict(zip(("mean", "rstd"), rng.standard_normal((2, *batch, *(1,) * len(row))), strict=True))
-    # so that the short way knows the kernel
+    # so that the fast path knows the kernel
     function(**arguments)
     name, value = draw(st.sampled_from(wrong_values(arguments)))
     arguments[name] = value

@@ -1,4 +1,4 @@
-"""Does the short way of a call give what the long one gives, and leave to the checks what is theirs?"""
+"""Does the fast path of a call give what the checked path gives, and leave to the checks what is theirs?"""
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +15,7 @@ COLS = 24
 def operands(request, rng):
     x, dy = rng.standard_normal((2, 6, COLS)).astype(request.param)
     weight, bias = rng.standard_normal((2, COLS)).astype(request.param)
-    # the first calls compile, and go the long way
+    # the first calls compile, and take the checked path
     nbnorm.layer_norm(x, COLS, weight, bias)
     nbnorm.layer_norm_backward(dy, x, COLS, weight)
     return x, dy, weight, bias
@@ -28,7 +28,7 @@ def test_the_same_bits(operands, shape, normalized_shape):
     x, dy, weight, bias = operands
     x, dy = x[: np.prod(shape) // COLS].reshape(shape), dy[: np.prod(shape) // COLS].reshape(shape)
     y = quick.forward(x, normalized_shape, weight, bias, 1e-5, False)
-    # a list goes the long way
+    # a list takes the checked path
     expected = nbnorm.layer_norm(x, [COLS], weight, bias, return_stats=True)
     np.testing.assert_array_equal(y, expected.y)
     out = np.empty_like(x)

@@ -48,7 +48,7 @@ def of_overlapping_rows(function, x, weight):
 
 
 WAYS = {
-    "the short way": lambda function, x, weight: function(x, weight),
+    "the fast path": lambda function, x, weight: function(x, weight),
     "by the checks": lambda function, x, weight: function(x, weight.astype(np.float64)),
     "strided": lambda function, x, weight: function(np.asfortranarray(x), weight),
     "overlapping": of_overlapping_rows,

@@ -339,7 +339,7 @@ def gradient_sums(dy, x, at, cols, hi, rest, scale, shift, weight, first, elemen
     """The sums over a row of g - shift and of (g - shift) * (x - mean), where g = dy * weight, of known statistics.
 
     With a shift that is near g, a large mean of g costs no digits: the sum of x - mean being 0, the second sum is that of
-    g * (x - mean). A mean that is given may be another than the row's, and takes a shift of 0. `scale` brings x - mean near
+    g * (x - mean). A given mean may be another than the row's, and takes a shift of 0. `scale` brings x - mean near
     1, so that no product is lost to underflow.
     """
     his = fill(hi)
@@ -418,7 +418,7 @@ def gradients(
     taken together. About as many elements as these rows have are prefetched, from `following` on, unless that is None.
     `is_wide` is False in the kernels for short rows.
     """
-    # dx in whole lines, of the first row at least: 1.3x at (4096, 4096), where parts would be streamed by turns, and 1.0 to
+    # dx in whole lines, of the first row at least: 1.3x at (4096, 4096), where parts would be streamed alternately, and 1.0 to
     # 1.1x in the cache, where reading would wait for what was written to the same place of another page
     head = smaller(cols, until_aligned(dx, at + begin * pitch)) if is_wide else 0
     blocks = (cols - head) >> 4

@@ -37,7 +37,7 @@ def add_groups_signature(dtype, result_dtype):
 def merge(compute_capability, dtype, has_states=True, has_means=False):
     """One block owns a long row, and makes its state and its means of those of its segments, in their order.
 
-    Without states, which statistics that are given need not, the means are sums.
+    Without states, which given statistics need not, the means are sums.
     Formula: Chan, Golub and LeVeque 1983, eq. 2.1, and the same for g times the deviation.
     """
     element = getattr(np, dtype)

@@ -1,9 +1,9 @@
 """Calls that were made before, without the cost of the checks: what they say depends on nothing but what is asked here.
 
-A call is known by its arrays' shapes, strides, dtypes, devices and alignment, and its options. The long way remembers it
+A call is known by its arrays' shapes, strides, dtypes, devices and alignment, and its options. The checked path remembers it
 where its kernels work on the arrays as they are, each row whole. With `out` and without what the driver takes, a call is
 7 us of the host for Numba's and CuPy's arrays and 9 for torch's, backward 12, 15 and 19, of which `cuda.core.launch` takes 1
-each time; the long way takes 250 (`benchmarks/host_cost.py`).
+each time; the checked path takes 250 (`benchmarks/host_cost.py`).
 """
 
 import operator
@@ -58,8 +58,8 @@ def _remember(plans, plan, known):
 
 
 def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream):
-    """As the long way does, or None where the call is not known."""
-    # what is allocated for a stream other than the library's current one is the long way's matter
+    """As the checked path does, or None where the call is not known."""
+    # what is allocated for a stream other than the library's current one is the checked path's matter
     if stream is not None and (out is None or return_stats or arrays.handle_of(stream) is None):
         return None
     known = _known_forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
@@ -88,8 +88,8 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
 
 
 def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream):
-    """As the long way does, or None where the call is not known."""
-    # temporary memory for a stream other than the library's current one is the long way's matter
+    """As the checked path does, or None where the call is not known."""
+    # temporary memory for a stream other than the library's current one is the checked path's matter
     if stream is not None:
         return None
     known = _known_backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)

@@ -112,7 +112,7 @@ def operands(rng):
 
 @pytest.fixture
 def checked(monkeypatch):
-    """The calls that went the long way."""
+    """The calls that took the checked path."""
     calls = []
     forward = checks.forward
     monkeypatch.setattr(checks, "forward", lambda *call: calls.append(call) or forward(*call))
@@ -440,7 +440,7 @@ def test_another_device(operands, checked, monkeypatch):
     monkeypatch.setattr(arrays, "numba_device", lambda array: int(array is elsewhere))
     with pytest.raises(TypeError, match=r"^weight: .* on CUDA device 1; expected an array on CUDA device 0, as x is"):
         nbnorm.layer_norm(x, COLS, elsewhere, bias)
-    # the arrays' device is not the current one: the long way makes it so
+    # the arrays' device is not the current one: the checked path makes it so
     checked.clear()
     nbnorm.layer_norm(x, COLS, weight, bias)
     assert not checked

@@ -33,7 +33,7 @@ def operands(rng):
 
 @pytest.fixture
 def checked(monkeypatch):
-    """The calls that went the long way."""
+    """The calls that took the checked path."""
     calls = []
     backward = checks.backward
     monkeypatch.setattr(checks, "backward", lambda *call: calls.append(call) or backward(*call))
