@@ -7,7 +7,7 @@ import signal
 import sys
 from contextlib import contextmanager
 
-from nbnorm import __version__
+from nbnorm import __version__, warm
 
 DESCRIPTION = "Layer norm as Numba-compiled kernels. Without a command: what this machine offers, checked and timed."
 
@@ -20,7 +20,7 @@ def main(arguments=None):
             stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     try:
-        code = _report() if options.command is None else _apply(options)
+        code = COMMANDS[options.command](options)
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -56,6 +56,7 @@ def parser():
     apply.add_argument("--eps", type=float, default=1e-5, help="added to the variance (default: %(default)s)")
     apply.add_argument("--use-diff-of-squares", action="store_true", help="variance as mean(x^2) - mean(x)^2")
     apply.add_argument("--dtype", choices=["float16", "float32", "float64"], help="of the result (default: the input's)")
+    warm.add_command(commands, _shape)
     return result
 
 
@@ -63,7 +64,7 @@ def _shape(text):
     return [int(size) for size in text.split(",")]
 
 
-def _report():
+def _report(options):
     # imported here, since what `--help` prints needs none of it
     from nbnorm.report import report
 
@@ -104,6 +105,8 @@ def _signals():
         for number, handler in before.items():
             signal.signal(number, handler)
 
+
+COMMANDS = {None: _report, "apply": _apply, "warm": warm.warm}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,6 @@ that it depends on, put in place whole and verified when it is read. Whatever is
 """
 
 import hashlib
-import inspect
 import os
 import pickle
 import sys
@@ -30,21 +29,18 @@ CHECKSUM_BYTES = 32
 class Cache(NullCache):
     """Where a dispatcher looks for its compiled code before it compiles, and leaves it after.
 
-    `depends_on` is what the code depends on beside the kernel's closure, its signature, its target and the settings;
-    `reduce` and `rebuild` make what is compiled picklable and back. `key` names the kernel, for any signature and target.
+    `depends_on` is what the code of the kernel `name` depends on beside its signature, its target and the settings; `reduce`
+    and `rebuild` make what is compiled picklable and back. `key` names the kernel, for any signature and target.
     """
 
-    def __init__(self, kernel, depends_on, reduce, rebuild):
-        closure = sorted(inspect.getclosurevars(kernel).nonlocals.items())
+    def __init__(self, name, depends_on, reduce, rebuild):
         settings = [(name, repr(getattr(config, name, None))) for name in SETTINGS]
         versions = sys.version, np.__version__, numba.__version__, llvmlite.__version__
-        name = kernel.__module__, kernel.__qualname__
-        self.key = _checksum(repr((name, closure, depends_on, settings, versions)).encode()).hex()
+        self.key = _checksum(repr((name, depends_on, settings, versions)).encode()).hex()
         self._reduce = reduce
         self._rebuild = rebuild
 
     def load_overload(self, signature, target_context):
-        target_context.refresh()
         name = self._file_name(signature, target_context.codegen())
         for folder in folders():
             # whatever a file holds and whyever it can't be read, the kernel can be compiled
@@ -54,6 +50,10 @@ class Cache(NullCache):
                 if _checksum(name.encode() + content) == stored[:CHECKSUM_BYTES]:
                     return self._rebuild(target_context, pickle.loads(content))
         return None
+
+    def is_kept(self, signature, target_context):
+        name = self._file_name(signature, target_context.codegen())
+        return any((folder / name).is_file() for folder in folders())
 
     def save_overload(self, signature, compiled):
         # a kernel that can't be saved can be called

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm.arrays import convert
-from nbnorm.cpu import kernels, long_rows, memory, parallel, quick, short_rows, sizes, threads
+from nbnorm.cpu import choice, memory, parallel, quick, sizes, threads
 from nbnorm.cpu.parallel import NUMBAS, OURS
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, row_blocks, rows_of, storage, store
 from nbnorm.problem import wide_dtype
@@ -26,7 +26,7 @@ def forward(problem, x, weight, bias, out, return_stats):
         dtype = problem.compute_dtype
         present = (weight is not None, bias is not None)
         workers = parallel.workers(problem.rows * problem.cols)
-        kernel = _kernels(problem).forward(x_dtype, dtype, *present, problem.variance, workers == NUMBAS)
+        kernel = choice.ready(choice.forward(problem, *present), workers == NUMBAS)
         if workers == OURS:
             kernel = functools.partial(threads.forward, kernel)
         elif workers == NUMBAS:
@@ -44,7 +44,7 @@ def forward(problem, x, weight, bias, out, return_stats):
             store(y_rows, y[index], y_buffer)
         if dtype == wide_dtype(problem.dtype) and problem.cols <= sizes.LONG_ROW:
             is_diff_of_squares = problem.variance == "diff_of_squares"
-            key = problem.dtype, _is_short(problem), weight is None, bias is None, is_diff_of_squares, workers
+            key = problem.dtype, choice.is_short(problem), weight is None, bias is None, is_diff_of_squares, workers
             quick.FORWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         # a row of no columns has no mean
@@ -77,15 +77,12 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
         x_dtype = storage(x.dtype)
         dtype = problem.compute_dtype
-        statistics_dtype = wide_dtype(x.dtype)
-        if mean is not None:
-            statistics_dtype = np.result_type(wide_dtype(mean.dtype), wide_dtype(rstd.dtype))
+        given_dtype = None if mean is None else np.result_type(wide_dtype(mean.dtype), wide_dtype(rstd.dtype))
+        statistics_dtype = given_dtype or wide_dtype(x.dtype)
         sum_dtype = storage(problem.weight_dtype)
-        dtypes = (storage(dy.dtype), x_dtype, dtype, statistics_dtype, sum_dtype)
-        statistics = problem.variance if mean is None else "given"
-        factory = _kernels(problem).backward
         workers = parallel.workers(problem.rows * problem.cols)
-        kernel = factory(*dtypes, weight is not None, statistics, output_mask, workers == NUMBAS)
+        chosen = choice.backward(problem, dy.dtype, weight is not None, given_dtype, output_mask)
+        kernel = choice.ready(chosen, workers == NUMBAS)
         # the sums of a long row's elements go over all rows
         if workers == OURS and (problem.cols <= sizes.LONG_ROW or not (with_dweight or with_dbias)):
             kernel = functools.partial(threads.backward, kernel)
@@ -133,7 +130,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         if with_dx and is_usual and problem.weight_dtype in (problem.dtype, dtype) and problem.cols <= sizes.LONG_ROW:
             mode = problem.variance == "diff_of_squares" if mean is None else None
             parameter = None if weight is None else problem.weight_dtype
-            key = problem.dtype, _is_short(problem), parameter, output_mask, mode, workers
+            key = problem.dtype, choice.is_short(problem), parameter, output_mask, mode, workers
             quick.BACKWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         dweight.fill(0)
@@ -144,16 +141,6 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         _delivered(dweight, dweight_out) if with_dweight else None,
         _delivered(dbias, dbias_out) if with_dbias else None,
     )
-
-
-def _kernels(problem):
-    if problem.cols > sizes.LONG_ROW:
-        return long_rows
-    return short_rows if _is_short(problem) else kernels
-
-
-def _is_short(problem):
-    return sizes.is_short(problem.cols, problem.dtype.itemsize)
 
 
 def _is_streamed(result, *inputs):

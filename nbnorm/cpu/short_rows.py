@@ -3,13 +3,10 @@
 Sixteen rows at a time go through each step. `kernels` gives the same bits for rows of any length, but not of 16 bits.
 """
 
-import functools
-
 import numpy as np
 from numba import prange
 
 from nbnorm.cpu import kernels
-from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
 from nbnorm.cpu.lanes import fence, larger, pointer, scratch, smaller, until_aligned
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
@@ -27,16 +24,13 @@ def sum_types(x_dtype, dtype):
     return (np.float32, np.float64) if x_dtype.itemsize == 2 and dtype == np.float32 else (np.float64, None)
 
 
-@functools.cache
-def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
+def forward(x_dtype, dtype, has_weight, has_bias, variance):
     """One iteration owns some rows, of which it takes sixteen at a time."""
     element = dtype.type
     mode = kernels.mode_of(variance, x_dtype, dtype)
     sum_type, wider = sum_types(x_dtype, dtype)
     smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
-    signature = kernels.forward_signature(x_dtype, dtype)
 
-    @compiled(signature, parallel)
     def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
         rows, cols = x.shape
         x_, y_ = pointer(x), pointer(y)
@@ -100,8 +94,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     return kernel
 
 
-@functools.cache
-def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask, parallel):
+def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask):
     """One iteration owns a block of rows, of which it takes sixteen at a time, and adds to the block's own sums."""
     element = dtype.type
     is_given = statistics_from == "given"
@@ -114,9 +107,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     # sixteen elements are a line
     has_lines = x_dtype.itemsize == 4
     has_sums = with_dweight or with_dbias
-    signature = kernels.backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
 
-    @compiled(signature, parallel)
     def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
         rows, cols = x.shape
         blocks = sums.shape[1]
