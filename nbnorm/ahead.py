@@ -24,16 +24,16 @@ def compile(  # noqa: A001
 ) -> None:
     """Compile what calls on the CPU will need, or load it from the disk, so that none of them waits for it.
 
-    The arguments are those of `layer_norm` and `layer_norm_backward`, with a dtype in the place of each array. Processes that
-    are forked later have the kernels; others find them on the disk.
+    The arguments are those of `layer_norm` and `layer_norm_backward`, with a dtype in the place of each array. Processes
+    that are forked later have the kernels; others find them on the disk.
 
     Parameters
     ----------
     x : dtype
         float16, bfloat16, float32 or float64, by name or as NumPy's, torch's or JAX's dtype.
     normalized_shape : int or sequence of int
-        As in the calls. Shapes of one class have the same kernels: rows of less than 128 elements (16-bit ones of up to 256),
-        of up to 65,536, and longer ones.
+        As in the calls. Shapes of one class have the same kernels: rows of less than 128 elements (16-bit ones of up to
+        256), of up to 65,536, and longer ones.
     weight, bias : dtype, optional
         None where the calls have none.
     use_diff_of_squares : bool
