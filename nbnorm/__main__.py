@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 
-from nbnorm import __version__
+from nbnorm import __version__, warm
 
 DESCRIPTION = "Layer norm as Numba-compiled kernels."
 
@@ -21,7 +21,7 @@ def main(arguments=None):
             stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     try:
-        code = {None: _help, "check": _check, "apply": _apply, "cache": _cache}[options.command](options)
+        code = COMMANDS[options.command](options)
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -75,6 +75,7 @@ def parser():
     help_ = "the folder of compiled kernels"
     cache = commands.add_parser("cache", help=help_, description=f"Show {help_}: where it is, and what is in it.")
     cache.add_argument("--clear", action="store_true", help="delete them")
+    warm.add_command(commands, _shape)
     return result
 
 
@@ -157,6 +158,8 @@ def _signals():
         for number, handler in before.items():
             signal.signal(number, handler)
 
+
+COMMANDS = {None: _help, "check": _check, "apply": _apply, "cache": _cache, "warm": warm.warm}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,8 +8,6 @@ Where the files are is `cache_folder`'s to say.
 """
 
 import hashlib
-import inspect
-import logging
 import pickle
 import sys
 from contextlib import suppress
@@ -27,28 +25,22 @@ from nbnorm import cache_folder
 SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "ENABLE_AVX", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE", "USING_SVML")
 CHECKSUM_BYTES = 32
 
-_logger = logging.getLogger("nbnorm")
-
 
 class Cache(NullCache):
     """Where a dispatcher looks for its compiled code before it compiles, and leaves it after.
 
-    `depends_on` is what the code depends on beside the kernel's closure, its signature, its target and the settings;
-    `reduce` and `rebuild` make what is compiled picklable and back. `key` names the kernel, for any signature and target.
+    `depends_on` is what the code of the kernel `name` depends on beside its signature, its target and the settings; `reduce`
+    and `rebuild` make what is compiled picklable and back. `key` names the kernel, for any signature and target.
     """
 
-    def __init__(self, kernel, depends_on, reduce, rebuild):
-        closure = sorted(inspect.getclosurevars(kernel).nonlocals.items())
+    def __init__(self, name, depends_on, reduce, rebuild):
         settings = [(name, repr(getattr(config, name, None))) for name in SETTINGS]
         versions = sys.version, np.__version__, numba.__version__, llvmlite.__version__
-        name = kernel.__module__, kernel.__qualname__
-        self.key = _checksum(repr((name, closure, depends_on, settings, versions)).encode()).hex()
-        self._title = f"{kernel.__module__}.{kernel.__qualname__.partition('.')[0]}"
+        self.key = _checksum(repr((name, depends_on, settings, versions)).encode()).hex()
         self._reduce = reduce
         self._rebuild = rebuild
 
     def load_overload(self, signature, target_context):
-        target_context.refresh()
         name = self._file_name(signature, target_context.codegen())
         # whatever a file holds and whyever it can't be read, the kernel can be compiled
         with suppress(Exception):
@@ -56,8 +48,12 @@ class Cache(NullCache):
             content = stored[CHECKSUM_BYTES:]
             if _checksum(name.encode() + content) == stored[:CHECKSUM_BYTES]:
                 return self._rebuild(target_context, pickle.loads(content))
-        _logger.info("compiling %s", self._title)
         return None
+
+    def is_kept(self, signature, target_context):
+        name = self._file_name(signature, target_context.codegen())
+        folder, distrust = cache_folder.place()
+        return distrust is None and (folder / name).is_file()
 
     def save_overload(self, signature, compiled):
         # a kernel that can't be saved can be called

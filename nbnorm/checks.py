@@ -133,19 +133,51 @@ def device(name):
     return str(name), number
 
 
-def float_dtype(dtype):
-    """The dtype of a layer's parameters, from NumPy's, torch's or JAX's name for it; float32 for None."""
+def description(x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows):
+    """The problems of a forward and a backward that are described by dtypes; dy's dtype, the statistics', and the mask."""
+    if x is None:
+        raise TypeError("x: None; expected a dtype, such as 'float32'")
+    given = {"x": x, "weight": weight, "bias": bias, "dy": x if dy is None else dy, "mean": mean, "rstd": rstd}
+    dtypes: dict[str, Any] = {name: None if dtype is None else float_dtype(dtype, name) for name, dtype in given.items()}
+    if (mean is None) != (rstd is None):
+        raise ValueError("mean and rstd: only one is given; expected both, or neither to have them recomputed")
+    if rows is not None and (not isinstance(rows, int | np.integer) or isinstance(rows, bool)):
+        raise TypeError(f"rows: {described(rows)}; expected an int, or None for any number")
+    if rows is not None and rows < 0:
+        raise ValueError(f"rows: {rows}; expected a number that is not negative")
+    flag("backward", backward)
+    normalized_shape = shape(normalized_shape)
+    problems = [
+        Problem(
+            batch=(),
+            normalized_shape=normalized_shape,
+            rows=1,
+            cols=math.prod(normalized_shape),
+            eps=0.0,
+            variance="diff_of_squares" if flag("use_diff_of_squares", use_diff_of_squares) else "centred",
+            dtype=dtypes["x"],
+            weight_dtype=dtypes["weight"] or dtypes["x"],
+            compute_dtype=np.result_type(*(wide_dtype(dtypes[name]) for name in names if dtypes[name])),
+        )
+        for names in (("x", "weight", "bias"), ("x", "weight", "dy"))
+    ]
+    statistics_dtype = None if mean is None else np.result_type(wide_dtype(dtypes["mean"]), wide_dtype(dtypes["rstd"]))
+    return *problems, dtypes["dy"], statistics_dtype, _mask(output_mask)
+
+
+def float_dtype(dtype, argument="dtype"):
+    """A dtype, from NumPy's, torch's or JAX's name for it; float32 for None."""
     if dtype is None:
         return np.dtype(np.float32)
     name = str(dtype).removeprefix("torch.")
     if name == "bfloat16":
-        return operands.bfloat16("dtype")
+        return operands.bfloat16(argument)
     try:
         result = np.dtype(name if name in FLOATS else dtype)
     except (TypeError, ValueError):
         result = None
     if result is None or result.name not in FLOATS:
-        raise TypeError(f"dtype: {shown(dtype)}; expected one of {', '.join(FLOATS)}")
+        raise TypeError(f"{argument}: {shown(dtype)}; expected one of {', '.join(FLOATS)}")
     return result.newbyteorder("=")
 
 

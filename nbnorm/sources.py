@@ -1,5 +1,6 @@
 """What compiled kernels depend on beside their own source."""
 
+import functools
 import hashlib
 import os
 from contextlib import suppress
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
+@functools.cache
 def digest(module_file):
     """A name for the present state of all files beside a module's, which its kernels are made of."""
     folder: Any = Path(module_file).parent

@@ -25,11 +25,10 @@ from numba import types
 from nbnorm.cpu.compiled import _dispatchers, compiled
 
 def adding(dtype, by):
-    @compiled(types.void(types.Array(dtype, 1, "C")), False)
     def kernel(a):
         for i in range(a.size):
             a[i] += by
-    return kernel
+    return compiled(("adding", by), types.void(types.Array(dtype, 1, "C")), False, lambda: kernel)
 
 for dtype, by in ((types.float64, 0.5), (types.int64, 2)):
     a = np.zeros(3, dtype.name)
@@ -416,12 +415,11 @@ DTYPES = ["float32", "float64", "int32", "int64"]
 def make(dtype, parallel=False):
     one = np.dtype(dtype).type(DTYPES.index(dtype) + 1)
 
-    @module.compiled(types.void(types.Array(getattr(types, dtype), 1, "C")), parallel)
     def kernel(a):
         for i in range(a.size):
             a[i] += one
 
-    return kernel
+    return module.compiled("adding", types.void(types.Array(getattr(types, dtype), 1, "C")), parallel, lambda: kernel)
 
 def is_right(dtype):
     a = np.zeros(5, dtype)
@@ -471,11 +469,10 @@ from numba import prange, types
 from nbnorm.cpu.compiled import _dispatchers, compiled
 
 def adding(by):
-    @compiled(types.void(types.float64[::1]), True)
     def kernel(a):
         for i in prange(a.size):
             a[i] += by
-    return kernel
+    return compiled(("adding", by), types.void(types.float64[::1]), True, lambda: kernel)
 
 adding(0.0)
 for by in (1.0, 2.0):

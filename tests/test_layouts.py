@@ -147,7 +147,7 @@ def test_blocks_that_our_threads_share_have_the_same_bits(rng, dtype, monkeypatc
     expected = results(x, dy, None, None)
     choose_workers(parallel.OURS)
     # sums of blocks of 16 rows: a piece is one of them, or a few
-    monkeypatch.setattr("nbnorm.cpu.long_rows.GROUP_ELEMENTS", 50 * cols)
+    monkeypatch.setattr("nbnorm.cpu.sizes.LONG_GROUP_ELEMENTS", 50 * cols)
     shared = []
     share = threads.share
     monkeypatch.setattr("nbnorm.cpu.threads.share", lambda *args: (shared.append(len(args[1])), share(*args)))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm.cpu import blocks, long_rows, parallel, sizes, staging, threads
+from nbnorm.cpu import blocks, parallel, sizes, staging, threads
 from nbnorm.cpu.parallel import NUMBAS, OURS
 
 X = np.ones((16, 768), np.float32)
@@ -156,7 +156,7 @@ def test_a_stall_within_a_call_of_many_blocks_changes_who_works_on_the_rest(cloc
     monkeypatch.setattr(parallel, "our_threads", lambda: 2)
     if case == "long rows":
         monkeypatch.setattr(sizes, "LONG_ROW", 100)
-        monkeypatch.setattr(long_rows, "GROUP_ELEMENTS", 10 * 768)
+        monkeypatch.setattr(sizes, "LONG_GROUP_ELEMENTS", 10 * 768)
         monkeypatch.setattr(blocks, "LONG_ROWS", math.inf)
     memory = rng.standard_normal((101, 768), dtype=np.float32)
     expected = nbnorm.layer_norm(memory[:-1], 768)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm.arrays import convert
-from nbnorm.cpu import blocks, kernels, long_rows, memory, quick, short_rows, sizes, threads
+from nbnorm.cpu import blocks, choice, memory, quick, sizes, threads
 from nbnorm.cpu.parallel import ONE
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, rows_of, storage, store
 from nbnorm.problem import wide_dtype
@@ -39,11 +39,11 @@ def forward(problem, x, weight, bias, out, return_stats):
             kernel(x_rows, weight_row, bias_row, problem.eps, streaming, y_rows, mean[rows], rstd[rows])
             store(y_rows, y[index], y_buffer)
 
-        build = (_kernels(problem).forward, x_dtype, dtype, *present, problem.variance)
-        workers, kernel = blocks.run(problem, order, limit, False, build, threads.forward, new_buffers, work)
+        chosen = choice.forward(problem, *present)
+        workers, kernel = blocks.run(problem, order, limit, False, chosen, threads.forward, new_buffers, work)
         if kernel is not None and dtype == wide_dtype(problem.dtype) and problem.cols <= sizes.LONG_ROW:
             is_diff_of_squares = problem.variance == "diff_of_squares"
-            key = problem.dtype, _is_short(problem), weight is None, bias is None, is_diff_of_squares, workers
+            key = problem.dtype, choice.is_short(problem), weight is None, bias is None, is_diff_of_squares, workers
             quick.FORWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         # a row of no columns has no mean
@@ -76,12 +76,9 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
         x_dtype = storage(x.dtype)
         dtype = problem.compute_dtype
-        statistics_dtype = wide_dtype(x.dtype)
-        if mean is not None:
-            statistics_dtype = np.result_type(wide_dtype(mean.dtype), wide_dtype(rstd.dtype))
+        given_dtype = None if mean is None else np.result_type(wide_dtype(mean.dtype), wide_dtype(rstd.dtype))
+        statistics_dtype = given_dtype or wide_dtype(x.dtype)
         sum_dtype = storage(problem.weight_dtype)
-        dtypes = (storage(dy.dtype), x_dtype, dtype, statistics_dtype, sum_dtype)
-        statistics = problem.variance if mean is None else "given"
         weight_row = _flat(weight, dtype, dx)
         mean_row = _flat(mean, statistics_dtype, dx)
         rstd_row = _flat(rstd, statistics_dtype, dx)
@@ -115,20 +112,20 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
             if with_dx:
                 store(dx_rows, dx[index], dx_buffer)
 
-        build = (_kernels(problem).backward, *dtypes, weight is not None, statistics, output_mask)
-        workers, kernel = blocks.run(problem, order, limit, has_sums, build, threads.backward, new_buffers, work)
+        chosen = choice.backward(problem, dy.dtype, weight is not None, given_dtype, output_mask)
+        workers, kernel = blocks.run(problem, order, limit, has_sums, chosen, threads.backward, new_buffers, work)
         if kernel is None and has_sums:
             # no rows, only the sums of the blocks
-            blocks.kernel_for(ONE, build, None)(
-                np.empty((0, problem.cols), dtypes[0]), absent_dx, weight_row, problem.eps, mean_row[:0], rstd_row[:0], 0,
-                block_rows, True, False, absent_dx, sums, dweight_row, dbias_row,
+            blocks.kernel_for(ONE, chosen, None)(
+                np.empty((0, problem.cols), storage(dy.dtype)), absent_dx, weight_row, problem.eps, mean_row[:0],
+                rstd_row[:0], 0, block_rows, True, False, absent_dx, sums, dweight_row, dbias_row,
             )  # fmt: skip
         is_usual = problem.dtype == dy.dtype and dtype == wide_dtype(problem.dtype) == statistics_dtype
         is_usual = is_usual and problem.weight_dtype in (problem.dtype, dtype) and not is_long
         if kernel is not None and with_dx and is_usual:
             mode = problem.variance == "diff_of_squares" if mean is None else None
             parameter = None if weight is None else problem.weight_dtype
-            key = problem.dtype, _is_short(problem), parameter, output_mask, mode, workers
+            key = problem.dtype, choice.is_short(problem), parameter, output_mask, mode, workers
             quick.BACKWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         dweight.fill(0)
@@ -139,16 +136,6 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         _delivered(dweight, dweight_out) if with_dweight else None,
         _delivered(dbias, dbias_out) if with_dbias else None,
     )
-
-
-def _kernels(problem):
-    if problem.cols > sizes.LONG_ROW:
-        return long_rows
-    return short_rows if _is_short(problem) else kernels
-
-
-def _is_short(problem):
-    return sizes.is_short(problem.cols, problem.dtype.itemsize)
 
 
 def _is_streamed(result, *inputs):

@@ -9,7 +9,7 @@ from collections import deque
 from functools import partial
 from time import perf_counter
 
-from nbnorm.cpu import long_rows, parallel, sizes, threads
+from nbnorm.cpu import choice, parallel, sizes, threads
 from nbnorm.cpu.parallel import NUMBAS, ONE, OURS
 from nbnorm.cpu.staging import row_blocks
 
@@ -22,10 +22,10 @@ BUFFERS_ELEMENTS = 1 << 21
 LONG_ROWS = 8
 
 
-def run(problem, order, limit, has_sums, build, share, new_buffers, work):
+def run(problem, order, limit, has_sums, chosen, share, new_buffers, work):
     """Call `work(kernel, buffers, index, rows, last)` for all rows, in blocks of at most `limit`.
 
-    `build` is the kernels' factory and its arguments, `share` their function in `threads`, and `new_buffers(limit)` makes
+    `chosen` is the kernel, of `choice`, `share` its function in `threads`, and `new_buffers(limit)` makes
     buffers for so many rows. With `has_sums`, kernels add to sums of blocks of `sizes.block_rows`, each of which is one
     thread's; where no call was told that it is the `last`, they are still to be added up. Returns who worked, and with which
     kernel, or None for it where our threads have shared the blocks.
@@ -37,7 +37,7 @@ def run(problem, order, limit, has_sums, build, share, new_buffers, work):
     can_be_shared = not (is_long and has_sums)
     if is_long and not is_copied and can_be_shared:
         # the rows that a kernel works on together: a stall in one of its calls is noticed before the next
-        limit = min(problem.rows, max(1, long_rows.GROUP_ELEMENTS // problem.cols))
+        limit = min(problem.rows, max(1, sizes.LONG_GROUP_ELEMENTS // problem.cols))
     count = 1
     if can_be_shared and limit < problem.rows and order in (0, None):
         count = _sharers(problem, limit, is_copied)
@@ -45,11 +45,11 @@ def run(problem, order, limit, has_sums, build, share, new_buffers, work):
         buffers = new_buffers(limit)
         for index, rows in row_blocks(problem.batch, limit, order):
             workers = parallel.workers(elements)
-            kernel = kernel_for(workers, build, share if can_be_shared else None)
+            kernel = kernel_for(workers, chosen, share if can_be_shared else None)
             work(kernel, buffers, index, rows, rows.stop == problem.rows)
         return workers, kernel
 
-    kernel = kernel_for(ONE, build, None)
+    kernel = kernel_for(ONE, chosen, None)
     kind = parallel.kind_of(limit, problem.cols)
     if not is_copied:
         limit = max(1, threads.PIECE_ELEMENTS // problem.cols)
@@ -71,18 +71,17 @@ def run(problem, order, limit, has_sums, build, share, new_buffers, work):
     start = perf_counter()
     threads.share(work_on, pieces, count)
     if not is_copied:
-        parallel.keep(parallel.shortest_without(build), kind, (perf_counter() - start) / elements)
+        parallel.keep(parallel.shortest_without(chosen), kind, (perf_counter() - start) / elements)
     return OURS, None
 
 
-def kernel_for(workers, build, share):
+def kernel_for(workers, chosen, share):
     """A kernel for who works; `share` is None where it has no pieces for our threads."""
-    factory, *arguments = build
-    kernel = factory(*arguments, workers == NUMBAS)
+    kernel = choice.ready(chosen, workers == NUMBAS)
     if workers == NUMBAS:
-        return parallel.watched(build, kernel)
+        return parallel.watched(chosen, kernel)
     if workers == OURS:
-        return partial(parallel.timed, parallel.shortest_without(build), partial(share, kernel) if share else kernel)
+        return partial(parallel.timed, parallel.shortest_without(chosen), partial(share, kernel) if share else kernel)
     return kernel
 
 

@@ -1,46 +1,90 @@
 """How the CPU kernels are compiled: once a process, for one pinned signature, their code kept on disk."""
 
 import itertools
+import logging
+from time import perf_counter
 
 from numba import njit
 from numba.core import config
 from numba.core.bytecode import FunctionIdentity
+from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
+from numba.core.runtime.nrt import rtsys
 
 from nbnorm.cache import Cache
 from nbnorm.sources import digest
 
-DIGEST = digest(__file__)
-
 _dispatchers: dict = {}
+_logger = logging.getLogger("nbnorm")
 
 
-def compiled(signature, parallel):
-    """A decorator for a kernel: the serial or the parallel build of it."""
+def compiled(name, signature, parallel, make):
+    """The serial or the parallel build of the kernel of this name, which `make` returns as a Python function.
 
-    def compile_(kernel):
-        # not called from C, for which Numba would compile it too; its hints leave the option out
-        dispatcher = njit(  # type: ignore[call-overload]
-            parallel=parallel, nogil=True, error_model="numpy", no_cfunc_wrapper=True
-        )(kernel)
-        if config.DISABLE_JIT:
-            return dispatcher
-        cache = Cache(kernel, (DIGEST, str(signature), parallel), CompileResult._reduce, _rebuild)
-        # threads whose first calls come at once share what the first of them compiles
-        with global_compiler_lock:
-            dispatcher = _dispatchers.setdefault(cache.key, dispatcher)
-            if not dispatcher.signatures:
-                dispatcher._cache = cache
-                _compile_numbered(dispatcher, signature, cache.key)
-            # also where a signal's exception came after the compilation: other arguments must not compile another one
-            dispatcher.disable_compile()
-        return dispatcher
+    The name says all that the kernel depends on beside the sources. Where its code is on disk, `make` is not called.
+    """
+    if config.DISABLE_JIT:
+        return make()
+    build = "parallel" if parallel else "serial"
+    cache = _cache(name, signature, parallel)
+    # threads whose first calls come at once share what the first of them compiles
+    with global_compiler_lock:
+        dispatcher = _dispatchers.get(cache.key)
+        if dispatcher is None:
+            start = perf_counter()
+            loaded = cache.load_overload(signature, cpu_target.target_context)
+            if loaded is not None:
+                _logger.debug("%s, %s: loaded in %.3f s", name, build, perf_counter() - start)
+            dispatcher = _dispatcher(_arguments(len(signature.args)) if loaded else make(), parallel)
+            dispatcher._cache = _Loaded(loaded) if loaded else cache
+            _dispatchers[cache.key] = dispatcher
+        if not dispatcher.signatures:
+            is_loaded = isinstance(dispatcher._cache, _Loaded)
+            if not is_loaded:
+                _logger.info("%s, %s: compiling", name, build)
+            start = perf_counter()
+            _compile_numbered(dispatcher, signature, cache.key)
+            if not is_loaded:
+                _logger.info("%s, %s: compiled in %.1f s", name, build, perf_counter() - start)
+        # also where a signal's exception came after the compilation: other arguments must not compile another one
+        dispatcher.disable_compile()
+    return dispatcher
 
-    return compile_
+
+def is_kept(name, signature, parallel):
+    """Whether the code of this kernel is on disk."""
+    return _cache(name, signature, parallel).is_kept(signature, cpu_target.target_context)
+
+
+def _cache(name, signature, parallel):
+    return Cache(repr(name), (digest(__file__), str(signature), parallel), CompileResult._reduce, _rebuild)
+
+
+def _dispatcher(function, parallel):
+    # not called from C, for which Numba would compile it too; its hints leave the option out
+    return njit(parallel=parallel, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)  # type: ignore[call-overload]
+
+
+def _arguments(count):
+    """A function that Numba takes the number of a loaded kernel's arguments from, and never compiles."""
+    return eval(f"lambda {', '.join(f'argument_{i}' for i in range(count))}: None")
+
+
+class _Loaded(NullCache):
+    """What a dispatcher finds instead of compiling."""
+
+    def __init__(self, loaded):
+        self._loaded = loaded
+
+    def load_overload(self, signature, target_context):
+        return self._loaded
 
 
 def _rebuild(target_context, payload):
+    # all that loaded code needs of Numba: its whole `refresh`, which comes before a compilation anyway, takes 0.3 s
+    rtsys.initialize(target_context)
     return CompileResult._rebuild(target_context, *payload)
 
 

@@ -1,8 +1,9 @@
 """The CPU kernels, each made by a factory for one set of compile-time choices.
 
-A factory compiles for one pinned signature: C-contiguous arrays, inputs declared read-only, which both writable and
-read-only arrays match. `dtype` is what a kernel computes in, the widest of all operands, and what weight and bias have; the
-rows may be narrower. What a kernel does not need (`has_weight=False`, say) it takes as an empty array.
+`choice` says which one a call needs, and has it compiled, for one pinned signature: C-contiguous arrays, inputs declared
+read-only, which both writable and read-only arrays match. `dtype` is what a kernel computes in, the widest of all operands,
+and what weight and bias have; the rows may be narrower. What a kernel does not need (`has_weight=False`, say) it takes as an
+empty array.
 
 The parallel build of a kernel gives the bits of the serial one: what is split, and where, depends on the shape alone.
 
@@ -10,13 +11,10 @@ The floating-point mode is a thread's own, and may be any. So all arithmetic, in
 `standard_mode`, on the operands that it gives, and before a `restore_mode`; nothing between them raises.
 """
 
-import functools
-
 import numpy as np
-from numba import from_dtype, prange, types
+from numba import prange
 
 from nbnorm.cpu import lowering  # noqa: F401  teaches Numba the operations on lanes
-from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.lanes import fence, larger, pointer, restore_mode, scratch, smaller, standard_mode
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.rows import (
@@ -57,14 +55,6 @@ GROUP_ROWS = 4
 GROUP_ELEMENTS = 1 << 14
 
 
-def _inputs(dtype, ndim):
-    return types.Array(from_dtype(dtype), ndim, "C", readonly=True)
-
-
-def _outputs(dtype, ndim):
-    return types.Array(from_dtype(dtype), ndim, "C")
-
-
 def mode_of(variance, x_dtype, dtype):
     is_diff_of_squares = variance == "diff_of_squares"
     if x_dtype == np.float64:
@@ -75,41 +65,7 @@ def mode_of(variance, x_dtype, dtype):
     return DIFF_OF_SQUARES if is_diff_of_squares else ONE_SWEEP
 
 
-def forward_signature(x_dtype, dtype):
-    statistics_dtype = np.dtype(np.float64 if x_dtype == np.float64 else np.float32)
-    return types.void(
-        _inputs(x_dtype, 2),  # x
-        _inputs(dtype, 1),  # weight
-        _inputs(dtype, 1),  # bias
-        types.float64,  # eps
-        types.boolean,  # streaming
-        _outputs(x_dtype, 2),  # y
-        _outputs(statistics_dtype, 1),  # mean
-        _outputs(statistics_dtype, 1),  # rstd
-    )
-
-
-def backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype):
-    return types.void(
-        _inputs(dy_dtype, 2),  # dy
-        _inputs(x_dtype, 2),  # x
-        _inputs(dtype, 1),  # weight
-        types.float64,  # eps
-        _inputs(statistics_dtype, 1),  # mean
-        _inputs(statistics_dtype, 1),  # rstd
-        types.int64,  # first
-        types.int64,  # block_rows
-        types.boolean,  # last
-        types.boolean,  # streaming
-        _outputs(x_dtype, 2),  # dx
-        _outputs(np.dtype(np.float64), 3),  # sums
-        _outputs(sum_dtype, 1),  # dweight
-        _outputs(sum_dtype, 1),  # dbias
-    )
-
-
-@functools.cache
-def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
+def forward(x_dtype, dtype, has_weight, has_bias, variance):
     """One iteration owns some rows, and of each writes y[r] and, where these are not empty, mean[r] and rstd[r].
 
     Formula: Ba, Kiros and Hinton 2016, eq. 4; `variance` is "centred" or "diff_of_squares".
@@ -117,9 +73,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     element = dtype.type
     mode = mode_of(variance, x_dtype, dtype)
     smallest, largest = VARIANCE_BOUNDS[dtype.name]
-    signature = forward_signature(x_dtype, dtype)
 
-    @compiled(signature, parallel)
     def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
         rows, row_size = x.shape
         weight_or_none = pointer(weight) if has_weight else None
@@ -166,8 +120,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     return kernel
 
 
-@functools.cache
-def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask, parallel):
+def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask):
     """Gradients of layer norm: one iteration owns a block of rows, writes dx of each and adds to the block's own sums.
 
     `statistics_from` is "given" or the variance to recompute them by. Block b owns rows b * block_rows to
@@ -185,9 +138,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     # the means of g and g * x_hat are found with the statistics
     in_one_sweep = with_dx and not is_given and dtype == np.float32
     has_sums = with_dweight or with_dbias
-    signature = backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
 
-    @compiled(signature, parallel)
     def kernel(dy, x, weight, given_eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
         rows, row_size = x.shape
         blocks = sums.shape[1]

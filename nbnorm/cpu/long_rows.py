@@ -4,13 +4,10 @@ A row is split into segments, which all cores share. The statistics of a segment
 merged into the row's in the order of the segments. The second sweep then reads the row again from where it is.
 """
 
-import functools
-
 import numpy as np
 from numba import prange
 
 from nbnorm.cpu import kernels
-from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS
 from nbnorm.cpu.lanes import fence, larger, pointer, restore_mode, smaller, standard_mode
 from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
@@ -37,10 +34,9 @@ from nbnorm.cpu.rows import (
     statistics_and_sums,
     usable,
 )
+from nbnorm.cpu.sizes import LONG_GROUP_ELEMENTS
 
 SEGMENT = 1 << 14
-# elements of the rows that are worked on together: as many as may stay in a shared cache between the two sweeps
-GROUP_ELEMENTS = 1 << 21
 # what is kept of a row that is rescaled, beside HI and LO; FACTOR is 0 for the others
 RSTD, G_HI, G_LO, FACTOR, SCALED_RSTD, MEAN_GX, RESCALED = range(2, 9)
 # columns whose dweight and dbias a thread sums over all rows: their float64 sums take 32 KiB of the first-level cache, and a
@@ -48,19 +44,16 @@ RSTD, G_HI, G_LO, FACTOR, SCALED_RSTD, MEAN_GX, RESCALED = range(2, 9)
 COLUMNS = 1 << 11
 
 
-@functools.cache
-def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
+def forward(x_dtype, dtype, has_weight, has_bias, variance):
     """One iteration owns a segment: of its statistics in the first loop, of y in the second."""
     element = dtype.type
     mode = kernels.mode_of(variance, x_dtype, dtype)
     smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
-    signature = kernels.forward_signature(x_dtype, dtype)
 
-    @compiled(signature, parallel)
     def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
         rows, row_size = x.shape
         segments = -(-row_size // SEGMENT)
-        group_rows = smaller(rows, larger(1, GROUP_ELEMENTS // row_size))
+        group_rows = smaller(rows, larger(1, LONG_GROUP_ELEMENTS // row_size))
         weight_or_none = pointer(weight) if has_weight else None
         bias_or_none = pointer(bias) if has_bias else None
         operands = pointer(x), pointer(y), weight_or_none, bias_or_none, row_size, given_eps
@@ -122,8 +115,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     return kernel
 
 
-@functools.cache
-def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask, parallel):
+def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask):
     """One iteration owns a segment of a row in the first loop, and in the second some columns of all rows.
 
     Of those it writes dx, and with `last` dweight and dbias. Between calls for rows of the same problem, sums has what they
@@ -136,13 +128,11 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
     in_one_sweep = with_dx and not is_given and dtype == np.float32
-    signature = kernels.backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
 
-    @compiled(signature, parallel)
     def kernel(dy, x, weight, given_eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
         rows, row_size = x.shape
         segments = -(-row_size // SEGMENT)
-        group_rows = smaller(rows, larger(1, GROUP_ELEMENTS // row_size))
+        group_rows = smaller(rows, larger(1, LONG_GROUP_ELEMENTS // row_size))
         weight_or_none = pointer(weight) if has_weight else None
         dx_or_none = pointer(dx) if with_dx else None
         operands = pointer(dy), pointer(x), weight_or_none, dx_or_none, row_size, given_eps
@@ -236,7 +226,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 if first == 0:
                     clear(dweight_sums, sums_at, width)
                     clear(dbias_sums, sums_at, width)
-                r = 0
+                # no literal 0, for which Numba would compile `gradients` twice
+                r = rows - rows
                 while r < rows:
                     at = r * cols + start
                     if needs_statistics and rescaled_state[r, FACTOR] != 0.0:

@@ -90,13 +90,17 @@ NOTHING = types.none, _returning_none(lambda builder, *arguments: None)
 
 
 def _arithmetic(function, instruction):
-    _types(function, lambda a, *others: a if isinstance(a, Lanes) and others == (a,) else None)
+    # the quotient of two integers is a float
+    numbers = FLOATS if function is operator.truediv else (types.int64, *FLOATS)
+    # of numbers too, for which Numba would first look at all that NumPy has for arrays
+    _types(function, lambda a, *others: a if (isinstance(a, Lanes) or a in numbers) and others == (a,) else None)
 
     @lower_builtin(function, Lanes, Lanes)
     def lower(context, builder, typed, arguments):
         return getattr(builder, instruction)(*arguments)
 
 
+FLOATS = types.float32, types.float64
 _arithmetic(operator.add, "fadd")
 _arithmetic(operator.sub, "fsub")
 _arithmetic(operator.mul, "fmul")

@@ -5,9 +5,7 @@ from contextlib import contextmanager
 
 from numba import types
 
-from nbnorm.cpu import lowering  # noqa: F401  teaches Numba to set a mode
 from nbnorm.cpu.compiled import compiled
-from nbnorm.cpu.lanes import restore_mode, standard_mode
 
 SMALLEST_NORMAL, VANISHING = 2.0**-1022, 2.0**-60
 
@@ -34,13 +32,27 @@ def is_standard():
 # compiled where a thread has another mode
 @functools.cache
 def _functions():
-    @compiled(types.int64(), False)
+    begin = compiled("mode.begin", types.int64(), False, _made_begin)
+    end = compiled("mode.end", types.void(types.int64), False, _made_end)
+    return begin, end
+
+
+def _made_begin():
+    from nbnorm.cpu import lowering  # noqa: F401  teaches Numba to set a mode
+    from nbnorm.cpu.lanes import standard_mode
+
     def begin():
         thread_mode, _ = standard_mode((0,))
         return thread_mode
 
-    @compiled(types.void(types.int64), False)
+    return begin
+
+
+def _made_end():
+    from nbnorm.cpu import lowering  # noqa: F401
+    from nbnorm.cpu.lanes import restore_mode
+
     def end(thread_mode):
         restore_mode(thread_mode)
 
-    return begin, end
+    return end

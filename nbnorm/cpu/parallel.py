@@ -79,10 +79,10 @@ def processors(thread=0):
 
 
 @functools.cache
-def watched(build, kernel):
-    """The parallel build of a kernel, a factory and its arguments; after its stalls our threads work for a while."""
+def watched(chosen, kernel):
+    """The parallel build of a kernel, of `choice`; after its stalls our threads work for a while."""
     shortest: dict[tuple, float] = {}
-    without = shortest_without(build)
+    without = shortest_without(chosen)
 
     def call(first, *others):
         global _worked
@@ -122,7 +122,7 @@ def kind_of(rows, cols):
 
 
 @functools.cache
-def shortest_without(build):
+def shortest_without(chosen):
     """The shortest times for an element of a kernel without Numba's threads, by the kind of a call."""
     return {}
 

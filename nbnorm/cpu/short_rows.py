@@ -3,13 +3,10 @@
 Sixteen rows at a time go through each step. `kernels` gives the same bits for rows of any length, but not of 16 bits.
 """
 
-import functools
-
 import numpy as np
 from numba import prange
 
 from nbnorm.cpu import kernels
-from nbnorm.cpu.compiled import compiled
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
 from nbnorm.cpu.lanes import fence, larger, pointer, restore_mode, scratch, smaller, standard_mode, until_aligned
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
@@ -27,17 +24,14 @@ def sums_are_narrow(x_dtype, dtype):
     return x_dtype.itemsize == 2 and dtype == np.float32
 
 
-@functools.cache
-def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
+def forward(x_dtype, dtype, has_weight, has_bias, variance):
     """One iteration owns some rows, of which it takes sixteen at a time."""
     element = dtype.type
     mode = kernels.mode_of(variance, x_dtype, dtype)
     is_narrow = sums_are_narrow(x_dtype, dtype)
     sum_type = np.float32 if is_narrow else np.float64
     smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
-    signature = kernels.forward_signature(x_dtype, dtype)
 
-    @compiled(signature, parallel)
     def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
         rows, row_size = x.shape
         weight_or_none = pointer(weight) if has_weight else None
@@ -103,8 +97,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, parallel):
     return kernel
 
 
-@functools.cache
-def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask, parallel):
+def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask):
     """One iteration owns a block of rows, of which it takes sixteen at a time, and adds to the block's own sums."""
     element = dtype.type
     is_given = statistics_from == "given"
@@ -118,9 +111,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     # sixteen elements are a line
     has_lines = x_dtype.itemsize == 4
     has_sums = with_dweight or with_dbias
-    signature = kernels.backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype)
 
-    @compiled(signature, parallel)
     def kernel(dy, x, weight, given_eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
         rows, row_size = x.shape
         blocks = sums.shape[1]

@@ -9,6 +9,8 @@ SHORT_ROW = 1 << 7
 SHORT_16_BIT_ROW = (1 << 8) + 1
 # a row of more elements than these does not stay in a core's cache between its two sweeps
 LONG_ROW = 1 << 16
+# elements of long rows that are worked on together: as many as may stay in a shared cache between the two sweeps
+LONG_GROUP_ELEMENTS = 1 << 21
 # from this size on, a result is written past the caches, which it would only pass through
 STREAMED_BYTES = 1 << 24
 

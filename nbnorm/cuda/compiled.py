@@ -1,12 +1,12 @@
 """How the CUDA kernels are compiled: when they are first launched, for one signature, their code kept on disk."""
 
+import inspect
+
 from numba import cuda
 from numba.core import config
 
 from nbnorm.cache import Cache
 from nbnorm.sources import digest
-
-DIGEST = digest(__file__)
 
 
 def compiled(compute_capability, launch_bounds):
@@ -19,14 +19,17 @@ def compiled(compute_capability, launch_bounds):
             import numba_cuda
             from numba.cuda.dispatcher import _Kernel
 
-            depends_on = DIGEST, compute_capability, launch_bounds, numba_cuda.__version__
-            dispatcher._cache = Cache(kernel, depends_on, _Kernel._reduce_states, _rebuild)
+            closure = sorted(inspect.getclosurevars(kernel).nonlocals.items())
+            name = kernel.__module__, kernel.__qualname__, closure
+            depends_on = digest(__file__), compute_capability, launch_bounds, numba_cuda.__version__
+            dispatcher._cache = Cache(name, depends_on, _Kernel._reduce_states, _rebuild)
         return dispatcher
 
     return compile_
 
 
-def _rebuild(_, states):
+def _rebuild(target_context, states):
     from numba.cuda.dispatcher import _Kernel
 
+    target_context.refresh()
     return _Kernel._rebuild(**states)

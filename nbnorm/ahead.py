@@ -1,0 +1,91 @@
+"""Kernels ahead of the first calls that need them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from nbnorm import checks
+from nbnorm.cpu import choice, parallel
+from nbnorm.functional import Shape
+
+
+def compile(  # noqa: A001
+    x: Any,
+    normalized_shape: Shape,
+    weight: Any = None,
+    bias: Any = None,
+    use_diff_of_squares: bool = False,
+    *,
+    backward: bool = True,
+    dy: Any = None,
+    mean: Any = None,
+    rstd: Any = None,
+    output_mask: Sequence[bool] = (True, True, True),
+    rows: int | None = None,
+) -> None:
+    """Compile what calls on the CPU will need, or load it from the disk, so that none of them waits for it.
+
+    The arguments are those of `layer_norm` and `layer_norm_backward`, with a dtype in the place of each array. Processes
+    that are forked later have the kernels; others find them on the disk.
+
+    Parameters
+    ----------
+    x : dtype
+        float16, bfloat16, float32 or float64, by name or as NumPy's, torch's or JAX's dtype.
+    normalized_shape : int or sequence of int
+        As in the calls. Shapes of one class have the same kernels: rows of less than 128 elements (16-bit ones of up to
+        256), of up to 65,536, and longer ones.
+    weight, bias : dtype, optional
+        None where the calls have none.
+    use_diff_of_squares : bool
+        As in the calls.
+    backward : bool
+        Whether there are calls of `layer_norm_backward` too.
+    dy : dtype, optional
+        By default x's.
+    mean, rstd : dtype, optional
+        Where they are given to `layer_norm_backward`.
+    output_mask : sequence of three bools
+        As in `layer_norm_backward`.
+    rows : int, optional
+        The most rows of a call. Where all calls are small, the build for several threads is not compiled.
+
+    Raises
+    ------
+    TypeError
+        For what is not one of the dtypes.
+    ValueError
+        For a wrong shape, mask or number of rows, or only one of mean and rstd.
+
+    Notes
+    -----
+    A layout, an `out` or `return_stats` needs no other kernel. The logger ``nbnorm`` tells at level INFO what is compiled
+    and how long it took, and at level DEBUG what is loaded.
+
+    Compiling and loading the build for several threads launches Numba's threads. This package never uses those in a process
+    that was forked later. Where such a process runs other parallel Numba functions, use ``nbnorm warm`` in a process of its
+    own instead.
+
+    Examples
+    --------
+    >>> import nbnorm
+    >>> nbnorm.compile("float32", 4, "float32", "float32", rows=8)  # doctest: +SKIP
+    """
+    for kernel, build in builds(
+        x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows
+    ):
+        choice.ready(kernel, build)
+
+
+def builds(x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows):
+    """The kernels that such calls need, each with whether it is the parallel build."""
+    problem, gradients, dy_dtype, statistics_dtype, mask = checks.description(
+        x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows
+    )
+    if problem.cols == 0:
+        return []
+    kernels = [choice.forward(problem, weight is not None, bias is not None)]
+    if backward and any(mask):
+        kernels.append(choice.backward(gradients, dy_dtype, weight is not None, statistics_dtype, mask))
+    # a forked process never uses the parallel one, nor may it launch Numba's threads
+    are_many = (rows is None or rows * problem.cols >= parallel.ELEMENTS) and parallel.many != parallel.OURS
+    return [(kernel, build) for kernel in kernels for build in (False, True)[: 1 + are_many]]

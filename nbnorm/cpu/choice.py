@@ -1,0 +1,116 @@
+"""Which kernel a call needs: what a call, or the description of one, and the cache on disk know a kernel by.
+
+Nothing here needs the kernels themselves, which are imported by what compiles one.
+"""
+
+import functools
+import importlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import from_dtype, types
+
+from nbnorm.cpu import compiled, sizes
+from nbnorm.cpu.staging import storage
+from nbnorm.problem import wide_dtype
+
+
+class Kernel(NamedTuple):
+    """A kernel's factory, by its module and name, and its arguments: the compile-time choices."""
+
+    module: str
+    name: str
+    choices: tuple
+
+    def __str__(self):
+        words = [choice.name if isinstance(choice, np.dtype) else str(choice) for choice in self.choices]
+        return f"{self.module}.{self.name}({', '.join(words)})"
+
+
+def forward(problem, has_weight, has_bias):
+    choices = storage(problem.dtype), problem.compute_dtype, has_weight, has_bias, problem.variance
+    return Kernel(_module(problem), "forward", choices)
+
+
+def backward(problem, dy_dtype, has_weight, statistics_dtype, output_mask):
+    """`statistics_dtype` is that of the mean and rstd which are given, together, or None."""
+    dtypes = (
+        storage(dy_dtype),
+        storage(problem.dtype),
+        problem.compute_dtype,
+        statistics_dtype or wide_dtype(problem.dtype),
+        storage(problem.weight_dtype),
+    )
+    statistics_from = "given" if statistics_dtype else problem.variance
+    return Kernel(_module(problem), "backward", (*dtypes, has_weight, statistics_from, output_mask))
+
+
+@functools.cache
+def ready(kernel, parallel):
+    """The serial or the parallel build of a kernel, as a function: from the disk, or compiled now."""
+    signature = SIGNATURES[kernel.name](*kernel.choices)
+    return compiled.compiled(kernel, signature, parallel, functools.partial(_made, kernel))
+
+
+def is_kept(kernel, parallel):
+    """Whether a build of a kernel is on disk."""
+    return compiled.is_kept(kernel, SIGNATURES[kernel.name](*kernel.choices), parallel)
+
+
+def is_short(problem):
+    return sizes.is_short(problem.cols, problem.dtype.itemsize)
+
+
+def _module(problem):
+    if problem.cols > sizes.LONG_ROW:
+        return "long_rows"
+    return "short_rows" if is_short(problem) else "kernels"
+
+
+def _made(kernel):
+    module: Any = importlib.import_module(f"nbnorm.cpu.{kernel.module}")
+    return getattr(module, kernel.name)(*kernel.choices)
+
+
+def _inputs(dtype, ndim):
+    return types.Array(from_dtype(dtype), ndim, "C", readonly=True)
+
+
+def _outputs(dtype, ndim):
+    return types.Array(from_dtype(dtype), ndim, "C")
+
+
+def _forward_signature(x_dtype, dtype, *choices):
+    statistics_dtype = np.dtype(np.float64 if x_dtype == np.float64 else np.float32)
+    return types.void(
+        _inputs(x_dtype, 2),  # x
+        _inputs(dtype, 1),  # weight
+        _inputs(dtype, 1),  # bias
+        types.float64,  # eps
+        types.boolean,  # streaming
+        _outputs(x_dtype, 2),  # y
+        _outputs(statistics_dtype, 1),  # mean
+        _outputs(statistics_dtype, 1),  # rstd
+    )
+
+
+def _backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, *choices):
+    return types.void(
+        _inputs(dy_dtype, 2),  # dy
+        _inputs(x_dtype, 2),  # x
+        _inputs(dtype, 1),  # weight
+        types.float64,  # eps
+        _inputs(statistics_dtype, 1),  # mean
+        _inputs(statistics_dtype, 1),  # rstd
+        types.int64,  # first
+        types.int64,  # block_rows
+        types.boolean,  # last
+        types.boolean,  # streaming
+        _outputs(x_dtype, 2),  # dx
+        _outputs(np.dtype(np.float64), 3),  # sums
+        _outputs(sum_dtype, 1),  # dweight
+        _outputs(sum_dtype, 1),  # dbias
+    )
+
+
+SIGNATURES: dict[str, Any] = {"forward": _forward_signature, "backward": _backward_signature}
