@@ -52,7 +52,6 @@ def _report():
     print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"CPU:  {config.NUMBA_NUM_THREADS} threads, {os.cpu_count()} processors, ", end="")
     print(f"threading layer {threading_layer()}")
-    print(f"CUDA: {cuda_devices()}")
     print()
     print("float32. error, limit: the largest error against float64, and what is allowed, in eps.")
     print("nbnorm, NumPy, copy: medians in ms. NumPy works on blocks of rows; the copy moves as many bytes.")
@@ -61,8 +60,10 @@ def _report():
     print(f"{'error':>6} {'limit':>6} {'nbnorm':>9} {'NumPy':>9} {'copy':>9}", flush=True)
     shares: list[float] = []
     passed = [check(shares, *case) for case in cases()]
+    print()
+    # after the others, since numba-cuda takes 40 MB
+    print(f"CUDA: {cuda_devices()}")
     if cuda_fault() is None:
-        print()
         print("On the CUDA device, by its clock:", flush=True)
         passed += [check_on_cuda(*case) for case in cases()]
     print()

@@ -25,7 +25,7 @@ def test_report(small, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"nbnorm {nbnorm.__version__}, numba ")
     assert "threading layer" in lines[1]
-    assert lines[2].startswith("CUDA: ")
+    assert any(line.startswith("CUDA: ") for line in lines)
     assert lines[-1] in ("6 of 6 checks passed", "12 of 12 checks passed")
     assert sum("backward" in line for line in lines) in (2, 4)
 
@@ -132,7 +132,7 @@ def test_without_a_device(small, capsys, monkeypatch, is_installed, fault, expec
     monkeypatch.setattr("nbnorm.checks.cuda_fault", lambda: fault)
     assert __main__.main(["check"]) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[2] == expected
+    assert expected in out.splitlines()
     assert "CUDA device" not in out
     assert out.endswith("6 of 6 checks passed\n")
 
