@@ -418,8 +418,8 @@ def gradients(
     taken together. About as many elements as these rows have are prefetched, from `following` on, unless that is None.
     `is_wide` is False in the kernels for short rows.
     """
-    # dx in whole lines, of the first row at least: 1.3x at (4096, 4096), where parts would be streamed alternately, and 1.0 to
-    # 1.1x in the cache, where reading would wait for what was written to the same place of another page
+    # dx in whole lines, of the first row at least: 1.3x at (4096, 4096), where parts would be streamed alternately, and 1.0
+    # to 1.1x in the cache, where reading would wait for what was written to the same place of another page
     head = smaller(cols, until_aligned(dx, at + begin * pitch)) if is_wide else 0
     blocks = (cols - head) >> 4
     done = 0
