@@ -1,8 +1,9 @@
 """The largest error of float32 layer norm, here and elsewhere, on rows that are hard to normalise, as a Markdown table.
 
 In eps of (|y| + 1), against the reference in longdouble. Libraries that are not installed are left out, and so are the
-rows of a real model where rapidocr, which ships it, or onnx is not there: `pip install onnx`, and
-`pip install --no-deps rapidocr==3.10.0`.
+rows of a real model where onnx, or rapidocr, which ships it, is not there:
+
+    pip install onnx && pip install --no-deps rapidocr==3.10.0
 """
 
 from importlib.util import find_spec

@@ -7,7 +7,7 @@ system's, 8 ms, in every call.
     python benchmarks/compare.py
     python benchmarks/compare.py --shapes 8192x768,1x64 --dtypes float32,bfloat16 --passes forward
     python benchmarks/compare.py --device cuda
-    python benchmarks/compare.py --render benchmarks/results/compare-cpu.json README.md docs/performance.md
+    python benchmarks/compare.py --render benchmarks/results/compare-cpu.json README.md docs/index.md docs/performance.md
 """
 
 import argparse

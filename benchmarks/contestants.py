@@ -105,7 +105,7 @@ def backward(arrays, peers):
     calls = {
         "limit": lambda: limits.add(moved_dy, moved_x, moved_dx),
         "nbnorm out=": lambda: nbnorm.layer_norm_backward(dy, x, cols, weight, out=out),
-        "statistics given": lambda: nbnorm.layer_norm_backward(dy, x, cols, weight, mean=mean, rstd=rstd, out=out),
+        "given statistics": lambda: nbnorm.layer_norm_backward(dy, x, cols, weight, mean=mean, rstd=rstd, out=out),
         "nbnorm": lambda: nbnorm.layer_norm_backward(dy, x, cols, weight),
         "NumPy": lambda: numpy_backward(dy, x, weight),
     }

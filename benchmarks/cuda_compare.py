@@ -28,7 +28,7 @@ COLS = (256, 1024, 2048, 4096, 8192, 16384)
 SHAPES = ((1 << 20, 64), (8, 1 << 20))
 FURTHER_COLS = (768, 1000, 1001, 4100, 32768, 131072)
 QUICK_COLS = (768, 4096)
-OURS = ("limit", "nbnorm out=", "difference of squares", "statistics given", "nbnorm")
+OURS = ("limit", "nbnorm out=", "difference of squares", "given statistics", "nbnorm")
 # a result may be so many eps of its dtype away, of what `expected` measures it by; a peer may be further, by which one can
 # still tell that it computes the same thing
 ALLOWED_EPS = 16

@@ -116,7 +116,7 @@ def backward(library, dtype, cols, peers):
     calls = {
         "limit": lambda s: library.add(s.dy, s.x, s.out),
         "nbnorm out=": lambda s: nbnorm.layer_norm_backward(s.dy, s.x, cols, s.weight, out=(s.out, s.dweight, s.dbias)),
-        "statistics given": given,
+        "given statistics": given,
         "nbnorm": lambda s: nbnorm.layer_norm_backward(s.dy, s.x, cols, s.weight),
     }
     of_peers = {

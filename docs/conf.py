@@ -30,7 +30,7 @@ numpydoc_validation_exclude = {r"LayerNorm(Result|Grads)$", r"LayerNorm\.(forwar
 html_theme = "pydata_sphinx_theme"
 html_title = "nbnorm"
 # pages with none below them
-html_sidebars = {page: [] for page in ("index", "tutorial", "api", "contributing", "changelog")}
+html_sidebars = {page: [] for page in ("index", "tutorial", "api", "limits", "contributing", "changelog")}
 html_static_path = ["static"]
 html_css_files = ["nbnorm.css"]
 html_copy_source = html_show_sourcelink = False

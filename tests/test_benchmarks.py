@@ -159,7 +159,7 @@ def test_compare_on_a_device(tmp_path, python_environment):
         for dtype, size in (("float32", 4), ("bfloat16", 2))
         for rows, cols in ((4, 64), (3, 100))
     ]
-    variants = {"forward": "difference of squares", "backward": "statistics given"}
+    variants = {"forward": "difference of squares", "backward": "given statistics"}
     for problem in saved["problems"]:
         assert list(problem["contestants"]) == ["limit", "nbnorm out=", variants[problem["pass"]], "nbnorm"]
         assert {timing["median"] for timing in problem["contestants"].values()} == {1e-3}
@@ -288,7 +288,7 @@ def test_gradients_of_a_device_are_checked(cuda_compare, cuda_contestants, monke
 
     wanted = cuda_compare.expected("backward", hosts, chosen)
     with nullcontext() if message is None else pytest.raises(cuda_compare.WrongResultError, match=message):
-        cuda_compare.check(HostLibrary(), arrays, wanted, chosen, 2.0**-23, "statistics given", call)
+        cuda_compare.check(HostLibrary(), arrays, wanted, chosen, 2.0**-23, "given statistics", call)
 
 
 def assert_contestant(cuda_contestants, pass_, call, hosts, convert):
@@ -321,7 +321,7 @@ def test_the_peers_of_a_problem(cuda_contestants):
     tensors, others = SimpleNamespace(modules=("torch",)), SimpleNamespace(modules=())
     for make, variant in (
         (cuda_contestants.forward, "difference of squares"),
-        (cuda_contestants.backward, "statistics given"),
+        (cuda_contestants.backward, "given statistics"),
     ):
         ours = ["limit", "nbnorm out=", variant, "nbnorm"]
         assert list(make(tensors, "float16", 1024, peers)) == ours + peers
