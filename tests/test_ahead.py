@@ -140,3 +140,17 @@ def test_the_parallel_build_is_for_large_calls():
 def test_wrong_descriptions(arguments, options, error, message):
     with pytest.raises(error, match=message.replace("(", r"\(")):
         nbnorm.compile(*arguments, **options)
+
+
+@pytest.mark.compiled
+def test_the_log_says_what_is_compiled_and_what_is_loaded(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    (kernel, build) = described("float32", 5, rows=3, backward=False)[0]
+    caplog.set_level(logging.DEBUG, "nbnorm")
+    for _ in range(2):
+        monkeypatch.setattr("nbnorm.cpu.compiled._dispatchers", {})
+        choice.ready.__wrapped__(kernel, build)
+    levels, texts = zip(*((record.levelname, record.getMessage()) for record in caplog.records), strict=True)
+    assert levels == ("INFO", "INFO", "DEBUG")
+    assert texts[0] == "short_rows.forward(float32, float32, False, False, centred), serial: compiling"
+    assert [text.rpartition(": ")[2].split()[0] for text in texts] == ["compiling", "compiled", "loaded"]

@@ -85,6 +85,19 @@ def test_found_again_in_the_users_folder(site, run, tmp_path):
     assert run(site) == "2"
 
 
+def test_a_compilation_after_kernels_were_loaded(site, run):
+    """What Numba needs for compiling is not prepared for loading."""
+    run(site)
+    after = """
+from numba import njit
+assert njit(lambda a: np.linalg.norm(a) + a.max())(np.array([3.0, 4.0])) == 9.0
+a = np.zeros(3)
+adding(types.float64, 7.0)(a)
+assert (a == 7.0).all()
+"""
+    assert run(site, CALL + after) == "2"
+
+
 @pytest.mark.parametrize("name", ["NUMBA_CACHE_DIR", "NBNORM_CACHE_DIR"])
 def test_the_folder_that_is_named(site, run, tmp_path, name):
     told = {name: str(tmp_path / "told")}
@@ -220,11 +233,11 @@ from nbnorm.cpu import compiled as module
 def is_right(number):
     by = float(number)
 
-    @module.compiled(types.void(types.float64[::1]), False)
     def kernel(a):
         for i in range(a.size):
             a[i] += by
 
+    kernel = module.compiled(("adding", by), types.void(types.float64[::1]), False, lambda kernel=kernel: kernel)
     a = np.zeros(5)
     kernel(a)
     return (a == by).all()
