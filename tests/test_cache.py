@@ -159,7 +159,6 @@ def test_a_folder_of_another_user(site, run, tmp_path, which):
     # the users are told apart by this alone; root, where the test does not run as root
     other = "import os; user = os.geteuid(); os.geteuid = lambda: USER\n".replace("USER", "user + 1" if before else "0")
     if not before and os.geteuid() == 0:
-        (tmp_path / "home").mkdir()
         os.chown(tmp_path / "home", 1, 1)
     assert run(site, other + CALL) == "0"
     assert files(tmp_path) == before
