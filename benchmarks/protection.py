@@ -38,7 +38,8 @@ KINDS = {
     "(1, 16777216)": ((1, 1 << 24), (0, 1), False),
     "(1, 16777216), backward": ((1, 1 << 24), (0, 1), True),
 }
-SECONDS = 4
+SECONDS = 5
+TURNS = 10
 
 
 def main():
@@ -189,7 +190,7 @@ def of_kind(kind, case):
     def timings(seconds):
         end = time.perf_counter() + seconds
         values = []
-        while time.perf_counter() < end or len(values) < 5:
+        while time.perf_counter() < end or not values:
             values.append(call())
         return values
 
@@ -210,7 +211,10 @@ def of_kind(kind, case):
     parallel.shortest_without.cache_clear()
     parallel.many, parallel._paused_until = chosen, 0.0
     with busy() if case == TAKEN else contextlib.nullcontext():
-        samples = {"nbnorm": timings(SECONDS), parallel.ONE: by_one(SECONDS)}
+        samples = {"nbnorm": [], parallel.ONE: []}
+        for _ in range(TURNS):
+            samples["nbnorm"] += timings(SECONDS / TURNS)
+            samples[parallel.ONE] += by_one(SECONDS / TURNS)
     return {
         name: {"median": float(np.median(values)), "p99": float(np.quantile(values, 0.99)), "first": values[0]}
         for name, values in samples.items()

@@ -36,8 +36,8 @@ ELEMENTS = 1 << 15
 STALL = 1.2
 ONE_THREAD = 1.5e-9
 STALL_SECONDS = 5e-4
-# they pause for so many seconds, and for so many times what the stall has cost; at least twice as long as before where they
-# have not worked for PAUSE seconds since
+# they pause for so many seconds, or so many times as long as the stall has cost; twice as long as before, at least, where they
+# have not worked for such a time since
 PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 PAUSE_FOR_LOSS = 20
@@ -133,8 +133,8 @@ def _pause_numbas(now, lost):
     if many == OURS:
         # another call that was on its way
         return
-    shortest = 2 * _pause if _paused_until and _worked < PAUSE else PAUSE
-    _pause = min(max(shortest, PAUSE_FOR_LOSS * lost), LONGEST_PAUSE)
+    least = max(PAUSE, PAUSE_FOR_LOSS * lost)
+    _pause = min(max(least, 2 * _pause) if _paused_until and _worked < least else least, LONGEST_PAUSE)
     _paused_until = now + _pause
     _worked = 0.0
     many = OURS
