@@ -130,7 +130,7 @@ def test_an_error_is_of_the_results(suites):
 
 @pytest.mark.parametrize(
     ("module", "error", "message"),
-    [("nbnorm.report", NotImplementedError, "needs: .*nbnorm.report"), ("ml_dtypes", ImportError, "ml_dtypes")],
+    [("nbnorm.arrays", NotImplementedError, "needs: .*nbnorm.arrays"), ("ml_dtypes", ImportError, "ml_dtypes")],
 )
 def test_only_what_an_older_commit_lacks_is_skipped(suites, monkeypatch, module, error, message):
     for name in ("limits", "contestants"):
