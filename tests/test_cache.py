@@ -90,7 +90,7 @@ def test_a_compilation_after_kernels_were_loaded(site, run):
     run(site)
     after = """
 from numba import njit
-assert njit(lambda a: np.linalg.norm(a) + a.max())(np.array([3.0, 4.0])) == 9.0
+assert njit(lambda a: np.median(a) + a.max())(np.array([3.0, 4.0])) == 7.5
 a = np.zeros(3)
 adding(types.float64, 7.0)(a)
 assert (a == 7.0).all()
