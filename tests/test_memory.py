@@ -8,7 +8,7 @@ import pytest
 import nbnorm
 from levels import deep
 from nbnorm import checks
-from nbnorm.cpu import memory, parallel, sizes, staging
+from nbnorm.cpu import blocks, memory, parallel, sizes, staging
 
 
 def problem(rows, cols):
@@ -33,6 +33,16 @@ def test_buffers(rows, cols):
     limit = staging.block_limit(problem(rows, cols), 0, strided)
     assert limit == rows or limit == 1 or limit * cols <= staging.BUFFER_ELEMENTS
     assert limit == min(rows, max(1, staging.BUFFER_ELEMENTS // cols))
+
+
+@pytest.mark.parametrize("cols", [100, 1 << 16, 1 << 20, 1 << 25])
+def test_buffers_of_many_threads(monkeypatch, cols):
+    monkeypatch.setattr(parallel, "our_threads", lambda: 500)
+    case = problem(1 << 20, cols)
+    limit = staging.block_limit(case, 0, np.broadcast_to(1.0, (1 << 20, cols)))
+    count = blocks._sharers(case, limit, is_copied=True)
+    assert count == 1 or count * limit * cols <= blocks.BUFFERS_ELEMENTS
+    assert count == max(1, min(500, blocks.BUFFERS_ELEMENTS // (limit * cols)))
 
 
 def test_arrays_that_are_ready_need_no_buffer():

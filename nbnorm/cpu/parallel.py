@@ -32,17 +32,19 @@ WORKERS = ONE, NUMBAS, OURS = "one", "numba's", "ours"
 # parallel ones win from (128, 768) on
 ELEMENTS = 1 << 15
 # a call of Numba's threads stalls that takes so many times as long as one without them, and so many seconds. How long that
-# one takes is measured while they pause; before, ONE_THREAD for an element, or twice their own shortest time, is a guess
+# one takes is measured while they pause. Before, twice their own shortest time is a guess, or so much for an element, less
+# than one thread takes: a pause too many teaches how long it takes, one too few nothing
 STALL = 1.2
-ONE_THREAD = 1.5e-9
+ONE_THREAD = 6e-10
 STALL_SECONDS = 5e-4
-# they pause for so many seconds, or so many times as long as the stall has cost; twice as long as before, at least, where they
+# they pause for so many seconds, or so many times as long as the stall has cost; at least twice as long as before where they
 # have not worked for such a time since
 PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 PAUSE_FOR_LOSS = 20
 # a call of more elements takes no longer for each
 ALL_ALIKE = 1 << 23
+NEVER = (None, 0.0)
 
 # from this many elements on, `many` work on a call
 from_elements: float = ELEMENTS
@@ -92,13 +94,13 @@ def watched(chosen, kernel):
         rows, cols = first.shape
         elements, kind = rows * cols, kind_of(rows, cols)
         per_element = seconds / elements
-        least = shortest.get(kind)
-        expected = without.get(kind) or (2 * least if least else ONE_THREAD)
-        if seconds > STALL_SECONDS and per_element > STALL * expected:
-            _pause_numbas(start + seconds, seconds - expected * elements)
+        least = shortest.get(kind, math.inf)
+        _, known = without.get(kind, NEVER)
+        if seconds > STALL_SECONDS and per_element > STALL * (known or min(2 * least, ONE_THREAD)):
+            _pause_numbas(start + seconds, seconds - known * elements if known else 0.0)
             return
         _worked += seconds
-        if least is None or per_element < least:
+        if per_element < least:
             shortest[kind] = per_element
 
     return call
@@ -113,7 +115,9 @@ def timed(without, kernel, first, *others):
 
 
 def keep(without, kind, per_element):
-    without[kind] = min(per_element, without.get(kind, math.inf))
+    """The shortest time of this pause: what calls take changes with their data, and with what else the machine does."""
+    pause, known = without.get(kind, NEVER)
+    without[kind] = _paused_until, min(per_element, known) if pause == _paused_until else per_element
 
 
 def kind_of(rows, cols):
@@ -123,7 +127,7 @@ def kind_of(rows, cols):
 
 @functools.cache
 def shortest_without(chosen):
-    """The shortest times for an element of a kernel without Numba's threads, by the kind of a call."""
+    """The times for an element of a kernel without Numba's threads, and in which pause, by the kind of a call."""
     return {}
 
 

@@ -1,4 +1,5 @@
-"""Threads of our own that share the rows of a call, each running the serial kernel on some: where Numba's may not run.
+"""Threads of our own that share the rows of a call, each running the serial kernel on some: for strided calls and many long
+rows, and where Numba's may not run.
 
 The caller and a few daemon threads take pieces of the work, one after another, until there are none. The caller needs no
 one: it does all of it where no thread comes, and waits only for those that have begun. So a thread that cannot be started,
