@@ -91,17 +91,17 @@ def watched(chosen, kernel):
         start = perf_counter()
         kernel(first, *others)
         seconds = perf_counter() - start
-        rows, cols = first.shape
-        elements, kind = rows * cols, kind_of(rows, cols)
-        per_element = seconds / elements
-        least = shortest.get(kind, math.inf)
-        _, known = without.get(kind, NEVER)
-        if seconds > STALL_SECONDS and per_element > STALL * (known or min(2 * least, ONE_THREAD)):
-            _pause_numbas(start + seconds, seconds - known * elements if known else 0.0)
-            return
+        if seconds > STALL_SECONDS:
+            rows, cols = first.shape
+            elements, kind = rows * cols, kind_of(rows, cols)
+            per_element = seconds / elements
+            least = shortest.get(kind, math.inf)
+            _, known = without.get(kind, NEVER)
+            if per_element > STALL * (known or min(2 * least, ONE_THREAD)):
+                _pause_numbas(start + seconds, seconds - known * elements if known else 0.0)
+                return
+            shortest[kind] = min(per_element, least)
         _worked += seconds
-        if per_element < least:
-            shortest[kind] = per_element
 
     return call
 
