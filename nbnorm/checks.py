@@ -64,8 +64,12 @@ def shape(normalized_shape, order=""):
     sizes = normalized_shape if _is_sequence(normalized_shape) and not is_text else (normalized_shape,)
     try:
         result = tuple(operator.index(size) for size in sizes)
-    # an array on a device, or a stand-in for one, may raise more than a TypeError
+    except TypeError:
+        result = None
     except Exception:
+        # an array on a device, or a stand-in for one, may raise more; what a signal's handler raises is the caller's
+        if isinstance(normalized_shape, int | list | tuple):
+            raise
         result = None
     if result is None or any(isinstance(size, bool) for size in sizes):
         operands.no_stand_in("normalized_shape", normalized_shape, arrays.kind(normalized_shape))
@@ -80,8 +84,11 @@ def shape(normalized_shape, order=""):
 
 def epsilon(eps):
     """As a float, of what float() takes but for texts and truth values: a number of any kind, or an array of one."""
-    if type(eps) is float:
-        number, is_negative = eps, False
+    if type(eps) in (float, int):
+        try:
+            number, is_negative = float(eps), False
+        except OverflowError:
+            number, is_negative = math.copysign(math.inf, eps), False
     else:
         kind = arrays.kind(eps)
         operands.no_stand_in("eps", eps, kind)

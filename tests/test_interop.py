@@ -302,6 +302,8 @@ def test_torch_fx_keeps_a_wrapped_function_as_one_step(torch):
     assert torch.equal(graph(x), nbnorm.layer_norm(x, SHAPE[1]) + 1)
 
 
+# torch would compile kernels that are plain Python
+@pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore")
 def test_torch_compile_ends_a_graph_at_a_call(torch):
     x = torch.randn(SHAPE)
