@@ -88,7 +88,7 @@ def epsilon(eps):
         try:
             number, is_negative = float(eps), False
         except OverflowError:
-            number, is_negative = math.copysign(math.inf, eps), False
+            number, is_negative = math.inf, False
     else:
         kind = arrays.kind(eps)
         operands.no_stand_in("eps", eps, kind)

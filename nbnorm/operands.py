@@ -150,7 +150,7 @@ def _ask(name, question, value, kind, fault="has no view as a NumPy array"):
     except MemoryError:
         raise
     except Exception as error:
-        # another library's code may raise anything; what is raised amid NumPy's or Python's own is a signal's, and the caller's
+        # another library's code may raise anything; what else is raised amid NumPy's is a signal's, and the caller's
         if kind == "numpy" and not isinstance(error, TypeError | ValueError | RuntimeError | BufferError):
             raise
         said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
