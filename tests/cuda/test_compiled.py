@@ -238,7 +238,7 @@ def loads(variant):
     dy_access, access, parameter_access = variant.accesses
     # an extreme row is read again
     attempts = 1 + has_statistics(variant)
-    # the first element alone
+    # the shift
     counts.add(variant.x_dtype, has_statistics(variant))
     if variant.direction == "forward":
         x, *parameters = variant.operands
