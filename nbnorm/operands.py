@@ -145,14 +145,15 @@ def _cuda_array(name, value, device, is_copied):
 
 def _ask(name, question, value, kind, fault="has no view as a NumPy array"):
     """What another library answers about its array; an error of its own becomes one that names the argument."""
+    if kind == "numpy":
+        # nothing of another library: what is raised here is a signal's, and the caller's
+        return question(value, kind)
     try:
         return question(value, kind)
     except MemoryError:
         raise
     except Exception as error:
-        # another library's code may raise anything; what else is raised amid NumPy's is a signal's, and the caller's
-        if kind == "numpy" and not isinstance(error, TypeError | ValueError | RuntimeError | BufferError):
-            raise
+        # another library's code may raise anything
         said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         text = f"{name}: {type_name(value)} {fault}: {said:.300}"
         # a list whose rows differ in length, or where an array lies
