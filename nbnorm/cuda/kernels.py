@@ -148,7 +148,11 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, p
 
         # load
         x_at = row * x_pitch + first
-        load_row(values, x, x_at, lane, team, held, width, complete, count, access, element)
+        origin = element(0)
+        if not is_normalise:
+            load(scales, 0, x, x_at, 1, 1)
+            origin = scales[0]
+        load_row(values, x, x_at, lane, team, held, width, complete, count, access, origin)
 
         # statistics
         if is_normalise:
@@ -156,7 +160,7 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, p
             subtract(values, size, factor, hi)
         else:
             factor, hi, lo, var = row_statistics(
-                values, scales, x, x_at, count, eps, lane, team, held, width, complete, access, is_centred,
+                values, origin, x, x_at, count, eps, lane, team, held, width, complete, access, is_centred,
                 smallest, largest, shared, 0, element,
             )  # fmt: skip
         if is_states:
@@ -223,6 +227,7 @@ def backward(
     has_dy = with_dx or not is_means
     with_weight = with_dx and operand_dtypes[2] is not None
     has_shift = with_dx and not is_given
+    has_statistics = has_x and not is_given and not is_gradients
     smallest, largest = map(element, VARIANCE_BOUNDS[dtype])
     # every other row has the sums of its team elsewhere, so that none overwrites what another warp still reads
     row_shared = ROW_SHARED + 2 * WARP
@@ -275,10 +280,14 @@ def backward(
                 is_mine = teams == 1 or start + member < rows
 
                 # load, while the next row comes
+                origin = element(0)
+                if has_statistics:
+                    load(pair, 0, x, row * x_pitch + first, 1, 1)
+                    origin = pair[0]
                 if has_x:
-                    unpack_row(values, x, next_values, lane, team, held, width, complete, count, access, element)
+                    unpack_row(values, x, next_values, lane, team, held, width, complete, count, access, origin)
                 if has_dy:
-                    unpack_row(dys, dy, next_dys, lane, team, held, width, complete, count, dy_access, element)
+                    unpack_row(dys, dy, next_dys, lane, team, held, width, complete, count, dy_access, element(0))
                 start += groups * teams
                 turn += np.int32(1)
                 if start < rows and turn < CHUNK:
@@ -306,7 +315,7 @@ def backward(
                             subtract(values, size, factor, hi)
                         else:
                             factor, hi, lo, var = row_statistics(
-                                values, pair, x, row * x_pitch + first, count, eps, lane, team, held, width, complete,
+                                values, origin, x, row * x_pitch + first, count, eps, lane, team, held, width, complete,
                                 access, is_centred, smallest, largest, shared, shared_at, element,
                             )  # fmt: skip
                         if not is_means:

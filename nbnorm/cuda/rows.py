@@ -1,7 +1,7 @@
 """The steps of a kernel on one row, which a team of threads holds in registers: `values` is one thread's part of it.
 
-Vector k of a thread is vector lane + k * team of the row, of `width` elements. Those beyond the row's end are 0; only from
-vector `complete` on can there be any.
+Vector k of a thread is vector lane + k * team of the row, of `width` elements. Those beyond the row's end are its first
+element where statistics are computed, else 0; only from vector `complete` on can there be any.
 """
 
 from numba import cuda
@@ -22,15 +22,15 @@ MEANS = 3
 
 
 @inlined
-def load_row(values, x, at, lane, team, held, width, complete, cols, access, element):
-    """The row that starts at x[at]."""
+def load_row(values, x, at, lane, team, held, width, complete, cols, access, beyond):
+    """The row that starts at x[at], and what is to be beyond its end."""
     for k in range(held):
         j = (lane + k * team) * width
         if k < complete or j < cols:
             load(values, k * width, x, at + j, width, access)
         else:
             for i in range(width):
-                values[k * width + i] = element(0)
+                values[k * width + i] = beyond
 
 
 @inlined
@@ -43,13 +43,13 @@ def fetch_row(ahead, x, at, lane, team, held, width, complete, cols, access):
 
 
 @inlined
-def unpack_row(values, x, ahead, lane, team, held, width, complete, cols, access, element):
+def unpack_row(values, x, ahead, lane, team, held, width, complete, cols, access, beyond):
     for k in range(held):
         if k < complete or (lane + k * team) * width < cols:
             unpack(values, k * width, x, ahead, width, access)
         else:
             for i in range(width):
-                values[k * width + i] = element(0)
+                values[k * width + i] = beyond
 
 
 @inlined
@@ -65,7 +65,7 @@ def store_row(values, y, at, lane, team, held, width, complete, cols, access, ro
 def add_row(values, before, y, at, is_begun, lane, team, held, width, complete, cols, access, element):
     """Add the row to what is at y[at] and on, in the type that it is computed in, where something is."""
     if is_begun:
-        load_row(before, y, at, lane, team, held, width, complete, cols, access, element)
+        load_row(before, y, at, lane, team, held, width, complete, cols, access, element(0))
         for i in range(held * width):
             values[i] += before[i]
     store_row(values, y, at, lane, team, held, width, complete, cols, access, 0)
@@ -73,21 +73,19 @@ def add_row(values, before, y, at, is_begun, lane, team, held, width, complete, 
 
 @inlined
 def row_statistics(
-    values, scratch, x, at, cols, eps, lane, team, held, width, complete, access, is_centred,
+    values, origin, x, at, cols, eps, lane, team, held, width, complete, access, is_centred,
     smallest, largest, shared, shared_at, element,
 ):  # fmt: skip
     """The power of two by which the row was scaled, the mean in two parts, of which the first is subtracted, the variance.
 
-    A row whose squares overflow or vanish is read once more, and scaled.
+    A row whose squares overflow or vanish is read once more, and scaled. The origin is its first element.
     """
-    load(scratch, 0, x, at, 1, 1)
-    shift = scratch[0]
-    hi, lo, var = statistics(values, shift, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element)
+    hi, lo, var = statistics(values, origin, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element)
     factor = element(1)
     # of a segment, the square of the mean is a part of the row's variance. NaN fails the comparisons too
     is_extreme = not (smallest <= var + eps and hi * hi + var + eps <= largest)
     if cuda.any_sync(ALL_LANES, is_extreme):
-        load_row(values, x, at, lane, team, held, width, complete, cols, access, element)
+        load_row(values, x, at, lane, team, held, width, complete, cols, access, origin)
         power = rescaling(values, cols, team, held * width, shared, shared_at + SHARED, element)
         # the other rows of a warp are not changed by one that is extreme
         factor = power if is_extreme else element(1)
@@ -95,36 +93,34 @@ def row_statistics(
             values[i] *= factor
         shared_at += SHARED + WARP
         hi, lo, var = statistics(
-            values, shift * factor, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element
+            values, origin * factor, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element
         )
     return factor, hi, lo, var
 
 
 @inlined
-def statistics(values, shift, cols, lane, team, held, width, complete, is_centred, shared, at, element):
+def statistics(values, origin, cols, lane, team, held, width, complete, is_centred, shared, at, element):
     """The mean in two parts, of which the first is subtracted from the values, and the variance.
 
-    The shift is an element of the row: where all are equal, what they have beyond it is exactly 0, and so are its sums.
+    The origin is an element of the row: where all are equal, what they have beyond it is exactly 0, and so are its sums.
     """
     per_element = inverse(element(cols))
     if is_centred:
-        return centred(values, shift, cols, lane, team, held, width, complete, per_element, shared, at, element)
-    return diff_of_squares(values, shift, cols, lane, team, held, width, complete, per_element, shared, at, element)
+        return centred(values, origin, cols, lane, team, held, width, complete, per_element, shared, at, element)
+    return diff_of_squares(values, origin, cols, lane, team, held, width, complete, per_element, shared, at, element)
 
 
 @inlined
-def centred(values, shift, cols, lane, team, held, width, complete, per_element, shared, at, element):
+def centred(values, origin, cols, lane, team, held, width, complete, per_element, shared, at, element):
     """From the deviations from a first, rounded mean, whose own mean corrects both results.
 
     Formula: Chan, Golub and LeVeque 1983, eq. 1.7.
     """
     total = element(0)
-    for k in range(held):
-        if k < complete or (lane + k * team) * width < cols:
-            for i in range(width):
-                # a sum that overflows makes the row an extreme one
-                total += values[k * width + i] - shift
-    hi = shift + team_sum(total, team, shared, at, element) * per_element
+    for i in range(held * width):
+        # a sum that overflows makes the row an extreme one
+        total += values[i] - origin
+    hi = origin + team_sum(total, team, shared, at, element) * per_element
     total = element(0)
     squares = element(0)
     for k in range(held):
@@ -140,8 +136,8 @@ def centred(values, shift, cols, lane, team, held, width, complete, per_element,
 
 
 @inlined
-def diff_of_squares(values, shift, cols, lane, team, held, width, complete, per_element, shared, at, element):
-    """From one sweep over the row: the squares of its elements, or of what they have beyond the shift.
+def diff_of_squares(values, origin, cols, lane, team, held, width, complete, per_element, shared, at, element):
+    """From one sweep over the row: the squares of its elements, or of what they have beyond the origin.
 
     Those with the smaller mean lose fewer digits, and never more than sqrt(cols) deviations cost.
     """
@@ -152,15 +148,15 @@ def diff_of_squares(values, shift, cols, lane, team, held, width, complete, per_
         if k < complete or (lane + k * team) * width < cols:
             for i in range(width):
                 x = values[k * width + i]
-                d = x - shift
+                d = x - origin
                 total += d
                 squares += x * x
                 shifted_squares += d * d
     total, squares = team_sums(total, squares, team, shared, at, element)
     shifted_squares = team_sum(shifted_squares, team, shared, at + 2 * WARP, element)
     distance = total * per_element
-    hi = shift + distance
-    lo = distance - (hi - shift)
+    hi = origin + distance
+    lo = distance - (hi - origin)
     subtract(values, held * width, element(1), hi)
     is_shifted = abs(distance) <= abs(hi)
     mean = distance if is_shifted else hi

@@ -244,7 +244,7 @@ def loads(variant):
     dy_access, access, parameter_access = variant.accesses
     # an extreme row is read again
     attempts = 1 + has_statistics(variant)
-    # the shift
+    # the first element alone
     counts.add(variant.x_dtype, has_statistics(variant))
     if variant.direction == "forward":
         x, *parameters = variant.operands
