@@ -18,7 +18,7 @@ from tolerances import (
 pytestmark = pytest.mark.hardware
 
 # one by one, a part of a warp, a warp, several
-COLS = (1, 6, 24, 129, 1000)
+COLS = (1, 6, 24, 129, 1000, 1999)
 # (dtype of x, dtype of weight, exponents of ten that the elements have)
 DTYPES = [
     (np.float64, np.float64, (10, 300)),
