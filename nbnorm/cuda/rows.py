@@ -191,7 +191,8 @@ def rescaling(values, cols, team, size, shared, at, element):
 def inverse_deviation(var, eps, eps_power, eps_rest, factor, smallest, element):
     """What brings deviations, which were multiplied by `factor`, to a variance of 1; and rstd, as two numbers' product."""
     scale = inverse_root(var + eps)
-    if factor == element(1) and var + eps >= smallest:
+    # a row that was scaled by 1 has a sum that vanishes, or overflows where eps does, whose root is Inf or 0
+    if factor == element(1) and var + eps >= smallest and scale > element(0):
         return scale, scale, element(1)
     root = inverse(eps_rest) * (eps_power * factor)
     if var == element(0) or root > element(1 << 40):
