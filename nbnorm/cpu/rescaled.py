@@ -11,17 +11,20 @@ from nbnorm.cpu.inlined import inlined
 from nbnorm.cpu.lanes import larger, load_one, smaller, store_one
 from nbnorm.cpu.rows import first_gradient, two_sum
 
+# deviations: where sqrt(eps) is more than so many, the variance is lost beside eps, whose own square may be beyond float64
+EPS_ALONE = 2.0**40
+
 
 @inlined
 def rescaled(x, at, cols, eps):
     """A row whose squares leave the range of its type: factor, mean and rstd of factor * x; mean and rstd as they are.
 
-    The first mean is in two parts. The factor, a power of two, brings the row's largest element, or sqrt(eps), near 1.
+    The first mean is in two parts. The factor, a power of two, brings the row's largest element near 1.
     """
     first = load_one(x, at)
-    largest = root_eps = np.sqrt(eps)
+    root_eps = np.sqrt(eps)
     is_constant = True
-    plain_mean = 0.0
+    largest = plain_mean = 0.0
     for k in range(at, at + cols):
         value = load_one(x, k)
         largest = larger(largest, abs(value))
@@ -48,6 +51,8 @@ def rescaled(x, at, cols, eps):
         rest, lost = two_sum(rest, lost, d)
         squares, lost_squares = two_sum(squares, lost_squares, d * d)
     rest = (rest + lost) / cols
+    if root_eps * factor > EPS_ALONE:
+        return factor, mean, rest, 1.0 / root_eps / factor, (mean + rest) / factor, 1.0 / root_eps
     variance = larger((squares + lost_squares) / cols - rest * rest, 0.0)
     rstd = 1.0 / np.sqrt(variance + (root_eps * factor) * (root_eps * factor))
     return factor, mean, rest, rstd, (mean + rest) / factor, rstd * factor
@@ -98,7 +103,9 @@ def gradients_rescaled(
         if dx is not None:
             if weight is not None:
                 g *= load_one(weight, first + j)
-            store_one(dx, at + j, (g - g_hi - g_lo - x_hat * mean_gx) * rstd)
+            g = g - g_hi - g_lo - x_hat * mean_gx
+            # where rstd is beyond float64, dx need not be
+            store_one(dx, at + j, g * rstd if rstd < np.inf else g * scaled_rstd * factor)
 
 
 @inlined
