@@ -161,7 +161,7 @@ def times(with_numbas):
                 timings.append(time.perf_counter() - start)
             samples.setdefault(name, []).extend(timings[10:])
             if name == "nbnorm":
-                choice |= {"many": parallel.many}
+                choice |= {"many": parallel.many, "_paused_until": parallel._paused_until}
     return {
         name: {"median": float(np.median(values)) * 1e6, "p99": float(np.quantile(values, 0.99)) * 1e6}
         for name, values in samples.items()
@@ -200,8 +200,6 @@ def of_kind(kind, case):
         parallel.from_elements = from_elements
         return values
 
-    parallel.workers(x.size)
-    chosen = parallel.many
     # both builds are compiled or loaded, and what was learnt meanwhile is forgotten
     by_one()
     call()
@@ -209,8 +207,10 @@ def of_kind(kind, case):
         known.clear()
     parallel.watched.cache_clear()
     parallel.shortest_without.cache_clear()
-    parallel.many, parallel._paused_until = chosen, 0.0
     with busy() if case == TAKEN else contextlib.nullcontext():
+        # who works is chosen anew, as in a process that begins now
+        parallel.from_elements, parallel.many, parallel._paused_until = parallel.ELEMENTS, parallel.NUMBAS, 0.0
+        parallel._is_decided = False
         samples = {"nbnorm": [], parallel.ONE: []}
         for _ in range(TURNS):
             samples["nbnorm"] += timings(SECONDS / TURNS)

@@ -87,5 +87,5 @@ def builds(x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy,
     if backward and any(mask):
         kernels.append(choice.backward(gradients, dy_dtype, weight is not None, statistics_dtype, mask))
     # a forked process never uses the parallel one, nor may it launch Numba's threads
-    are_many = (rows is None or rows * problem.cols >= parallel.ELEMENTS) and parallel.many != parallel.OURS
+    are_many = (rows is None or rows * problem.cols >= parallel.ELEMENTS) and parallel.may_be_numbas()
     return [(kernel, build) for kernel in kernels for build in (False, True)[: 1 + are_many]]

@@ -27,6 +27,7 @@ def clock(monkeypatch):
     for name, value in state.items():
         monkeypatch.setattr(parallel, name, value)
     monkeypatch.setattr(parallel, "from_elements", 0)
+    monkeypatch.setattr(parallel, "is_crowded", lambda: False)
     return now
 
 
@@ -167,6 +168,70 @@ def test_calls_end_the_pause(clock, monkeypatch):
     clock[0] += parallel.PAUSE + 1
     nbnorm.layer_norm(X, 768)
     assert parallel.many == NUMBAS
+
+
+@pytest.fixture
+def crowd(monkeypatch, tmp_path):
+    """How many threads want to run, with the calling one, is what this is called with."""
+    load = tmp_path / "loadavg"
+    monkeypatch.setattr(parallel, "LOAD", load)
+    monkeypatch.setattr(parallel, "our_threads", lambda: 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    return lambda wanting: load.write_text(f"0.20 0.18 0.12 {wanting}/80 11206\n")
+
+
+def test_a_crowd(crowd):
+    for wanting, expected in ((1, False), (3, False), (4, True), (400, True), ("", False), ("x", False)):
+        crowd(wanting)
+        assert parallel.is_crowded() == expected
+    # as where there is no such file, or it says something else
+    parallel.LOAD.write_text("0.20\n")
+    assert not parallel.is_crowded()
+    parallel.LOAD.unlink()
+    assert not parallel.is_crowded()
+
+
+@pytest.mark.skipif(not parallel.LOAD.exists(), reason="the system does not say how many threads want to run")
+def test_this_systems_crowd(monkeypatch):
+    # as many threads as there are processors beside this one
+    monkeypatch.setattr(parallel, "our_threads", lambda: os.cpu_count() + 1)
+    assert parallel.is_crowded()
+    monkeypatch.setattr(parallel, "our_threads", lambda: -1_000_000)
+    assert not parallel.is_crowded()
+
+
+def test_a_pause_goes_on_in_a_crowd(monkeypatch, clock, kernel):
+    monkeypatch.setattr(parallel, "is_crowded", lambda: True)
+    kernel.by_numbas(X, parallel.STALL_SECONDS / 2)
+    assert parallel.many == NUMBAS, "a crowd alone ends no work that goes well"
+    kernel.by_numbas(X, 1.0)
+    for _ in range(3):
+        end_the_pause(clock)
+        parallel.end_pause()
+        assert parallel.many == OURS
+        assert pause_of(clock) == pytest.approx(parallel.PAUSE)
+    assert parallel.may_be_numbas()
+    monkeypatch.setattr(parallel, "is_crowded", lambda: False)
+    end_the_pause(clock)
+    parallel.end_pause()
+    assert parallel.many == NUMBAS
+
+
+@pytest.mark.parametrize("is_crowded", [False, True])
+def test_the_first_call_in_a_crowd(monkeypatch, clock, is_crowded):
+    monkeypatch.setattr(parallel, "_is_decided", False)
+    monkeypatch.setattr(parallel, "_may_launch", lambda: True)
+    monkeypatch.setattr(parallel, "processors", lambda thread=0: 2)
+    monkeypatch.setattr("numba.core.config.NUMBA_NUM_THREADS", 2)
+    monkeypatch.setattr(parallel, "is_crowded", lambda: is_crowded)
+    assert parallel.workers(1 << 20) == (OURS if is_crowded else NUMBAS)
+    assert parallel.may_be_numbas()
+    if is_crowded:
+        assert pause_of(clock) == pytest.approx(parallel.PAUSE)
+    # a child of a fork never may
+    monkeypatch.setattr(parallel, "many", OURS)
+    monkeypatch.setattr(parallel, "_paused_until", 0.0)
+    assert not parallel.may_be_numbas()
 
 
 @pytest.mark.parametrize("case", ["in blocks that follow each other", "long rows"])

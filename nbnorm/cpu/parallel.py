@@ -3,7 +3,8 @@
 - Numba's OpenMP kills a forked child that uses it after its parent has, and another library's may hang it.
 - Numba's `workqueue` aborts the process where two threads call at once.
 - OpenMP's threads wait for each other. Where one of them has no processor, because of a quota, of what the process may run
-  on, or of another process, a call takes as long as the system lets that one wait, which is milliseconds.
+  on, or of another process, a call takes as long as the system lets that one wait, which is milliseconds. So they pause
+  after a call that took too long, and do not begin while more threads want to run than there are processors.
 
 The results have the same bits in every case. Numba's layer is one for the whole process, and may have been launched by
 another library.
@@ -42,6 +43,8 @@ STALL_SECONDS = 5e-4
 PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 PAUSE_FOR_LOSS = 20
+# where Linux says how many threads want to run on all processors; asking takes 6 us
+LOAD = Path("/proc/loadavg")
 # a call of more elements takes no longer for each
 ALL_ALIKE = 1 << 23
 NEVER = (None, 0.0)
@@ -145,20 +148,48 @@ def _pause_numbas(now, lost):
 
 
 def end_pause():
-    """Let Numba's threads work again when their pause is over, where they may."""
-    global many
-    if _paused_until and perf_counter() > _paused_until:
+    """Let Numba's threads work again when their pause is over, where they may, and none of them would have to wait."""
+    global many, _paused_until
+    if not _paused_until or perf_counter() <= _paused_until:
+        return
+    if many == OURS and is_crowded():
+        _paused_until = perf_counter() + PAUSE
+    else:
         many = NUMBAS
 
 
+def may_be_numbas():
+    """Whether Numba's threads may work on later calls, as far as is known: a pause ends."""
+    return many == NUMBAS or _paused_until > 0
+
+
+def is_crowded():
+    """Whether more threads want to run, with a call's, than there are processors; False where the system does not say."""
+    try:
+        # such as b"0.20 0.18 0.12 1/80 11206"
+        file = os.open(LOAD, os.O_RDONLY)
+        try:
+            wanting = int(os.read(file, 100).split()[3].partition(b"/")[0])
+        finally:
+            os.close(file)
+    except (OSError, ValueError, IndexError):
+        return False
+    # the calling thread is one of them
+    return wanting - 1 + our_threads() > (os.cpu_count() or 1)
+
+
 def _decide():
-    global from_elements, many, _is_decided
+    global from_elements, many, _pause, _paused_until, _is_decided
     # the main thread's, since this one may have been given fewer
     available = processors(os.getpid())
+    # before Numba's are launched, which want to run then
+    crowded = is_crowded()
     if min(config.NUMBA_NUM_THREADS, available) == 1:
         from_elements = math.inf
     elif available < config.NUMBA_NUM_THREADS or not _may_launch():
         many = OURS
+    elif crowded:
+        many, _pause, _paused_until = OURS, PAUSE, perf_counter() + PAUSE
     _is_decided = True
 
 
