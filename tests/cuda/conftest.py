@@ -13,6 +13,9 @@ import offline
 ORDERS = ("forward", "reverse", "random")
 # the header of the run says what is missing
 collect_ignore = [] if offline.missing() is None else ["test_compiled.py"]
+collect_ignore += [] if device.LEVEL == "ptx" else ["test_variants.py", "test_broken.py"]
+# a block of 1024 threads takes the simulator a minute
+collect_ignore += ["test_ends.py"] if device.LEVEL == "simulator" else []
 
 if device.LEVEL == "ptx":
     import ptx_device as level
@@ -91,3 +94,5 @@ def arrays_of_one_test():
     if device.LEVEL != "device":
         # the memory that calls work in is of that test too
         vars(arrays._kept).clear()
+    if device.LEVEL == "ptx":
+        level.launches.clear()

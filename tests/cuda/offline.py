@@ -86,7 +86,9 @@ class Variant(NamedTuple):
         """Elements that one access to dy has, to x, and to weight and bias."""
         tile = self.tile
         dy_most = min(tile.width, 16 // itemsize(self.operands[0]))
-        return self.dy_access or dy_most, self.access or tile.width, self.parameter_access or tile.piece
+        parameters = self.operands[1:] if self.direction == "forward" else self.operands[2:3]
+        most = min([tile.piece, *(16 // itemsize(name) for name in parameters if name is not None)])
+        return self.dy_access or dy_most, self.access or tile.width, self.parameter_access or most
 
 
 class Build(NamedTuple):
@@ -178,7 +180,7 @@ def registers_of_block(registers, threads):
 def build(kernel, signature, capability):
     """What a launch on a device of this compute capability would run."""
     with _library(kernel, signature, capability) as library, tempfile.TemporaryDirectory() as folder:
-        ptx = _keep(kernel, signature, library.get_lto_ptx())
+        ptx = _keep(kernel, signature, library)
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(bytes(library.get_cubin().code))
         ((registers, stack, shared, local),) = USAGE.findall(_output("cuobjdump", "--dump-resource-usage", cubin))
@@ -191,7 +193,7 @@ def ptx(kernel, signature, capability):
     with suppress(zlib.error):
         return zlib.decompress(cache_folder.read(_file_name(kernel, signature))).decode()
     with _library(kernel, signature, capability) as library:
-        return _keep(kernel, signature, library.get_lto_ptx())
+        return _keep(kernel, signature, library)
 
 
 @contextmanager
@@ -212,7 +214,8 @@ def _library(kernel, signature, capability):
         yield dispatcher._Kernel(kernel.py_func, signature.args, **kernel.targetoptions).library
 
 
-def _keep(kernel, signature, text):
+def _keep(kernel, signature, library):
+    text = library.get_lto_ptx().rstrip("\0")
     cache_folder.write(_file_name(kernel, signature), zlib.compress(text.encode()))
     return text
 
