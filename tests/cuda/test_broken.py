@@ -2,11 +2,11 @@
 
 import re
 
+import machine
 import ml_dtypes
 import numpy as np
 import pytest
 
-import machine
 import nbnorm
 import offline
 from device import normal, to_device, to_host
