@@ -15,6 +15,8 @@ pytestmark = pytest.mark.hardware
 # 1024 threads forward and 512 backward, which hold all that they can; and one element more
 FORWARD = [(np.float32, 32768), (np.float32, 32769), (ml_dtypes.bfloat16, 32768), (np.float64, 8192), (np.float64, 8193)]
 BACKWARD = [(np.float32, 8192), (np.float32, 8193), (ml_dtypes.bfloat16, 8192), (np.float64, 2048), (np.float64, 2049)]
+# of odd rows a thread holds fewer
+BACKWARD += [(np.float32, 6143), (np.float32, 6145)]
 # which thread is first, and which way an approximate instruction is off
 CHANCES = list(itertools.product(("forward", "reverse", "random"), (1, -1))) if LEVEL == "ptx" else [None]
 

@@ -36,6 +36,7 @@ COLS = {
         2047,
         4100,
         8192,  # the longest row: 512 threads
+        6143,  # and one by one
         8191,
     ),
 }
