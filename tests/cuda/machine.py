@@ -156,7 +156,7 @@ class _Decoder:
             return lambda batch, lanes: _of(batch.special(operand.name), lanes).astype(dtype)
         if isinstance(operand, Symbol) and operand.name in self.places:
             value = self.places[operand.name][0]
-        elif isinstance(operand, Immediate) and (operand.dtype is None) == (dtype.kind != "f") or operand.dtype == dtype:
+        elif isinstance(operand, Immediate) and self._fits(operand, dtype):
             value = operand.value
         else:
             raise Fault(f"unknown operand {operand}")
@@ -164,6 +164,13 @@ class _Decoder:
             dtype
         )
         return lambda batch, lanes: constant
+
+    @staticmethod
+    def _fits(immediate, dtype):
+        """A float's bits may be those of a word; an integer is no float."""
+        if immediate.dtype is None:
+            return dtype.kind != "f"
+        return dtype == immediate.dtype or dtype == _word(immediate.dtype)
 
     @staticmethod
     def _register_reader(register, dtype):
@@ -448,7 +455,7 @@ class _Batch:
         self.late = late[self.warp_of] * (self.end + 1)
         variables = launch.program.kernel.variables
         self.windows = {
-            space: Window({v.name: launch.program.places[v.name] for v in variables if v.space == space}, owners)
+            space: Window([launch.program.places[v.name] for v in variables if v.space == space], owners)
             for space, owners in (("shared", blocks.size), ("local", self.lanes.size))
         }
 
