@@ -2,11 +2,11 @@
 
 import re
 
-import machine
 import ml_dtypes
 import numpy as np
 import pytest
 
+import machine
 import nbnorm
 import offline
 from device import normal, to_device, to_host
@@ -15,9 +15,12 @@ from tolerances import CUDA_GRADIENT_EPS, CUDA_STATISTICS_EPS, CUDA_Y_EPS, asser
 
 pytestmark = pytest.mark.hardware
 
-# teams of a part of a warp, of a warp, of several, and in several blocks
-FORWARD = {"part": 64, "warp": 1000, "block": 4096, "long": 32776}
-BACKWARD = {"part": 64, "warp": 500, "block": 2048, "long": 8200}
+# teams of a part of a warp, of several warps, and of a row in several blocks
+FORWARD = {"part": 64, "block": 4096, "long": 32776}
+BACKWARD = {"part": 64, "block": 2048, "long": 8200}
+TEAMS = ("part", "block")
+# a mean that is wrong is made right by its second part; what a row's last sum is of is its variance, or a gradient
+LAST = slice(-1, None)
 
 
 @pytest.fixture(params=["forward", "backward"])
@@ -57,27 +60,30 @@ def moved(host, shift):
 
 @pytest.fixture
 def unnoticed(monkeypatch):
-    """The lines of a call's kernels, of those that a pattern finds, that may be changed and nothing fails."""
+    """The lines of a call's kernels, of those that a pattern finds, that may be changed and nothing fails.
 
-    def unnoticed(call, pattern, change, most=1000):
+    `chosen` of each kernel: what follows may be of a path that is not taken, or one where any number is as good.
+    """
+
+    def unnoticed(call, pattern, change, chosen=slice(None)):
         texts = {}
         ptx = offline.ptx
         monkeypatch.setattr(offline, "ptx", lambda *kernel: texts.setdefault(kernel, ptx(*kernel)))
         run(call)
-        places = [(kernel, place) for kernel, text in texts.items() for place in re.finditer(pattern, text, re.MULTILINE)]
-        assert places
-        found = []
-        # spread over all of them
-        for kernel, place in places[:: -(-len(places) // most)]:
-            text = texts[kernel][: place.start()] + place.expand(change) + texts[kernel][place.end() :]
-            changed = texts | {kernel: text}
-            monkeypatch.setattr(offline, "ptx", lambda *kernel, changed=changed: changed[kernel])
-            try:
-                run(call)
-            except (machine.Fault, AssertionError):
-                continue
-            found.append((kernel[0].__name__, texts[kernel].count("\n", 0, place.start()), place[0]))
-        return found
+        found = {kernel: list(re.finditer(pattern, text, re.MULTILINE))[chosen] for kernel, text in texts.items()}
+        assert any(found.values())
+        lines = []
+        for kernel, places in found.items():
+            for place in places:
+                text = place.string[: place.start()] + change(place) + place.string[place.end() :]
+                changed = texts | {kernel: text}
+                monkeypatch.setattr(offline, "ptx", lambda *kernel, changed=changed: changed[kernel])
+                try:
+                    run(call)
+                except (machine.Fault, AssertionError):
+                    continue
+                lines.append((kernel[0].__name__, place.string.count("\n", 0, place.start()), place[0]))
+        return lines
 
     def run(call):
         for plans in (quick.FORWARD, quick.BACKWARD):
@@ -88,47 +94,55 @@ def unnoticed(monkeypatch):
 
 
 @pytest.mark.parametrize("team", ["block", "long"])
-def test_a_missing_barrier(rng, unnoticed, direction, team):
-    assert unnoticed(call(rng, direction, team), r"^\s*bar\.sync.*$", "") == []
+def test_a_missing_barrier(rng, unnoticed, monkeypatch, direction, team):
+    if team == "long":
+        # a single group is added up by a warp, which needs no barrier
+        monkeypatch.setattr(sizes, "MULTIPROCESSORS", 4)
+    assert unnoticed(call(rng, direction, team), r"^\s*bar\.sync.*$", lambda place: "") == []
 
 
-@pytest.mark.parametrize("team", FORWARD)
-def test_a_shuffle_of_half_a_warp(rng, unnoticed, direction, team):
-    """Whose mask has not all lanes that take part."""
-    assert unnoticed(call(rng, direction, team), r"(shfl\.sync\.bfly\.b32.*), [^,]+;$", r"\1, 65535;", 8) == []
+@pytest.mark.parametrize("team", TEAMS)
+def test_a_mask_without_half_of_the_lanes(rng, unnoticed, direction, team):
+    pattern = r"(shfl\.sync\.bfly\.b32.*), [^,]+;$"
+    assert unnoticed(call(rng, direction, team), pattern, lambda place: f"{place[1]}, 65535;", slice(2)) == []
 
 
-@pytest.mark.parametrize("team", FORWARD)
-def test_a_shuffle_with_another_lane(rng, unnoticed, direction, team):
+@pytest.mark.parametrize("team", TEAMS)
+def test_a_sum_with_another_lane(rng, unnoticed, direction, team):
     pattern = r"(shfl\.sync\.bfly\.b32\s+\S+ \S+), [^,]+, ([^,]+, [^,]+);$"
-    assert unnoticed(call(rng, direction, team), pattern, r"\1, 3, \2;", 8) == []
+    assert unnoticed(call(rng, direction, team), pattern, lambda place: f"{place[1]}, 2, {place[2]};", LAST) == []
 
 
-@pytest.mark.parametrize("team", FORWARD)
+@pytest.mark.parametrize("team", TEAMS)
 @pytest.mark.parametrize("operation", ["ld", "st"])
-def test_an_access_one_element_too_far(rng, unnoticed, direction, team, operation):
-    pattern = rf"({operation}\.global(?:\.nc)?(?:\.v\d)?\.\w?32.*\[%\w+)(?:\+(\d+))?\]"
-    assert unnoticed(call(rng, direction, team), pattern, r"\1+4]", 8) == []
+def test_an_access_one_vector_too_far(rng, unnoticed, direction, team, operation):
+    def further(place):
+        return f"{place[1]}+{int(place[2] or 0) + 16}]"
+
+    pattern = rf"({operation}\.global(?:\.nc)?\.v4.*\[%\w+)(?:\+(\d+))?\]"
+    assert unnoticed(call(rng, direction, team), pattern, further, slice(4)) == []
 
 
-@pytest.mark.parametrize("team", FORWARD)
+@pytest.mark.parametrize("team", TEAMS)
 def test_vectors_wider_than_the_alignment(rng, monkeypatch, direction, team):
     run = call(rng, direction, team)
-    run(1)
-    quick.FORWARD.clear()
-    quick.BACKWARD.clear()
     monkeypatch.setattr(layout, "access", lambda itemsize, most, *between: min(most, 16 // itemsize))
     with pytest.raises(machine.Fault):
-        run(1)
+        run(shift=1)
 
 
-@pytest.mark.parametrize("team", ["part", "warp", "block"])
+@pytest.mark.parametrize("team", TEAMS)
 def test_a_root_of_the_variance_alone(rng, unnoticed, direction, team):
-    pattern = r"add\.f32\s+(%f\d+), (%f\d+), (%f\d+);(?=(?:(?!add\.f32\s+\1).)*?rsqrt\.approx\.f32\s+%f\d+, \1;)"
-    assert unnoticed(call(rng, direction, team), rf"(?s){pattern}", r"mov.f32 \1, \2;") == []
+    def change(place):
+        variance = re.search(rf"add\.f32\s+{place[2]}, (%f\d+), ", place.string)
+        return f"{place[1]}, {variance[1]};"
+
+    pattern = r"(rsqrt\.approx\.f32\s+%f\d+), (%f\d+);"
+    assert unnoticed(call(rng, direction, team), pattern, change, slice(1)) == []
 
 
-@pytest.mark.parametrize("team", FORWARD)
+@pytest.mark.parametrize("team", TEAMS)
 def test_a_swapped_pair_of_16_bits(rng, unnoticed, direction, team):
     pattern = r"(cvt\.rn\.bf16x2\.f32\s+%r\d+), (%f\d+), (%f\d+);"
-    assert unnoticed(call(rng, direction, team, ml_dtypes.bfloat16), pattern, r"\1, \3, \2;", 8) == []
+    run = call(rng, direction, team, ml_dtypes.bfloat16)
+    assert unnoticed(run, pattern, lambda place: f"{place[1]}, {place[3]}, {place[2]};", slice(2)) == []
