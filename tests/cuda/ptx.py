@@ -23,6 +23,8 @@ LABEL = re.compile(r"([\w$]+)\s*:")
 INSTRUCTION = re.compile(r"(?:@(!?)(%?[\w$]+)\s+)?([a-z]\w*(?:\.\w+)*)(?:\s+(.*))?", re.DOTALL)
 INTEGER = re.compile(r"-?(?:0[xX][0-9a-fA-F]+|\d+)U?")
 FLOAT = re.compile(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})")
+# not between the elements of a vector
+BETWEEN_OPERANDS = re.compile(r",\s*(?![^{]*\})")
 ADDRESS = re.compile(r"\[\s*(%?[\w$]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 
 
@@ -134,6 +136,8 @@ class _Body:
         self.registers = {}
         self.instructions = []
         self.labels = {}
+        # by their text, which comes again and again
+        self.operands = {}
 
     def read(self, statement):
         statement = statement.strip()
@@ -158,18 +162,22 @@ class _Body:
         if found is None:
             raise Fault(f"unknown: {text}")
         negation, guard, name, operands = found.groups()
-        # between operands, not between the elements of a vector
-        parts = re.split(r",\s*(?![^{]*\})", operands) if operands else []
+        parts = BETWEEN_OPERANDS.split(operands) if operands else []
         return Instruction(
             text, name, tuple(self._operand(part.strip(), text) for part in parts),
             self.registers[guard] if guard else None, negation == "!",
         )  # fmt: skip
 
     def _operand(self, text, instruction):
-        if text == "_":
-            return None
         if text in self.registers:
             return self.registers[text]
+        if text not in self.operands:
+            self.operands[text] = self._other_operand(text, instruction)
+        return self.operands[text]
+
+    def _other_operand(self, text, instruction):
+        if text == "_":
+            return None
         if INTEGER.fullmatch(text):
             return Immediate(int(text.rstrip("U"), 0), None)
         if found := FLOAT.fullmatch(text):

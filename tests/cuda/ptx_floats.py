@@ -37,7 +37,7 @@ def fma(a, b, c):
 
 
 def _fma32(a, b, c):
-    # float64 has all of the product; the sum is rounded twice, which may differ between two float32, or below the normal ones
+    # float64 has all of the product; the sum is rounded twice, which matters between two float32 and to subnormal ones
     product = a.astype(F64) * b
     wide = product + c
     result = wide.astype(F32)
@@ -57,7 +57,7 @@ def _two_sum(a, b):
 
 
 def _sum_to_odd(a, b):
-    """The sum, where it is inexact the neighbour with an odd last bit: rounded again to fewer bits, it is rounded as if once."""
+    """The sum, or where it is inexact its neighbour with an odd last bit, which rounds to fewer bits as the sum itself does."""
     total, error = _two_sum(a, b)
     is_inexact = (error != 0) & np.isfinite(total)
     bits = total.view(np.int64) - (is_inexact & (np.signbit(error) != np.signbit(total)))

@@ -108,7 +108,7 @@ class _Regions:
             lane = int(np.argmin(is_aligned))
             raise Refused(f"{int(addresses[lane]):#x} is not aligned to {nbytes} bytes", lane)
         if not self.regions:
-            raise Refused(f"{int(addresses[0]):#x} is outside of what the call was given")
+            raise Refused(f"{nbytes} bytes at {int(addresses[0]):#x} are outside of what there is")
         low, high = int(addresses.min()), int(addresses.max()) + nbytes
         if self.covers(max(0, np.searchsorted(self.starts, np.uint64(low), "right") - 1), low, high, is_write):
             return
@@ -120,8 +120,8 @@ class _Regions:
             start = int(addresses[lane])
             if not any(self.covers(i, start, start + nbytes, is_write) for i in range(len(self.regions))):
                 is_known = any(self.covers(i, start, start + nbytes, False) for i in range(len(self.regions)))
-                what = "what may only be read" if is_known else "nothing that the call was given"
-                raise Refused(f"{nbytes} bytes at {start:#x} are in {what}", int(lane))
+                what = "in what may only be read" if is_known else "outside of what there is"
+                raise Refused(f"{nbytes} bytes at {start:#x} are {what}", int(lane))
 
     def covers(self, i, start, end, is_write):
         region = self.regions[i]

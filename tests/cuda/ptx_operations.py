@@ -31,26 +31,15 @@ class Operation(NamedTuple):
     is_approximate: bool = False
 
 
-INT = "([us](?:16|32|64))"
-BITS = "b(16|32|64)"
-FLOAT = r"f(32|64)"
-RULES: list[tuple[re.Pattern, Callable]] = []
-
-
-def rule(pattern):
-    """Decorate what makes an operation of a name that matches, from the matched groups."""
-
-    def register(make):
-        RULES.append((re.compile(pattern), make))
-        return make
-
-    return register
+INT = r"([us](?:16|32|64))"
+FLOAT = r"(?:(\.ftz)?\.f(32)|\.f(64))"
 
 
 @functools.cache
 def operation(name):
-    for pattern, make in RULES:
-        if found := pattern.fullmatch(name):
+    """What the instruction of this name computes."""
+    for pattern, make in RULES.items():
+        if found := re.fullmatch(pattern, name):
             return make(*found.groups())
     raise Fault(f"unknown instruction {name}")
 
@@ -62,19 +51,12 @@ def _same(dtype, count, function):
 # integers
 
 
-def _shift(function, count, width):
-    """Beyond the width there are only zeros, or signs."""
-    return function(count, width)
-
-
-@rule(rf"(add|sub|min|max)\.{INT}")
-def _(name, kind):
+def _sum(name, kind):
     functions = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum}
     return _same(TYPES[kind], 2, functions[name])
 
 
-@rule(rf"(mul|mad)\.(lo|hi|wide)\.{INT}")
-def _(name, half, kind):
+def _product(name, half, kind):
     dtype = TYPES[kind]
     if half == "wide" and dtype.itemsize < 8:
         result = np.dtype(f"{dtype.kind}{2 * dtype.itemsize}")
@@ -109,8 +91,7 @@ def _high_product(a, b):
     return a_high * b_high + (middle >> half) + (other >> half)
 
 
-@rule(rf"(div|rem)\.{INT}")
-def _(name, kind):
+def _quotient(name, kind):
     def divided(a, b):
         if not b.all():
             raise Refused("division by zero", int(np.argmin(np.broadcast_to(b != 0, np.broadcast_shapes(a.shape, b.shape)))))
@@ -122,23 +103,19 @@ def _(name, kind):
     return _same(TYPES[kind], 2, divided)
 
 
-@rule(r"(neg|abs)\.(s(?:16|32|64))")
-def _(name, kind):
+def _integer_sign(name, kind):
     return _same(TYPES[kind], 1, np.negative if name == "neg" else np.abs)
 
 
-@rule(r"(and|or|xor)\.(pred|b16|b32|b64)")
-def _(name, kind):
+def _bitwise(name, kind):
     return _same(TYPES[kind], 2, {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}[name])
 
 
-@rule(r"not\.(pred|b16|b32|b64)")
-def _(kind):
+def _inverted(kind):
     return _same(TYPES[kind], 1, np.invert)
 
 
-@rule(r"(shl|shr)\.([bus](?:16|32|64))")
-def _(name, kind):
+def _shift(name, kind):
     dtype = TYPES[kind]
     width = 8 * dtype.itemsize
     shift = np.left_shift if name == "shl" else np.right_shift
@@ -152,8 +129,7 @@ def _(name, kind):
     return Operation((dtype, TYPES["u32"]), dtype, shifted)
 
 
-@rule(r"bfe\.([us](?:32|64))")
-def _(kind):
+def _extraction(kind):
     dtype = TYPES[kind]
     width = 8 * dtype.itemsize
     word = np.dtype(f"u{dtype.itemsize}").type
@@ -179,8 +155,7 @@ def _rest(position, width):
     return np.where(position < width, np.uint32(width) - position, np.uint32(0))
 
 
-@rule(r"bfi\.(b(?:32|64))")
-def _(kind):
+def _insertion(kind):
     dtype = TYPES[kind]
     word, width = dtype.type, 8 * dtype.itemsize
 
@@ -205,8 +180,7 @@ def _shifted_right(a, count):
     return operation(f"shr.u{8 * a.dtype.itemsize}").function(a, count)
 
 
-@rule(r"prmt\.b32")
-def _():
+def _permutation():
     def permuted(a, b, selector):
         both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
         result = np.zeros(np.broadcast_shapes(both.shape, selector.shape), np.uint32)
@@ -232,26 +206,22 @@ def _canonical(function):
     return lambda *values: floats.canonical(function(*values))
 
 
-@rule(r"(add|sub|mul)(?:\.rn)?(?:(\.ftz)?\.f(32)|\.f(64))")
-def _(name, ftz, single, double):
+def _float_sum(name, ftz, single, double):
     function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name]
     return _same(TYPES[f"f{single or double}"], 2, _with_ftz(_canonical(function), ftz))
 
 
-@rule(r"fma\.rn(?:(\.ftz)?\.f(32)|\.f(64))")
-def _(ftz, single, double):
+def _fma(ftz, single, double):
     return _same(TYPES[f"f{single or double}"], 3, _with_ftz(floats.fma, ftz))
 
 
-@rule(r"(div|sqrt|rcp)\.rn(?:(\.ftz)?\.f(32)|\.f(64))")
-def _(name, ftz, single, double):
+def _exact_quotient(name, ftz, single, double):
     function = {"div": np.divide, "sqrt": np.sqrt, "rcp": np.reciprocal}[name]
     dtype = TYPES[f"f{single or double}"]
     return _same(dtype, 2 if name == "div" else 1, _with_ftz(_canonical(function), ftz))
 
 
-@rule(r"(rcp|rsqrt)\.approx(\.ftz)?\.f32")
-def _(name, ftz):
+def _approximation(name, ftz):
     function = {"rcp": floats.rcp, "rsqrt": floats.rsqrt}[name]
 
     def approximate(values, rounding):
@@ -260,14 +230,12 @@ def _(name, ftz):
     return Operation((TYPES["f32"],), TYPES["f32"], approximate, is_approximate=True)
 
 
-@rule(r"(min|max)(?:(\.ftz)?\.f(32)|\.f(64))")
-def _(name, ftz, single, double):
+def _float_extreme(name, ftz, single, double):
     function = floats.minimum if name == "min" else floats.maximum
     return _same(TYPES[f"f{single or double}"], 2, _with_ftz(function, ftz))
 
 
-@rule(r"(abs|neg)(?:(\.ftz)?\.f(32)|\.f(64))")
-def _(name, ftz, single, double):
+def _float_sign(name, ftz, single, double):
     return _same(TYPES[f"f{single or double}"], 1, _with_ftz(np.abs if name == "abs" else np.negative, ftz))
 
 
@@ -285,15 +253,13 @@ COMPARISONS = {
 OTHER_NAMES = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 
 
-@rule(r"setp\.(eq|ne|lt|le|gt|ge|lo|ls|hi|hs)\.([bus](?:16|32|64))")
-def _(name, kind):
+def _comparison(name, kind):
     if kind[0] == "b" and name not in ("eq", "ne"):
         raise Fault(f"unknown instruction setp.{name}.{kind}")
     return Operation((TYPES[kind],) * 2, TYPES["pred"], COMPARISONS[OTHER_NAMES.get(name, name)])
 
 
-@rule(r"setp\.(eq|ne|lt|le|gt|ge|num|nan)(u?)(?:(\.ftz)?\.f(32)|\.f(64))")
-def _(name, unordered, ftz, single, double):
+def _float_comparison(name, unordered, ftz, single, double):
     def compared(a, b):
         if ftz:
             a, b = floats.flushed(a), floats.flushed(b)
@@ -306,41 +272,35 @@ def _(name, unordered, ftz, single, double):
     return Operation((TYPES[f"f{single or double}"],) * 2, TYPES["pred"], compared)
 
 
-@rule(r"selp\.([busf](?:16|32|64))")
-def _(kind):
+def _choice(kind):
     dtype = TYPES[kind]
     return Operation((dtype, dtype, TYPES["pred"]), dtype, lambda a, b, chosen: np.where(chosen, a, b))
 
 
-@rule(r"(?:mov\.([busf](?:16|32|64)|pred)|cvta(?:\.to)?\.global\.(u64))")
-def _(kind, address):
+def _copy(kind, address):
     return _same(TYPES[kind or address], 1, np.copy)
 
 
 # conversions
 
 
-@rule(r"cvt\.([us](?:8|16|32|64))\.([us](?:8|16|32|64))")
-def _(to, source):
+def _cvt_integers(to, source):
     return Operation((TYPES[source],), TYPES[to], lambda a: a.astype(TYPES[to]))
 
 
-@rule(r"cvt\.rn\.f(32|64)\.([us](?:8|16|32|64))")
-def _(bits, source):
+def _cvt_from_integer(bits, source):
     dtype = TYPES[f"f{bits}"]
     return Operation((TYPES[source],), dtype, lambda a: a.astype(dtype))
 
 
-@rule(r"cvt\.(rni|rzi|rmi|rpi)(\.ftz)?\.([us](?:32|64))\.f(32|64)")
-def _(mode, ftz, to, bits):
+def _cvt_to_integer(mode, ftz, to, bits):
     def converted(a):
         return floats.to_integer(floats.flushed(a) if ftz else a, mode, TYPES[to])
 
     return Operation((TYPES[f"f{bits}"],), TYPES[to], converted)
 
 
-@rule(r"cvt(\.ftz)?\.f(32|64)\.f(16|32)")
-def _(ftz, to, source):
+def _cvt_wider(ftz, to, source):
     if int(source) >= int(to) or (ftz and source == "16"):
         raise Fault(f"unknown instruction cvt.f{to}.f{source}")
     dtype = TYPES[f"f{to}"]
@@ -351,23 +311,52 @@ def _(ftz, to, source):
     return Operation((TYPES[f"f{source}"],), dtype, widened)
 
 
-@rule(r"cvt\.rn\.f(16|32)\.f(32|64)")
-def _(to, source):
+def _cvt_narrower(to, source):
     if int(source) <= int(to):
         raise Fault(f"unknown instruction cvt.rn.f{to}.f{source}")
     dtype = TYPES[f"f{to}"]
     return Operation((TYPES[f"f{source}"],), dtype, lambda a: floats.canonical(a.astype(dtype)))
 
 
-@rule(r"cvt\.rn\.bf16\.f32")
-def _():
+def _cvt_bfloat16():
     return Operation((TYPES["f32"],), TYPES["b16"], floats.bfloat16)
 
 
-@rule(r"cvt\.rn\.(f16|bf16)x2\.f32")
-def _(kind):
+def _cvt_pair(kind):
     def converted(high, low):
         rounded = floats.bfloat16 if kind == "bf16" else lambda a: floats.canonical(a.astype(np.float16)).view(np.uint16)
         return rounded(low).astype(np.uint32) | rounded(high).astype(np.uint32) << np.uint32(16)
 
     return Operation((TYPES["f32"],) * 2, TYPES["b32"], converted)
+
+
+# of each name that is known, what makes an operation of the pattern's groups
+RULES: dict[str, Callable] = {
+    rf"(add|sub|min|max)\.{INT}": _sum,
+    rf"(mul|mad)\.(lo|hi|wide)\.{INT}": _product,
+    rf"(div|rem)\.{INT}": _quotient,
+    r"(neg|abs)\.(s(?:16|32|64))": _integer_sign,
+    r"(and|or|xor)\.(pred|b16|b32|b64)": _bitwise,
+    r"not\.(pred|b16|b32|b64)": _inverted,
+    r"(shl|shr)\.([bus](?:16|32|64))": _shift,
+    r"bfe\.([us](?:32|64))": _extraction,
+    r"bfi\.(b(?:32|64))": _insertion,
+    r"prmt\.b32": _permutation,
+    rf"(add|sub|mul)(?:\.rn)?{FLOAT}": _float_sum,
+    rf"fma\.rn{FLOAT}": _fma,
+    rf"(div|sqrt|rcp)\.rn{FLOAT}": _exact_quotient,
+    r"(rcp|rsqrt)\.approx(\.ftz)?\.f32": _approximation,
+    rf"(min|max){FLOAT}": _float_extreme,
+    rf"(abs|neg){FLOAT}": _float_sign,
+    r"setp\.(eq|ne|lt|le|gt|ge|lo|ls|hi|hs)\.([bus](?:16|32|64))": _comparison,
+    rf"setp\.(eq|ne|lt|le|gt|ge|num|nan)(u?){FLOAT}": _float_comparison,
+    r"selp\.([busf](?:16|32|64))": _choice,
+    r"(?:mov\.([busf](?:16|32|64)|pred)|cvta(?:\.to)?\.global\.(u64))": _copy,
+    r"cvt\.([us](?:8|16|32|64))\.([us](?:8|16|32|64))": _cvt_integers,
+    r"cvt\.rn\.f(32|64)\.([us](?:8|16|32|64))": _cvt_from_integer,
+    r"cvt\.(rni|rzi|rmi|rpi)(\.ftz)?\.([us](?:32|64))\.f(32|64)": _cvt_to_integer,
+    r"cvt(\.ftz)?\.f(32|64)\.f(16|32)": _cvt_wider,
+    r"cvt\.rn\.f(16|32)\.f(32|64)": _cvt_narrower,
+    r"cvt\.rn\.bf16\.f32": _cvt_bfloat16,
+    r"cvt\.rn\.(f16|bf16)x2\.f32": _cvt_pair,
+}
