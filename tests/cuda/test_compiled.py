@@ -328,6 +328,9 @@ def on_the_host(rule, result, *arguments):
     function = ir.Function(module, ir.FunctionType(result, arguments), "rule")
     builder = ir.IRBuilder(function.append_basic_block())
     builder.ret(rule(builder, *function.args))
+    # Numba does so when it first compiles for the CPU
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
     features = llvm.get_host_cpu_features().flatten()
     target = llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), features=features)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), target)

@@ -6,7 +6,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numba
 import pytest
 
 import device
@@ -72,7 +71,7 @@ def test_numbas_own_simulator_is_refused(python_environment):
 
 @pytest.fixture
 def run(python_environment):
-    """Run files at a level that an environment chooses, and assert that so many tests have passed: or they were not found."""
+    """Run files at a level that an environment chooses, and assert that so many have passed: or they were not found."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "hardware and not device", "-p", "no:cacheprovider"]
 
     def run(level, files, least):
@@ -106,7 +105,7 @@ def test_in_the_simulator(run):
 @pytest.mark.deep
 @pytest.mark.skipif(offline.missing() is not None, reason=f"there is no compiler for kernels: {offline.missing()}")
 def test_as_ptx(run):
-    """Two processes at a time: what is compiled once is kept, also by `test_compiled`, which the files share kernels with."""
+    """Two processes at a time; what is compiled once is kept, also by `test_compiled`, for the same kernels."""
 
     def of_one(capability, files, least):
         level = {"NBNORM_TEST_PTX": "{}.{}".format(*capability), "NUMBA_DISABLE_JIT": "0"}
