@@ -57,7 +57,7 @@ def _two_sum(a, b):
 
 
 def _sum_to_odd(a, b):
-    """The sum, or where it is inexact its neighbour with an odd last bit, which rounds to fewer bits as the sum itself does."""
+    """The sum, or where it is inexact its neighbour with an odd last bit, which rounds to fewer bits as the sum does."""
     total, error = _two_sum(a, b)
     is_inexact = (error != 0) & np.isfinite(total)
     bits = total.view(np.int64) - (is_inexact & (np.signbit(error) != np.signbit(total)))

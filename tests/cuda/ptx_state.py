@@ -107,6 +107,7 @@ class State:
         return values
 
     def store(self, space, index, addresses, lanes, values):
+        addresses = np.broadcast_to(addresses, self.chosen(lanes).shape)
         if space == "global":
             self.launch.memory.store(addresses, values)
         else:
