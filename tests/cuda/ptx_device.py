@@ -1,4 +1,4 @@
-"""A device that is not there: its memory is the host's, and a launch runs, on `machine`, the PTX that is built for it.
+"""A device that is not there: its memory is the host's, and a launch runs, on `ptx_machine`, the PTX that is built for it.
 
 `install` replaces what nbnorm and the tests ask of the driver. All else of a call is as on a device: the checks, the layout,
 the choice of kernels, the workspaces, and the numbers that a kernel is handed.
@@ -8,11 +8,11 @@ import ctypes
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
-import machine
 import numpy as np
 from numba import cuda
 
 import offline
+import ptx_machine as machine
 from nbnorm import checks
 from nbnorm import cuda as nbnorm_cuda
 from nbnorm.cuda import arrays, launch, quick

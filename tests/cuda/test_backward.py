@@ -121,6 +121,7 @@ def statistics_of(x, options):
     return mode | mask | ({"mean": mean, "rstd": rstd} if "is_given" in options else {})
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(("rows", "cols"), LONG_SHAPES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import machine
 import nbnorm
 import offline
+import ptx_machine as machine
 from device import normal, to_device, to_host
 from nbnorm.cuda import layout, quick, sizes
 from tolerances import CUDA_GRADIENT_EPS, CUDA_STATISTICS_EPS, CUDA_Y_EPS, assert_grads, assert_statistics, assert_y

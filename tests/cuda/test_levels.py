@@ -72,11 +72,14 @@ def test_numbas_own_simulator_is_refused(python_environment):
 @pytest.fixture
 def run(python_environment):
     """Run files at a level that an environment chooses, and assert that so many have passed: or they were not found."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "hardware and not device", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
-    def run(level, files, least):
+    def run(level, markers, arguments, least):
         environment = python_environment | level
-        run = subprocess.run([*command, *files], env=environment, cwd=HERE, capture_output=True, text=True)
+        run = subprocess.run(
+            [*command, "-m", f"hardware and not device{markers}", *arguments],
+            env=environment, cwd=HERE, capture_output=True, text=True,
+        )  # fmt: skip
         assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
         passed = int(run.stdout.rstrip().rpartition("\n")[2].partition(" passed")[0].split()[-1])
         assert passed >= least
@@ -89,7 +92,7 @@ SIMULATOR = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "0"}
 
 
 def test_a_part_in_the_simulator(run):
-    run(SIMULATOR, [HERE / name for name in PART], 40)
+    run(SIMULATOR, "", PART, 40)
 
 
 @pytest.mark.deep
@@ -99,7 +102,7 @@ def test_in_the_simulator(run):
     shares = [sorted(file for pattern in patterns for file in files.intersection(HERE.glob(pattern))) for patterns in SHARES]
     assert sorted(file for share in shares for file in share) == sorted(files)
     with ThreadPoolExecutor(len(shares)) as pool:
-        list(pool.map(lambda files: run(SIMULATOR, files, 300), shares))
+        list(pool.map(lambda files: run(SIMULATOR, " and not large", files, 250), shares))
 
 
 @pytest.mark.deep
@@ -107,9 +110,8 @@ def test_in_the_simulator(run):
 def test_as_ptx(run):
     """Two processes at a time; what is compiled once is kept, also by `test_compiled`, for the same kernels."""
 
-    def of_one(capability, files, least):
-        level = {"NBNORM_TEST_PTX": "{}.{}".format(*capability), "NUMBA_DISABLE_JIT": "0"}
-        run(level, [HERE / name for name in files], least)
+    def of_one(capability, arguments, least):
+        run({"NBNORM_TEST_PTX": "{}.{}".format(*capability), "NUMBA_DISABLE_JIT": "0"}, "", arguments, least)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(of_one, *zip(*AS_PTX, strict=True)))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from machine import Fault, Memory, run
+from ptx_machine import Fault, Memory, run
 
 ORDERS = ("forward", "reverse", "random")
 # %r1 is the thread's number in its block and %r2 in the grid, %rd1 the address of its word of `out`, %rd2 that of `given`;
