@@ -12,7 +12,7 @@ import numpy as np
 from numba import cuda
 
 import offline
-import ptx_machine as machine
+import ptx_machine
 from nbnorm import checks
 from nbnorm import cuda as nbnorm_cuda
 from nbnorm.cuda import arrays, launch, quick
@@ -72,7 +72,7 @@ class Call:
         return _joined(operands, [*outs, *self.allocated])
 
     def memory(self):
-        memory = machine.Memory()
+        memory = ptx_machine.Memory()
         for start, stop, is_writable in self.regions():
             memory.add(start, stop - start, is_writable)
         return memory
@@ -119,7 +119,9 @@ def prepare(kernel, signature, device, blocks, threads):
 
     def enqueue(stream, *arguments):
         memory = _calls[-1].memory()
-        counts = machine.run(text, blocks, threads, list(map(_scalar, arguments)), memory, order=order, rounding=rounding)
+        counts = ptx_machine.run(
+            text, blocks, threads, list(map(_scalar, arguments)), memory, order=order, rounding=rounding
+        )
         launches.append((kernel, blocks, threads, counts))
 
     return enqueue
@@ -128,7 +130,7 @@ def prepare(kernel, signature, device, blocks, threads):
 def fill(view, byte, stream):
     ((start,), (stop,)) = _runs(view)
     if not any(first <= start and stop <= end for first, end, is_writable in _calls[-1].regions() if is_writable):
-        raise machine.Fault(f"a fill of {start:#x} to {stop:#x}, which is not for the call to write")
+        raise ptx_machine.Fault(f"a fill of {start:#x} to {stop:#x}, which is not for the call to write")
     ctypes.memset(start, byte, stop - start)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import nbnorm
 import offline
-import ptx_machine as machine
+import ptx_machine
 from device import normal, to_device, to_host
 from nbnorm.cuda import layout, quick, sizes
 from tolerances import CUDA_GRADIENT_EPS, CUDA_STATISTICS_EPS, CUDA_Y_EPS, assert_grads, assert_statistics, assert_y
@@ -80,7 +80,7 @@ def unnoticed(monkeypatch):
                 monkeypatch.setattr(offline, "ptx", lambda *kernel, changed=changed: changed[kernel])
                 try:
                     run(call)
-                except (machine.Fault, AssertionError):
+                except (ptx_machine.Fault, AssertionError):
                     continue
                 lines.append((kernel[0].__name__, place.string.count("\n", 0, place.start()), place[0]))
         return lines
@@ -127,7 +127,7 @@ def test_an_access_one_vector_too_far(rng, unnoticed, direction, team, operation
 def test_vectors_wider_than_the_alignment(rng, monkeypatch, direction, team):
     run = call(rng, direction, team)
     monkeypatch.setattr(layout, "access", lambda itemsize, most, *between: min(most, 16 // itemsize))
-    with pytest.raises(machine.Fault):
+    with pytest.raises(ptx_machine.Fault):
         run(shift=1)
 
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from machine import Memory, run
+from ptx_machine import Memory, run
 
 COMPARISONS = {
     "eq": operator.eq,
