@@ -61,9 +61,9 @@ if device.LEVEL != "device":
     from nbnorm.cuda import arrays
 
 
-@pytest.fixture(params=[None] if device.LEVEL == "device" else ORDERS)
+@pytest.fixture(params={"device": [None], "simulator": ["random"], "ptx": ORDERS}[device.LEVEL])
 def order(request, monkeypatch):
-    """The order of blocks and threads, which a device chooses itself."""
+    """The order of blocks and threads, which a device chooses itself; the simulator's other tests have the first of them."""
     if request.param:
         monkeypatch.setattr(level, "order", request.param)
 

@@ -21,11 +21,14 @@ SHARES = (("test_backward.py", "test_quick.py"), ("test_[!bq]*.py", "test_quick_
 PART = ("test_layer.py", "test_errors.py")
 # compilers and PTX, and blocks of 1024 threads, of which each takes it a minute
 NOT_SIMULATED = ("test_compiled.py", "test_variants.py", "test_broken.py", "test_ends.py")
-# (compute capability, files, fewest tests): all kernels for one, a tenth for the others, which differ in how they round. The
-# rest of the files choose kernels by the thousand, which differ in dtypes alone, and take hours to compile
+# few kernels, and numbers, orders and places of all kinds; what the simulator leaves out
+VALUES = "magnitudes or nan_and_inf or any_batch or alignment or in_place or overlaps or no_block_holds or squares_overflow"
+# (compute capability, arguments, fewest tests): all kernels for one, a tenth for the others, which differ in how they round.
+# The rest of the tests choose kernels by the thousand, which differ in dtypes alone, and take an hour to compile
 AS_PTX = [
     (FULL, ("test_variants.py",), 190),
     (FULL, ("test_ends.py", "test_broken.py", "test_layer.py"), 130),
+    (FULL, ("test_forward.py", "test_backward.py", "test_layouts.py", "test_eps.py", "-k", VALUES), 150),
     *((capability, ("test_variants.py",), 15) for capability in OTHERS),
 ]
 
