@@ -23,7 +23,7 @@ WARP_BARRIER = "bar.warp.sync"
 BARRIERS = ("bar.sync", "barrier.sync", "barrier.sync.aligned")
 BRANCHES = ("bra", "bra.uni")
 EXITS = ("ret", "exit")
-FLOAT_OPERATION = re.compile(r"(add|sub|mul|fma|div|sqrt|rcp|rsqrt|min|max)\..*f(32|64)")
+FLOAT_OPERATION = re.compile(r"(add|sub|mul|fma|div|sqrt|rcp|rsqrt|min|max)(\.\w+)*\.f(32|64)(\.b?f16)?")
 
 
 class Segment(NamedTuple):
