@@ -4,8 +4,10 @@ What a batch must have for that, its registers and memories, is in `machine`.
 """
 
 import functools
+import gc
 import re
 from collections import Counter
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +23,7 @@ WARP_BARRIER = "bar.warp.sync"
 BARRIERS = ("bar.sync", "barrier.sync", "barrier.sync.aligned")
 BRANCHES = ("bra", "bra.uni")
 EXITS = ("ret", "exit")
-FLOAT_OPERATION = re.compile(r"(add|sub|mul|fma|div|sqrt|rcp|rsqrt|min|max)\..*f(32|64)")
+FLOAT_OPERATION = re.compile(r"(add|sub|mul|fma|div|sqrt|rcp|rsqrt|min|max)(\.\w+)*\.f(32|64)(\.b?f16)?")
 
 
 class Segment(NamedTuple):
@@ -49,7 +51,23 @@ class Program(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def program(text):
-    kernel = parse(text)
+    with _uncollected():
+        return _program(parse(text))
+
+
+@contextmanager
+def _uncollected():
+    """Without a search for garbage, of which there is none: in thousands of functions it takes twice as long as the rest."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _program(kernel):
     places = {}
     for space in ("shared", "local"):
         places |= placed([variable for variable in kernel.variables if variable.space == space])
@@ -163,9 +181,11 @@ class _Decoder:
     def _register_reader(register, dtype):
         slot = register.slot
         _check_size(register, dtype)
-        if register.dtype.itemsize == dtype.itemsize:
-            return lambda batch, lanes: batch.read(slot, lanes).view(dtype)
-        return lambda batch, lanes: batch.read(slot, lanes).astype(_word(dtype)).view(dtype)
+        if register.dtype.itemsize != dtype.itemsize:
+            return lambda batch, lanes: batch.read(slot, lanes).astype(_word(dtype)).view(dtype)
+        if dtype == _word(dtype):
+            return lambda batch, lanes: batch.read(slot, lanes)
+        return lambda batch, lanes: batch.read(slot, lanes).view(dtype)
 
     def writer(self, register, dtype):
         """A function that gives a register its value in the lanes; a narrower one is extended, with its sign."""

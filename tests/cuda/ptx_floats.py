@@ -155,6 +155,10 @@ def bfloat16(values):
     return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
+def from_bfloat16(words):
+    return (words.astype(np.uint32) << np.uint32(16)).view(F32)
+
+
 ROUNDED = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 

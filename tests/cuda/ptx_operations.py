@@ -215,6 +215,18 @@ def _fma(ftz, single, double):
     return _same(TYPES[f"f{single or double}"], 3, _with_ftz(floats.fma, ftz))
 
 
+def _mixed(name, half):
+    """With operands of 16 bits, which become float32 first; the last one is a float32."""
+    count = 2 if name == "fma" else 1
+    function = {"add": _canonical(np.add), "sub": _canonical(np.subtract), "fma": floats.fma}[name]
+    widen = floats.from_bfloat16 if half == "bf16" else (lambda a: a.astype(np.float32))
+
+    def computed(*values):
+        return function(*map(widen, values[:count]), *values[count:])
+
+    return Operation((TYPES["b16" if half == "bf16" else "f16"],) * count + (TYPES["f32"],), TYPES["f32"], computed)
+
+
 def _exact_quotient(name, ftz, single, double):
     function = {"div": np.divide, "sqrt": np.sqrt, "rcp": np.reciprocal}[name]
     dtype = TYPES[f"f{single or double}"]
@@ -344,6 +356,7 @@ RULES: dict[str, Callable] = {
     r"prmt\.b32": _permutation,
     rf"(add|sub|mul)(?:\.rn)?{FLOAT}": _float_sum,
     rf"fma\.rn{FLOAT}": _fma,
+    r"(add|sub|fma)\.rn\.f32\.(f16|bf16)": _mixed,
     rf"(div|sqrt|rcp)\.rn{FLOAT}": _exact_quotient,
     r"(rcp|rsqrt)\.approx(\.ftz)?\.f32": _approximation,
     rf"(min|max){FLOAT}": _float_extreme,

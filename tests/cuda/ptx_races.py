@@ -38,7 +38,8 @@ def find(accesses):
     unit = min(access.nbytes for access in accesses)
     units = [_columns(access, unit) for access in accesses]
     table = {name: np.concatenate([columns[name] for columns in units]) for name in units[0]}
-    table = {name: column[_is_shared(table["unit"], table["thread"])] for name, column in table.items()}
+    is_shared = _is_shared(table["unit"], table["thread"])
+    table = {name: column[is_shared] for name, column in table.items()}
     for actor, ordered in (
         ("block", ("unit",)),
         ("warp", ("unit", "block", "block_turn")),
@@ -73,9 +74,9 @@ def _columns(access, unit):
 
 
 def _is_shared(units, threads):
-    """Of which units not all accesses are of one thread: the others are sorted for nothing."""
-    _, place = np.unique(units, return_inverse=True)
-    owner = np.zeros(place.max() + 1, np.int64)
+    """Which are to units that several threads touch, or to a few that share a place with those: the rest is in order."""
+    place = units % (2 * units.size + 1)
+    owner = np.zeros(2 * units.size + 1, np.int64)
     owner[place] = threads
     is_shared = np.zeros(owner.size, bool)
     is_shared[place[owner[place] != threads]] = True

@@ -53,13 +53,16 @@ class State:
 
     def read(self, slot, lanes):
         value = self.registers[slot]
-        if value is None:
+        if value is None or slot in self.unwritten:
+            self._check_written(slot, lanes)
+        return value if lanes is None or value.size == 1 else value[lanes]
+
+    def _check_written(self, slot, lanes):
+        if self.registers[slot] is None:
             raise Refused("a register is read before it is written")
-        if slot in self.unwritten:
-            is_unwritten = _of(self.unwritten[slot], lanes)
-            if is_unwritten.any():
-                raise Refused("a register is read before it is written", int(np.argmax(is_unwritten)))
-        return _of(value, lanes)
+        is_unwritten = _of(self.unwritten[slot], lanes)
+        if is_unwritten.any():
+            raise Refused("a register is read before it is written", int(np.argmax(is_unwritten)))
 
     def write(self, slot, lanes, value):
         if lanes is None:

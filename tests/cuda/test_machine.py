@@ -383,6 +383,8 @@ def test_counts():
         mov.b32 %f1, %r4;
         @%p1 add.f32 %f2, %f1, %f1;
         fma.rn.f32 %f3, %f1, %f1, %f1;
+        cvt.u16.u32 %h1, %r4;
+        add.rn.f32.f16 %f4, %h1, %f1;
         st.shared.u32 [%r8], %r4;
         bar.sync 0;
         ld.shared.u32 %r6, [%r8];
@@ -394,14 +396,14 @@ def test_counts():
     threads = 3 * 64
     # of START, MINE and this body, and a `ret`; one that a thread of each block executes, and one that ten do
     assert counts == {
-        "instructions": (9 + 3 + 8 + 1) * threads + 3 + 30,
+        "instructions": (9 + 3 + 10 + 1) * threads + 3 + 30,
         "global bytes read": 8 * threads,
         "global bytes written": 4 * 30,
         "global accesses": threads + 30,
         "shared accesses": 2 * threads,
         "shuffles": threads,
         "barriers": threads,
-        "float operations": threads + 3,
+        "float operations": 2 * threads + 3,
     }
 
 

@@ -196,6 +196,20 @@ def test_rounding_to_16_bits(rng, name, storage):
         np.testing.assert_array_equal(wide, every)
 
 
+@pytest.mark.parametrize(("name", "storage"), [("f16", np.float16), ("bf16", ml_dtypes.bfloat16)])
+def test_sums_of_16_bits_and_32(rng, name, storage):
+    a, b = rng.standard_normal((2, 500)).astype(storage)
+    c = rng.standard_normal(500).astype(np.float32)
+    operands = a.view(np.uint16), b.view(np.uint16), c.view(np.uint32)
+    wide_a, wide_b = a.astype(np.float32), b.astype(np.float32)
+    for operation, expected in (("add", wide_a + c), ("sub", wide_a - c)):
+        found = computed(f"{operation}.rn.f32.{name} %d, %a0, %a2;", *operands)
+        np.testing.assert_array_equal(found.view(np.float32), expected)
+    found = computed(f"fma.rn.f32.{name} %d, %a0, %a1, %a2;", *operands)
+    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(wide_a, wide_b, c, strict=True)]
+    np.testing.assert_array_equal(found.view(np.float32), [nearest(x, np.float32) for x in exact])
+
+
 def test_conversions_of_floats_to_integers():
     x = np.array([2.5, 3.5, -2.5, 2.7, -2.7, 3e9, -3e9, 1e20, -1e20, np.inf, -np.inf, np.nan, 2147483648.0, 0.5], np.float32)
     expected = {
