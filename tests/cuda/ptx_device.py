@@ -6,7 +6,6 @@ the choice of kernels, the workspaces, and the numbers that a kernel is handed.
 
 import ctypes
 from contextlib import contextmanager, nullcontext
-from itertools import pairwise
 
 import numpy as np
 from numba import cuda
@@ -65,16 +64,17 @@ class Call:
         self.operands, self.outs = operands, outs
         self.allocated = []
 
-    def regions(self):
-        """Each as its first address, the one behind its last, and whether it may be written."""
-        given = self.operands, self.outs
-        operands, outs = ([_runs(arrays.view(a, arrays.kind(a))) for a in some if a is not None] for some in given)
-        return _joined(operands, [*outs, *self.allocated])
+    def regions(self, is_to_write):
+        """Of what may be touched at all, or written, the first address of each and the one behind its last."""
+        given = self.outs if is_to_write else [*self.operands, *self.outs]
+        views = [arrays.view(array, arrays.kind(array)) for array in given if array is not None]
+        return _joined([*map(_runs, views), *self.allocated])
 
     def memory(self):
         memory = ptx_machine.Memory()
-        for start, stop, is_writable in self.regions():
-            memory.add(start, stop - start, is_writable)
+        for is_to_write in (False, True):
+            for start, stop in self.regions(is_to_write):
+                memory.add(start, stop - start, is_to_write)
         return memory
 
 
@@ -129,7 +129,7 @@ def prepare(kernel, signature, device, blocks, threads):
 
 def fill(view, byte, stream):
     ((start,), (stop,)) = _runs(view)
-    if not any(first <= start and stop <= end for first, end, is_writable in _calls[-1].regions() if is_writable):
+    if not any(first <= start and stop <= end for first, end in _calls[-1].regions(is_to_write=True)):
         raise ptx_machine.Fault(f"a fill of {start:#x} to {stop:#x}, which is not for the call to write")
     ctypes.memset(start, byte, stop - start)
 
@@ -199,20 +199,14 @@ def _runs(view):
     return starts, starts + size
 
 
-def _joined(to_read, to_write):
-    """The regions of these runs, which may overlap."""
-    runs = [*to_read, *to_write]
+def _joined(runs):
+    """The same memory in as few pieces as there are: the first address of each, and the one behind its last."""
     if not runs:
         return
     starts, stops = (np.concatenate(ends) for ends in zip(*runs, strict=True))
-    is_written = np.repeat([False] * len(to_read) + [True] * len(to_write), [starts.size for starts, _ in runs])
     edges, at = np.unique(np.concatenate([starts, stops]), return_inverse=True)
-    # how many runs there are behind each edge, of both kinds
-    depth = np.zeros((2, edges.size), np.int64)
-    np.add.at(depth, (np.tile(is_written, 2).astype(int), at), np.repeat([1, -1], starts.size))
-    readable, writable = np.cumsum(depth, axis=1) > 0
-    kind = np.where(writable, 2, readable)
-    changes = np.flatnonzero(np.diff(kind, prepend=0))
-    for first, last in pairwise(changes):
-        if kind[first]:
-            yield int(edges[first]), int(edges[last]), bool(kind[first] == 2)
+    # how many runs there are behind each edge
+    depth = np.zeros(edges.size, np.int64)
+    np.add.at(depth, at, np.repeat([1, -1], starts.size))
+    changes = np.flatnonzero(np.diff(np.cumsum(depth) > 0, prepend=False))
+    yield from zip(edges[changes[::2]].tolist(), edges[changes[1::2]].tolist(), strict=True)

@@ -79,3 +79,22 @@ def test_backward_by_chance(rng, chance, dtype, cols):
 @pytest.mark.parametrize(("rows", "cols"), [(9000, 5), (1100, 64), (300, 500), (150, 2048)])
 def test_many_groups(rng, rows, cols):
     assert_backward(rng, np.float32, rows, cols)
+
+
+# as many rows as blocks have teams: none is read by two of them
+@pytest.mark.parametrize(("rows", "cols"), [(32, 64), (8, 500), (3, 2048), (3, 4096)])
+def test_in_place(rng, rows, cols):
+    dy, x, weight = (
+        normal(rng, (rows, cols), np.float32),
+        normal(rng, (rows, cols), np.float32),
+        normal(rng, cols, np.float32),
+    )
+    out = to_device(x)
+    assert nbnorm.layer_norm(out, cols, to_device(weight), out=out) is out
+    assert_y(to_host(out), x, 1, weight, y_eps=CUDA_Y_EPS)
+    for which in range(2):
+        operands = [to_device(dy), to_device(x)]
+        out = operands[which], None, None
+        results = nbnorm.layer_norm_backward(*operands, cols, to_device(weight), out=out)
+        grads = nbnorm.functional.LayerNormGrads(*map(to_host, results))
+        assert_grads(grads, dy, x, 1, weight, gradient_eps=CUDA_GRADIENT_EPS)
