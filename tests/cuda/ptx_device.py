@@ -128,7 +128,7 @@ def prepare(kernel, signature, device, blocks, threads):
 
 
 def fill(view, byte, stream):
-    ((start,), (stop,)) = _runs(view)
+    start, stop = (end.item() for end in _runs(view))
     if not any(first <= start and stop <= end for first, end in _calls[-1].regions(is_to_write=True)):
         raise ptx_machine.Fault(f"a fill of {start:#x} to {stop:#x}, which is not for the call to write")
     ctypes.memset(start, byte, stop - start)
