@@ -38,6 +38,8 @@ BUILT_COLS = {
 
 # what is counted: rows of a block backward, so that the sums over them have their share
 ROWS_OF_BLOCK = 16
+# whose kernels are those of any longer one
+LONGEST = {"forward": 65536, "backward": 16384}
 COUNTED = ("global bytes read", "global bytes written", "shared accesses", "shuffles", "float operations", "instructions")
 # of an H200: bytes a second that a copy moves, multiprocessors, clocks a second, and of a multiprocessor in one clock the
 # threads of four warps that an instruction is issued for, those of one that exchange numbers, and half as many operations
@@ -124,7 +126,7 @@ def count_table(direction):
     """Of a row of the same kernels, all of its steps together, what they do, and what that takes of an H200."""
     header = ["columns", "type", *COUNTED, "longest", "share of a copy"]
     rows = []
-    problems = [(cols, dtype) for cols in BUILT_COLS[direction] for dtype in BUILT]
+    problems = [(min(cols, LONGEST[direction]), dtype) for cols in BUILT_COLS[direction] for dtype in BUILT]
     for cols, dtype in tqdm(problems, file=sys.stderr, unit=" calls", leave=False, disable=None):
         counts = counts_of_row(direction, dtype, cols)
         seconds = seconds_of_row(direction, dtype, cols, counts)
@@ -146,9 +148,8 @@ def counts_of_row(direction, dtype, cols):
     variant = offline.Variant(direction, (dtype,) * 3 + (None, None) * (direction == "backward"), cols)
     segments, _ = sizes.segments(cols, offline.itemsize(variant.dtype), direction)
     rows = 2 * variant.tile.teams
-    # of a long row the sums are a hundredth
-    if direction == "backward" and segments == 1:
-        rows = ROWS_OF_BLOCK * variant.tile.teams * variant.tile.blocks
+    if direction == "backward":
+        rows = ROWS_OF_BLOCK * variant.tile.teams * max(1, variant.tile.blocks // segments)
     rng = np.random.default_rng(0)
     shapes = [(rows, cols)] * (1 if direction == "forward" else 2) + [cols] * 2
     kind = getattr(ml_dtypes, dtype, dtype)
