@@ -1,16 +1,19 @@
-"""The launch tables and the register tables of the CUDA kernels, put into docs/kernels.md. No GPU is needed.
+"""The launch tables, the register tables and the counts of the CUDA kernels, put into docs/kernels.md. No GPU is needed.
 
-The kernels are compiled as a launch would compile them, so numba-cuda and NVIDIA's cuobjdump and nvdisasm are needed:
+The kernels are compiled as a launch would compile them, and their PTX is run on the CPU, so numba-cuda and NVIDIA's
+cuobjdump and nvdisasm are needed:
 
     pip install '.[cuda13]' nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
     python benchmarks/kernels.py
 """
 
-import importlib.util
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 from tables import markdown
 from tqdm import tqdm
 
@@ -33,25 +36,31 @@ BUILT_COLS = {
 }
 
 
+# what is counted: rows of a block backward, so that the sums over them have their share
+ROWS_OF_BLOCK = 16
+# whose kernels are those of any longer one
+LONGEST = {"forward": 65536, "backward": 16384}
+COUNTED = ("global bytes read", "global bytes written", "shared accesses", "shuffles", "float operations", "instructions")
+# of an H200: bytes a second that a copy moves, multiprocessors, clocks a second, and of a multiprocessor in one clock the
+# threads of four warps that an instruction is issued for, those of one that exchange numbers, and half as many operations
+# in float64
+COPY = 4.3e12
+MULTIPROCESSORS = 132
+CLOCK = 1.98e9
+ISSUED, EXCHANGED, FLOAT64 = 128, 32, 64
+
+# what the tests build kernels with, and run them on
+sys.path.append(str(ROOT / "tests" / "cuda"))
+import offline  # noqa: E402
+
+
 def main():
     if why := offline.missing():
         raise SystemExit(why)
     texts = {f"launch {direction}": launch_table(direction) for direction in TILED_COLS}
     texts |= {f"registers {direction}": register_table(direction) for direction in BUILT_COLS}
+    texts |= {f"counts {direction}": count_table(direction) for direction in BUILT_COLS}
     rewrite(DOCUMENT, texts)
-
-
-def by_path(path):
-    """The module of a file that is in no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-# what the tests build kernels with
-offline = by_path(ROOT / "tests" / "cuda" / "offline.py")
 
 
 def launch_table(direction):
@@ -111,6 +120,66 @@ def variants(direction):
         for dtype in BUILT
         for variant in offline.steps(direction, (dtype,) * 3 + (None, None) * (direction == "backward"), cols)
     ]
+
+
+def count_table(direction):
+    """Of a row of the same kernels, all of its steps together, what they do, and what that takes of an H200."""
+    header = ["columns", "type", *COUNTED, "longest", "share of a copy"]
+    rows = []
+    problems = [(min(cols, LONGEST[direction]), dtype) for cols in BUILT_COLS[direction] for dtype in BUILT]
+    for cols, dtype in tqdm(problems, file=sys.stderr, unit=" calls", leave=False, disable=None):
+        counts = counts_of_row(direction, dtype, cols)
+        seconds = seconds_of_row(direction, dtype, cols, counts)
+        longest = max(seconds, key=seconds.get)
+        moved = (2 if direction == "forward" else 3) * cols * offline.itemsize(dtype)
+        share = moved / COPY / seconds[longest]
+        rows.append([f"{cols}", dtype, *(f"{counts[kind]:,.0f}" for kind in COUNTED), longest, f"{share:.0%}"])
+    return markdown(header, rows)
+
+
+def counts_of_row(direction, dtype, cols):
+    """What the threads do, in a call of as many rows as fill two blocks."""
+    import nbnorm
+    import ptx_device
+    from nbnorm.cuda import sizes
+
+    ptx_device.install()
+    sizes.MULTIPROCESSORS = 1
+    variant = offline.Variant(direction, (dtype,) * 3 + (None, None) * (direction == "backward"), cols)
+    segments, _ = sizes.segments(cols, offline.itemsize(variant.dtype), direction)
+    rows = 2 * variant.tile.teams
+    if direction == "backward":
+        rows = ROWS_OF_BLOCK * variant.tile.teams * max(1, variant.tile.blocks // segments)
+    rng = np.random.default_rng(0)
+    shapes = [(rows, cols)] * (1 if direction == "forward" else 2) + [cols] * 2
+    kind = getattr(ml_dtypes, dtype, dtype)
+    first, *others = (ptx_device.to_device(rng.standard_normal(shape).astype(kind)) for shape in shapes)
+    ptx_device.launches.clear()
+    if direction == "forward":
+        nbnorm.layer_norm(first, cols, *others)
+    else:
+        nbnorm.layer_norm_backward(first, others[0], cols, others[1])
+    total = sum((launch[-1] for launch in ptx_device.launches), Counter())
+    return {kind: total[kind] / rows for kind in COUNTED}
+
+
+def seconds_of_row(direction, dtype, cols, counts):
+    """How long memory takes, and each kind of work, where nothing waits for anything else."""
+    from nbnorm.cuda import sizes
+
+    computed = max(4, offline.itemsize(dtype))
+    is_whole = sizes.segments(cols, computed, direction)[0] == 1
+    # a long row is read twice; weight and bias come from a cache
+    reads, writes = 1 if direction == "forward" else 2, 1
+    clocks = {
+        "instructions": counts["instructions"] / ISSUED,
+        "shuffles and shared memory": (counts["shuffles"] + counts["shared accesses"]) / EXCHANGED,
+    }
+    if dtype == "float64":
+        clocks["float64"] = counts["float operations"] / FLOAT64
+    seconds = {kind: n / (MULTIPROCESSORS * CLOCK) for kind, n in clocks.items()}
+    moved = (reads * (1 if is_whole else 2) + writes) * cols * offline.itemsize(dtype)
+    return {"memory": moved / COPY} | seconds
 
 
 def rewrite(path, texts):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+import device
 import nbnorm
 import offline
 import pages
@@ -58,16 +59,19 @@ def absent_libraries():
 
 
 def cuda_level(config):
-    if numba.config.ENABLE_CUDASIM:
+    if device.LEVEL == "simulator":
         return "in the simulator"
+    if device.LEVEL == "ptx":
+        return f"as the PTX of compute capability {device.PTX}, on the CPU"
     fault = report.cuda_fault()
-    return f"LEFT OUT on a device: {fault}; in the simulator, by tests/cuda/test_levels" if fault else "on a device"
+    others = "in the simulator" + ("" if offline.missing() else " and as PTX")
+    return f"LEFT OUT on a device: {fault}; {others}, by tests/cuda/test_levels" if fault else "on a device"
 
 
 def pytest_collection_modifyitems(config, items):
     """What needs a device or a library that is not here is left out, as the header says, rather than skipped one by one."""
     absent = set(absent_libraries())
-    is_on_no_device = not numba.config.ENABLE_CUDASIM and report.cuda_fault() is not None
+    is_on_no_device = device.LEVEL == "device" and report.cuda_fault() is not None
     here, left_out = [], []
     for item in items:
         cannot_run = absent.intersection(item.fixturenames) or (is_on_no_device and item.get_closest_marker("hardware"))

@@ -1,28 +1,38 @@
-"""The CUDA tests run on a device or in the simulator, for which a test starts a process of its own."""
+"""The CUDA tests run on a device, as PTX or in the simulator, for which two a test starts processes of their own."""
 
 import ctypes
 import itertools
+import zlib
 from contextlib import nullcontext
 
-import numba
 import pytest
 
+import device
 import offline
 
-IS_SIMULATED = bool(numba.config.ENABLE_CUDASIM)
+ORDERS = ("forward", "reverse", "random")
 # the header of the run says what is missing
 collect_ignore = [] if offline.missing() is None else ["test_compiled.py"]
+collect_ignore += [] if device.LEVEL == "ptx" else ["test_variants.py", "test_broken.py"]
+# a block of 1024 threads takes the simulator a minute
+collect_ignore += ["test_ends.py"] if device.LEVEL == "simulator" else []
 
-if IS_SIMULATED:
-    import simulator
+if device.LEVEL == "ptx":
+    import ptx_device as level
 
-    simulator.install()
+    level.capability = tuple(map(int, device.PTX.split(".")))
+    level.install()
+
+if device.LEVEL == "simulator":
+    import simulator as level
+
+    level.install()
 
     from nbnorm import checks
-    from nbnorm.cuda import arrays, combine, kernels, launch, rows, sizes
+    from nbnorm.cuda import combine, kernels, launch, rows, sizes
 
     def prepare(kernel, signature, device, blocks, threads):
-        return lambda stream, *arguments: simulator.run(kernel, signature, blocks, threads, *arguments)
+        return lambda stream, *arguments: level.run(kernel, signature, blocks, threads, *arguments)
 
     def aligned(access_memory):
         """As the operation, where the addresses are what accesses of that many elements need: a device faults elsewhere."""
@@ -47,18 +57,30 @@ if IS_SIMULATED:
     launch.fill = lambda view, byte, stream: ctypes.memset(view.address, byte, view.size * view.itemsize)
     checks.has_numba_cuda = lambda: True
 
+if device.LEVEL != "device":
+    from nbnorm.cuda import arrays
 
-@pytest.fixture(params=["forward", "reverse", "random"] if IS_SIMULATED else [None])
+
+@pytest.fixture(params={"device": [None], "simulator": ["random"], "ptx": ORDERS}[device.LEVEL])
 def order(request, monkeypatch):
-    """The order of blocks and threads, which a device chooses itself."""
-    if IS_SIMULATED:
-        monkeypatch.setattr(simulator, "order", request.param)
+    """The order of blocks and threads, which a device chooses itself; the simulator's other tests have the first of them."""
+    if request.param:
+        monkeypatch.setattr(level, "order", request.param)
+
+
+@pytest.fixture(autouse=True)
+def what_a_device_leaves_open(request, monkeypatch):
+    """Which thread is first, and which way an approximate instruction is off: each test has its own, always the same."""
+    if device.LEVEL == "ptx":
+        drawn = zlib.crc32(request.node.nodeid.encode())
+        monkeypatch.setattr(level, "order", ORDERS[drawn % 3])
+        monkeypatch.setattr(level, "rounding", (1, -1)[drawn // 3 % 2])
 
 
 @pytest.fixture
 def short_segments(monkeypatch):
     """Columns of a row that no block holds: in the simulator none of two warps, which it is through with sooner."""
-    if not IS_SIMULATED:
+    if device.LEVEL != "simulator":
         return 32776
     monkeypatch.setattr(sizes, "MOST_THREADS", {"forward": 64, "backward": 64})
     return 2052
@@ -67,7 +89,10 @@ def short_segments(monkeypatch):
 @pytest.fixture(autouse=True)
 def arrays_of_one_test():
     yield
-    if IS_SIMULATED:
-        simulator.forget()
+    if device.LEVEL == "simulator":
+        level.forget()
+    if device.LEVEL != "device":
         # the memory that calls work in is of that test too
         vars(arrays._kept).clear()
+    if device.LEVEL == "ptx":
+        level.launches.clear()

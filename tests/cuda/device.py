@@ -1,9 +1,16 @@
-"""The way to a device and back, also of bfloat16, which Numba itself does not copy, and what is tried there."""
+"""What the CUDA tests run on; the way there and back, also of bfloat16, which Numba itself does not copy; what is tried."""
+
+import os
 
 import ml_dtypes
+import numba
 import numpy as np
 
 from nbnorm import arrays
+
+# the compute capability of the device that is not there, whose PTX runs on the CPU: "9.0"
+PTX = os.environ.get("NBNORM_TEST_PTX")
+LEVEL = "simulator" if numba.config.ENABLE_CUDASIM else "ptx" if PTX else "device"
 
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 

@@ -1,15 +1,18 @@
 """Kernels built for a GPU that is not there: their PTX, their machine code, and what that takes.
 
-It is what a launch would build: LTO IR, which nvJitLink makes machine code of, for all features of the device.
+It is what a launch would build: LTO IR, of which nvJitLink makes PTX and then machine code, for all features of the device.
 """
 
+import hashlib
 import importlib.util
 import re
 import shutil
 import subprocess
 import sysconfig
 import tempfile
+import zlib
 from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -17,6 +20,8 @@ from unittest.mock import patch
 
 import numba
 import numpy as np
+
+from nbnorm import cache_folder
 
 INSTALL = "pip install '.[test,cuda13]' nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 TOOLS = ("cuobjdump", "nvdisasm")
@@ -81,7 +86,9 @@ class Variant(NamedTuple):
         """Elements that one access to dy has, to x, and to weight and bias."""
         tile = self.tile
         dy_most = min(tile.width, 16 // itemsize(self.operands[0]))
-        return self.dy_access or dy_most, self.access or tile.width, self.parameter_access or tile.piece
+        parameters = self.operands[1:] if self.direction == "forward" else self.operands[2:3]
+        most = min([tile.piece, *(16 // itemsize(name) for name in parameters if name is not None)])
+        return self.dy_access or dy_most, self.access or tile.width, self.parameter_access or most
 
 
 class Build(NamedTuple):
@@ -144,6 +151,11 @@ def steps(direction, operands, cols, **choices):
 
 def kernel(capability, variant):
     """The kernel that a variant is, built."""
+    return build(*source(capability, variant), capability)
+
+
+def source(capability, variant):
+    """The kernel that a variant is, and its signature."""
     from nbnorm.cuda import kernels
 
     tile, operands, dtype = variant.tile, variant.operands, variant.dtype
@@ -156,7 +168,7 @@ def kernel(capability, variant):
         choices = statistics_from, variant.output_mask, tile, tuple(dy_and_x)
         signature = kernels.backward_signature(operands, dtype)
     make = getattr(kernels, variant.direction)
-    return build(make(capability, operands, dtype, *choices, of_parameters, variant.step), signature, capability)
+    return make(capability, operands, dtype, *choices, of_parameters, variant.step), signature
 
 
 def registers_of_block(registers, threads):
@@ -167,6 +179,26 @@ def registers_of_block(registers, threads):
 
 def build(kernel, signature, capability):
     """What a launch on a device of this compute capability would run."""
+    with _library(kernel, signature, capability) as library, tempfile.TemporaryDirectory() as folder:
+        ptx = _keep(kernel, signature, library)
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(bytes(library.get_cubin().code))
+        ((registers, stack, shared, local),) = USAGE.findall(_output("cuobjdump", "--dump-resource-usage", cubin))
+        instructions = INSTRUCTION.findall(_output("nvdisasm", "--print-code", cubin))
+    return Build(ptx, Counter(instructions), int(registers), int(stack) + int(local), int(shared))
+
+
+def ptx(kernel, signature, capability):
+    """The PTX that the machine code is made of; built once, and kept with the compiled kernels."""
+    with suppress(zlib.error):
+        return zlib.decompress(cache_folder.read(_file_name(kernel, signature))).decode()
+    with _library(kernel, signature, capability) as library:
+        return _keep(kernel, signature, library)
+
+
+@contextmanager
+def _library(kernel, signature, capability):
+    """What numba-cuda makes of a kernel for a device of this compute capability, where that is the current one."""
     from numba.cuda import dispatcher
     from numba.cuda.cudadrv import devices
 
@@ -177,16 +209,23 @@ def build(kernel, signature, capability):
     with (
         patch.object(dispatcher, "get_current_device", lambda: device),
         patch.object(devices, "get_context", lambda: SimpleNamespace(device=device)),
-        tempfile.TemporaryDirectory() as folder,
     ):
         # as the kernel's `compile` does
-        built = dispatcher._Kernel(kernel.py_func, signature.args, **kernel.targetoptions)
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(bytes(built.library.get_cubin().code))
-        ptx = built.library.get_asm_str()
-        ((registers, stack, shared, local),) = USAGE.findall(_output("cuobjdump", "--dump-resource-usage", cubin))
-        instructions = INSTRUCTION.findall(_output("nvdisasm", "--print-code", cubin))
-    return Build(ptx, Counter(instructions), int(registers), int(stack) + int(local), int(shared))
+        yield dispatcher._Kernel(kernel.py_func, signature.args, **kernel.targetoptions).library
+
+
+def _keep(kernel, signature, library):
+    text = library.get_lto_ptx().rstrip("\0")
+    cache_folder.write(_file_name(kernel, signature), zlib.compress(text.encode()))
+    return text
+
+
+def _file_name(kernel, signature):
+    from cuda.bindings import nvjitlink
+
+    # the key knows the sources, the compute capability, and numba-cuda's version
+    depends_on = "ptx", kernel._cache.key, str(signature), nvjitlink.version()
+    return f"{hashlib.sha256(repr(depends_on).encode()).hexdigest()}.nbnorm"
 
 
 def _output(name, *arguments):

@@ -3,18 +3,16 @@
 import itertools
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 
 import nbnorm
-from device import DTYPES, SHAPES, normal, to_device, to_host
+from device import DTYPES, LEVEL, SHAPES, normal, to_device, to_host
 from nbnorm.cuda import sizes
 from tolerances import CUDA_GRADIENT_EPS, assert_grads
 
 pytestmark = pytest.mark.hardware
 
-IS_SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 # rows longer than a block holds backward, in vectors and one by one; and in float64, where they are shorter
 LONG_SHAPES = [(3, 8200), (2, 8193)]
 LONG_64 = 2056
@@ -37,7 +35,7 @@ def sums(*operands):
 @pytest.fixture
 def few_groups(monkeypatch):
     """Blocks that take many rows each, as on a device they do where there are many."""
-    if IS_SIMULATED:
+    if LEVEL != "device":
         monkeypatch.setattr(sizes, "MULTIPROCESSORS", 1)
 
 
@@ -123,6 +121,7 @@ def statistics_of(x, options):
     return mode | mask | ({"mean": mean, "rstd": rstd} if "is_given" in options else {})
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(("rows", "cols"), LONG_SHAPES)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

@@ -56,6 +56,7 @@ def test_order_of_threads(rng, order, use_diff_of_squares, rows, cols):
     assert_y(y, x, 1, weight, bias, 1e-5, use_diff_of_squares, **tolerances(np.float32))
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(("rows", "cols"), LONG_SHAPES)
 @pytest.mark.parametrize("use_diff_of_squares", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)

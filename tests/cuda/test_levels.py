@@ -1,4 +1,4 @@
-"""The CUDA tests where there is no device: in the simulator, which must be chosen before Numba is imported."""
+"""The CUDA tests where there is no device: in the simulator, and as PTX, which are chosen before Numba is imported."""
 
 import os
 import subprocess
@@ -6,8 +6,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numba
 import pytest
+
+import device
+import offline
+from variants import FULL, OTHERS
 
 HERE = Path(__file__).parent
 
@@ -16,10 +19,23 @@ HERE = Path(__file__).parent
 SHARES = (("test_backward.py", "test_quick.py"), ("test_[!bq]*.py", "test_quick_*.py"))
 # a few seconds' worth
 PART = ("test_layer.py", "test_errors.py")
+# compilers and PTX, and blocks of 1024 threads, of which each takes it a minute
+NOT_SIMULATED = ("test_compiled.py", "test_variants.py", "test_broken.py", "test_ends.py")
+# few kernels, and numbers, orders and places of all kinds; what the simulator leaves out. In place, threads that have no row
+# read the last one while another warp writes it: nothing is made of what they read, but it is a race, and a fault
+VALUES = "magnitudes or nan_and_inf or any_batch or alignment or overlaps or no_block_holds or squares_overflow"
+# (compute capability, arguments, fewest tests): all kernels for one, a tenth for the others, which differ in how they round.
+# The rest of the tests choose kernels by the thousand, which differ in dtypes alone, and take an hour to compile
+AS_PTX = [
+    (FULL, ("test_variants.py",), 190),
+    (FULL, ("test_ends.py", "test_broken.py", "test_layer.py"), 130),
+    (FULL, ("test_forward.py", "test_backward.py", "test_layouts.py", "test_eps.py", "-k", VALUES), 150),
+    *((capability, ("test_variants.py",), 15) for capability in OTHERS),
+]
 
 pytestmark = [
     pytest.mark.compiled,
-    pytest.mark.skipif(bool(numba.config.ENABLE_CUDASIM), reason="this is the simulator"),
+    pytest.mark.skipif(device.LEVEL != "device", reason="this is one of the levels"),
 ]
 
 
@@ -58,30 +74,48 @@ def test_numbas_own_simulator_is_refused(python_environment):
 
 
 @pytest.fixture
-def simulate(python_environment):
-    """Run files, and assert that at least so many tests have passed: or they were not found."""
-    environment = python_environment | {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "hardware and not device", "-p", "no:cacheprovider"]
+def run(python_environment):
+    """Run files at a level that an environment chooses, and assert that so many have passed: or they were not found."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
-    def simulate(files, least):
-        run = subprocess.run([*command, *files], env=environment, cwd=HERE, capture_output=True, text=True)
+    def run(level, markers, arguments, least):
+        environment = python_environment | level
+        run = subprocess.run(
+            [*command, "-m", f"hardware and not device{markers}", *arguments],
+            env=environment, cwd=HERE, capture_output=True, text=True,
+        )  # fmt: skip
         assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
         passed = int(run.stdout.rstrip().rpartition("\n")[2].partition(" passed")[0].split()[-1])
         assert passed >= least
 
-    yield simulate
+    yield run
     assert os.environ.get("NUMBA_ENABLE_CUDASIM") != "1"
 
 
-def test_a_part_in_the_simulator(simulate):
-    simulate([HERE / name for name in PART], 40)
+SIMULATOR = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBA_DISABLE_JIT": "0"}
+
+
+def test_a_part_in_the_simulator(run):
+    run(SIMULATOR, "", PART, 40)
 
 
 @pytest.mark.deep
-def test_in_the_simulator(simulate):
+def test_in_the_simulator(run):
     # of which nothing runs there, and which needs what only compiling does
-    files = set(HERE.glob("test_*.py")) - {HERE / "test_compiled.py"}
+    files = set(HERE.glob("test_*.py")) - {HERE / name for name in NOT_SIMULATED}
     shares = [sorted(file for pattern in patterns for file in files.intersection(HERE.glob(pattern))) for patterns in SHARES]
     assert sorted(file for share in shares for file in share) == sorted(files)
     with ThreadPoolExecutor(len(shares)) as pool:
-        list(pool.map(lambda files: simulate(files, 300), shares))
+        list(pool.map(lambda files: run(SIMULATOR, " and not large", files, 250), shares))
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(offline.missing() is not None, reason=f"there is no compiler for kernels: {offline.missing()}")
+def test_as_ptx(run):
+    """Two processes at a time; what is compiled once is kept, also by `test_compiled`, for the same kernels."""
+
+    def of_one(capability, arguments, least):
+        run({"NBNORM_TEST_PTX": "{}.{}".format(*capability), "NUMBA_DISABLE_JIT": "0"}, "", arguments, least)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(of_one, *zip(*AS_PTX, strict=True)))

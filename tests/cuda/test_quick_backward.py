@@ -4,20 +4,18 @@ import itertools
 import threading
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 from numba import cuda
 
 import nbnorm
-from device import to_device, to_host
+from device import LEVEL, to_device, to_host
 from nbnorm import checks
 from nbnorm.cuda import arrays, launch, quick
 
 pytestmark = pytest.mark.hardware
 
 ROWS, COLS = 5, 24
-IS_SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 
 
 @pytest.fixture(autouse=True)
@@ -213,7 +211,7 @@ def test_a_workspace_is_one_threads_own():
     assert workspace(200) is not first
     # of another stream, or large: not kept
     kept = workspace(200)
-    if not IS_SIMULATED:
+    if LEVEL == "device":
         assert workspace(200, cuda.stream().handle.value) is not kept
     assert workspace(arrays.KEPT // 4 + 1) is not kept
     assert workspace(200) is kept
