@@ -250,7 +250,7 @@ def order(request):
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_a_gpu_does_not_forgive(monkeypatch, order, name):
-    monkeypatch.setattr("machine.MOST_SEGMENTS", 1000)
+    monkeypatch.setattr("ptx_machine.MOST_SEGMENTS", 1000)
     case = WRONG[name]
     wrong, right = (
         kernel(*(text.replace("$", choice) for text in (case.body, case.variables))) for choice in (case.wrong, case.right)
@@ -352,7 +352,7 @@ def test_votes():
 
 def test_grids_and_blocks_of_three_dimensions(monkeypatch, order):
     # several batches
-    monkeypatch.setattr("machine.LANES", 96)
+    monkeypatch.setattr("ptx_machine.LANES", 96)
     body = """
         mov.u32 %r4, %tid.y;
         mov.u32 %r5, %tid.z;
