@@ -177,6 +177,20 @@ def test_comparison_of_all_lanes(dtype):
         assert compiled(-b, a) is lanes.all_below(-b, a) is False
 
 
+@pytest.mark.parametrize("kind", [int, np.float32, np.float64])
+def test_comparisons_are_pythons(kind):
+    """Numba learns their types from `lowering`, in a process with any other functions too."""
+
+    def compare(a, b):
+        return a < b, a <= b, a > b, a >= b, a == b, a != b, 1 if a - b else 0, a == 2, b < 3, a < 2.5
+
+    compiled = njit(compare)
+    values = [kind(value) for value in (-3, 0, 2, 3)] + ([kind(np.nan), kind(np.inf)] if kind is not int else [])
+    with np.errstate(invalid="ignore"):
+        for a, b in itertools.product(values, repeat=2):
+            assert compiled(a, b) == compare(a, b)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_totals_of_sixteen_rows_are_those_of_each(rng, dtype):
     @njit

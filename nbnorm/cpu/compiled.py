@@ -3,6 +3,7 @@
 import itertools
 import logging
 from time import perf_counter
+from typing import Any
 
 from numba import njit
 from numba.core import config
@@ -14,6 +15,7 @@ from numba.core.registry import cpu_target
 from numba.core.runtime.nrt import rtsys
 
 from nbnorm.cache import Cache
+from nbnorm.cpu import steps
 from nbnorm.sources import digest
 
 _dispatchers: dict = {}
@@ -63,8 +65,11 @@ def _cache(name, signature, parallel):
 
 
 def _dispatcher(function, parallel):
-    # not called from C, for which Numba would compile it too; its hints leave the option out
-    return njit(parallel=parallel, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)  # type: ignore[call-overload]
+    # not called from C, for which Numba would compile it too
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+    if parallel:
+        return njit(parallel=True, **options)(function)
+    return njit(pipeline_class=steps.compiler(steps.SKIPPED, {}), **options)(function)
 
 
 def _arguments(count):

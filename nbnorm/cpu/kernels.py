@@ -205,7 +205,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 gradients(
                     dy_, x_, r * cols, cols, 0, count, cols, (r + count) * cols, (his, rests, rstds),
                     (g_his, g_rests, slopes), weight_, 0, element, streaming,
-                    dx_, dweight_sums, dbias_sums, b * cols, True,
+                    dx_, dweight_sums, dbias_sums, b * cols,
                 )  # fmt: skip
                 r += count
                 if not is_ordinary:

@@ -216,13 +216,11 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
             for start in range(task * task_cols, smaller((task + 1) * task_cols, cols), COLUMNS):
                 width = smaller(COLUMNS, cols - start)
                 if sums.size > 0:
-                    dweight_sums, dbias_sums, sums_at = pointer(sums[0]), pointer(sums[-1]), start
+                    dweight_room, dbias_room, sums_at = pointer(sums[0]), pointer(sums[-1]), start
                 else:
-                    dweight_sums, dbias_sums, sums_at = pointer(own_sums), pointer(own_sums[COLUMNS:]), 0
-                if not with_dweight:
-                    dweight_sums = None
-                if not with_dbias:
-                    dbias_sums = None
+                    dweight_room, dbias_room, sums_at = pointer(own_sums), pointer(own_sums[COLUMNS:]), 0
+                dweight_sums = dweight_room if with_dweight else None
+                dbias_sums = dbias_room if with_dbias else None
                 if first == 0:
                     clear(dweight_sums, sums_at, width)
                     clear(dbias_sums, sums_at, width)
@@ -246,7 +244,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                         count += 1
                     gradients(
                         dy_, x_, start, cols, r, r + count, width, None, statistics_, means_, weight_, start, element,
-                        streaming, dx_, dweight_sums, dbias_sums, sums_at, True,
+                        streaming, dx_, dweight_sums, dbias_sums, sums_at,
                     )  # fmt: skip
                     r += count
                 if last:

@@ -105,6 +105,10 @@ _arithmetic(operator.add, "fadd")
 _arithmetic(operator.sub, "fsub")
 _arithmetic(operator.mul, "fmul")
 _arithmetic(operator.truediv, "fdiv")
+for _function in (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne):
+    _types(_function, lambda a, b: types.boolean if a == b and a in (types.int64, *FLOATS) else None)
+# what each branch asks for
+_types(bool, lambda value: types.boolean if value in (types.boolean, types.int64) else None)
 
 
 @lowers(lanes.pointer)

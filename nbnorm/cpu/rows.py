@@ -6,8 +6,9 @@ the small rest `lo`, so that `(x - hi) * rstd - lo * rstd` loses no digits where
 float32 mean alone costs 1e-3 at mean/std = 1e4.
 
 These functions are inlined into every kernel that calls them. What is behind a branch on `mode` is compiled, and then left
-out; behind a branch on it in a kernel, or on `is None`, it is not compiled at all. For `in`, `**`, `min` and `max` Numba
-compiles functions of its own, which take as long as these.
+out; behind a branch on it in a kernel, or on `is None`, it is not compiled at all. A name has one type, and an argument that
+may be None is not assigned to, as `steps` says. For `in`, `**`, `min` and `max` Numba compiles functions of its own, which
+take as long as these.
 """
 
 import numpy as np
@@ -83,7 +84,7 @@ def statistics_and_sums(dy, x, at, cols, g_shift, weight, to_weight, element, mo
         rest_64, variance_64, sums = shifted(dy, x, at, cols, wide_shift, g_shift, weight, to_weight, np.float64, ahead)
         if mode == DIFF_OF_SQUARES_64 and not is_enough(rest_64, variance_64, FLOAT64_SUMS_64):
             wide_shift = load_one(x, at)
-            rest_64, variance_64, sums = shifted(dy, x, at, cols, wide_shift, g_shift, weight, to_weight, np.float64, None)
+            rest_64, variance_64, sums = shifted(dy, x, at, cols, wide_shift, g_shift, weight, to_weight, np.float64, ahead)
         # the statistics are of x alone, whatever dy is
         if not is_done:
             # in float64 it is enough whatever the shift is, since an element is at most sqrt(cols - 1) standard deviations
@@ -408,7 +409,68 @@ def remember(means, i, rstd, shift, sums, cols, element):
 @inlined
 def gradients(
     dy, x, at, pitch, begin, end, cols, following, statistics, means, weight, first, element, streaming, dx, dweight, dbias,
-    sums_at, is_wide,
+    sums_at,
+):  # fmt: skip
+    """As `gradients_of_rows`, of rows that are long enough for dx to begin with what is left of a line."""
+    # dx in whole lines, of the first row at least: 1.3x at (4096, 4096), where parts would be streamed alternately, and 1.0
+    # to 1.1x in the cache, where reading would wait for what was written to the same place of another page
+    head = smaller(cols, until_aligned(dx, at + begin * pitch))
+    done = 0
+    if end - begin == 4:
+        done = (cols - head) >> 4
+        gradients_of_four(
+            dy, x, at, pitch, begin, head, done, following, statistics, means, weight, first, element, streaming, dx,
+            dweight, dbias, sums_at,
+        )  # fmt: skip
+    gradients_of_rows(
+        dy, x, at, pitch, begin, end, cols, head, done, following, statistics, means, weight, first, element, streaming, dx,
+        dweight, dbias, sums_at,
+    )  # fmt: skip
+
+
+@inlined
+def gradients_of_four(
+    dy, x, at, pitch, begin, head, blocks, following, statistics, means, weight, first, element, streaming, dx, dweight,
+    dbias, sums_at,
+):  # fmt: skip
+    """As `gradients_of_rows`, of the four rows from `begin` on, in columns of sixteen alone."""
+    # as numbers, not elements of arrays, what is known of four rows stays in registers: 1.1 to 1.4x in bfloat16
+    rows = (
+        row_of(at, pitch, statistics, means, begin),
+        row_of(at, pitch, statistics, means, begin + 1),
+        row_of(at, pitch, statistics, means, begin + 2),
+        row_of(at, pitch, statistics, means, begin + 3),
+    )
+    for c in range(blocks):
+        j = head + 16 * c
+        weights = load(weight, first + j, element)
+        dweights = load(dweight, sums_at + j, np.float64)
+        dbiases = load(dbias, sums_at + j, np.float64)
+        k = 64 * c
+        for _ in range(4):
+            prefetch_both(dy, x, k, following, dx, dweight)
+            k += 16
+        # all is read before the first is written, for the same reason
+        dys0, x_hats0, dxs0 = gradients_at(dy, x, rows[0], j, weights, element)
+        dys1, x_hats1, dxs1 = gradients_at(dy, x, rows[1], j, weights, element)
+        dys2, x_hats2, dxs2 = gradients_at(dy, x, rows[2], j, weights, element)
+        dys3, x_hats3, dxs3 = gradients_at(dy, x, rows[3], j, weights, element)
+        put(dx, rows[0][0] + j, dxs0, streaming)
+        put(dx, rows[1][0] + j, dxs1, streaming)
+        put(dx, rows[2][0] + j, dxs2, streaming)
+        put(dx, rows[3][0] + j, dxs3, streaming)
+        dweights, dbiases = with_row(dweights, dbiases, dys0, x_hats0)
+        dweights, dbiases = with_row(dweights, dbiases, dys1, x_hats1)
+        dweights, dbiases = with_row(dweights, dbiases, dys2, x_hats2)
+        dweights, dbiases = with_row(dweights, dbiases, dys3, x_hats3)
+        put(dweight, sums_at + j, dweights, False)
+        put(dbias, sums_at + j, dbiases, False)
+
+
+@inlined
+def gradients_of_rows(
+    dy, x, at, pitch, begin, end, cols, head, done, following, statistics, means, weight, first, element, streaming, dx,
+    dweight, dbias, sums_at,
 ):  # fmt: skip
     """Gradients of some rows, column by column: add to the sums of dweight and dbias, and write dx.
 
@@ -416,47 +478,9 @@ def gradients(
     and are `pitch` apart; `statistics` has their hi, rest and rstd, and `means` what `remember` wrote of them. The sums are
     float64, that of a segment's first column at `sums_at`, and grow row after row, so that it is the same which rows are
     taken together. About as many elements as these rows have are prefetched, from `following` on, unless that is None.
-    `is_wide` is False in the kernels for short rows.
+    Columns of sixteen begin after `head` others, and `done` of them are.
     """
-    # dx in whole lines, of the first row at least: 1.3x at (4096, 4096), where parts would be streamed alternately, and 1.0
-    # to 1.1x in the cache, where reading would wait for what was written to the same place of another page
-    head = smaller(cols, until_aligned(dx, at + begin * pitch)) if is_wide else 0
     blocks = (cols - head) >> 4
-    done = 0
-    if is_wide and end - begin == 4:
-        # as numbers, not elements of arrays, what is known of four rows stays in registers: 1.1 to 1.4x in bfloat16
-        done = blocks
-        # from `end` on back, since `begin` may be the literal 0, for which Numba would compile row_of twice
-        rows = (
-            row_of(at, pitch, statistics, means, end - 4),
-            row_of(at, pitch, statistics, means, end - 3),
-            row_of(at, pitch, statistics, means, end - 2),
-            row_of(at, pitch, statistics, means, end - 1),
-        )
-        for c in range(done):
-            j = head + 16 * c
-            weights = load(weight, first + j, element)
-            dweights = load(dweight, sums_at + j, np.float64)
-            dbiases = load(dbias, sums_at + j, np.float64)
-            k = 64 * c
-            for _ in range(4):
-                prefetch_both(dy, x, k, following, dx, dweight)
-                k += 16
-            # all is read before the first is written, for the same reason
-            dys0, x_hats0, dxs0 = gradients_at(dy, x, rows[0], j, weights, element)
-            dys1, x_hats1, dxs1 = gradients_at(dy, x, rows[1], j, weights, element)
-            dys2, x_hats2, dxs2 = gradients_at(dy, x, rows[2], j, weights, element)
-            dys3, x_hats3, dxs3 = gradients_at(dy, x, rows[3], j, weights, element)
-            put(dx, rows[0][0] + j, dxs0, streaming)
-            put(dx, rows[1][0] + j, dxs1, streaming)
-            put(dx, rows[2][0] + j, dxs2, streaming)
-            put(dx, rows[3][0] + j, dxs3, streaming)
-            dweights, dbiases = with_row(dweights, dbiases, dys0, x_hats0)
-            dweights, dbiases = with_row(dweights, dbiases, dys1, x_hats1)
-            dweights, dbiases = with_row(dweights, dbiases, dys2, x_hats2)
-            dweights, dbiases = with_row(dweights, dbiases, dys3, x_hats3)
-            put(dweight, sums_at + j, dweights, False)
-            put(dbias, sums_at + j, dbiases, False)
     for c in range(done, blocks):
         j = head + 16 * c
         weights = load(weight, first + j, element)
@@ -480,10 +504,10 @@ def gradients(
         dweights = load_part(dweight, sums_at + j, count, np.float64, 0.0)
         dbiases = load_part(dbias, sums_at + j, count, np.float64, 0.0)
         for i in range(begin, end):
-            row_at, row = row_of(at, pitch, statistics, means, i)
+            row_at, known = row_of(at, pitch, statistics, means, i)
             dys = load_part(dy, row_at + j, count, element, element(0))
             xs = load_part(x, row_at + j, count, element, element(0))
-            x_hats, dxs = row_gradients(dys, xs, row, weights)
+            x_hats, dxs = row_gradients(dys, xs, known, weights)
             dweights, dbiases = with_row(dweights, dbiases, dys, x_hats)
             put_part(dx, row_at + j, count, dxs, streaming)
         put_part(dweight, sums_at + j, count, dweights, False)
@@ -535,11 +559,12 @@ def row_gradients(dys, xs, row, weights):
 @inlined
 def with_row(dweights, dbiases, dys, x_hats):
     """The sums of dweight and dbias with sixteen elements of another row in them; None of None."""
+    new_dweights, new_dbiases = dweights, dbiases
     if dweights is not None:
-        dweights = multiply_add(widen(dys), widen(x_hats), dweights)
+        new_dweights = multiply_add(widen(dys), widen(x_hats), dweights)
     if dbiases is not None:
-        dbiases = dbiases + widen(dys)
-    return dweights, dbiases
+        new_dbiases = dbiases + widen(dys)
+    return new_dweights, new_dbiases
 
 
 @inlined

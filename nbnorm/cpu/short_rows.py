@@ -10,26 +10,40 @@ from nbnorm.cpu import kernels
 from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
 from nbnorm.cpu.lanes import fence, larger, pointer, restore_mode, scratch, smaller, standard_mode, until_aligned
 from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
-from nbnorm.cpu.rows import TWO_SWEEPS, add_blocks, clear, gradients, normalise, rest_of, split
+from nbnorm.cpu.rows import (
+    DIFF_OF_SQUARES,
+    DIFF_OF_SQUARES_64,
+    FLOAT32_SUMS,
+    FLOAT64_SUMS,
+    FLOAT64_SUMS_64,
+    TWO_SWEEPS,
+    add_blocks,
+    clear,
+    gradients_of_rows,
+    normalise,
+    rest_of,
+    split,
+)
 from nbnorm.cpu.sixteen_rows import ROWS, SUMS_SIZE, compensated_of_rows, means_of_rows, normalise_rows, statistics_of_rows
 from nbnorm.cpu.sizes import STREAMED_BYTES
 
 
-def sums_are_narrow(x_dtype, dtype):
-    """Whether the sums for statistics are float32, and float64 only where that is not enough.
+def sums_of(mode, x_dtype, dtype):
+    """The type of the sums for statistics, and what `statistics_of_rows` is told of them.
 
     With 16-bit rows, float32 sums make a forward 1.1 to 1.4 times as fast. float32 rows would gain in the caches alone, and
     lose the last bit of rstd.
     """
-    return x_dtype.itemsize == 2 and dtype == np.float32
+    if x_dtype.itemsize == 2 and dtype == np.float32:
+        return np.float32, None if mode == DIFF_OF_SQUARES else True, FLOAT32_SUMS
+    return np.float64, None, {DIFF_OF_SQUARES: FLOAT64_SUMS, DIFF_OF_SQUARES_64: FLOAT64_SUMS_64}.get(mode)
 
 
 def forward(x_dtype, dtype, has_weight, has_bias, variance):
     """One iteration owns some rows, of which it takes sixteen at a time."""
     element = dtype.type
     mode = kernels.mode_of(variance, x_dtype, dtype)
-    is_narrow = sums_are_narrow(x_dtype, dtype)
-    sum_type = np.float32 if is_narrow else np.float64
+    sum_type, is_near, limits = sums_of(mode, x_dtype, dtype)
     smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
 
     def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
@@ -39,8 +53,8 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance):
         operands = pointer(x), pointer(y), weight_or_none, bias_or_none, row_size, given_eps
         ahead = row_size * -(-AHEAD // row_size)
         task_rows = larger(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // row_size)
-        # column by column, a line that leaves the caches leaves in pieces, unless a row is one column of lanes: row by row,
-        # a call takes 0.65 of the time there
+        # column by column, a line that leaves the caches leaves in pieces, unless a row is one column of lanes: in pairs, a
+        # call takes 0.65 of the time there
         is_by_columns = row_size <= 16 or not (streaming or y.size * y.itemsize >= STREAMED_BYTES)
         for task in prange(-(-rows // task_rows)):
             thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
@@ -56,7 +70,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance):
                     compensated_of_rows(x_, at, count, cols, element, eps, ahead, (his, rests, rstds), means, variances)
                 else:
                     statistics_of_rows(
-                        None, x_, at, count, cols, None, element, mode, sum_type, is_narrow, eps, ahead,
+                        None, x_, at, count, cols, None, element, mode, sum_type, is_near, limits, eps, ahead,
                         scratch_sums, (his, rests, rstds), means, variances, None,
                     )  # fmt: skip
 
@@ -67,19 +81,14 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance):
                     # NaN fails the comparison too
                     while end < count and smallest <= variances[end] + eps <= largest:
                         end += 1
-                    if is_by_columns:
-                        normalise_rows(x_, at, begin, end, cols, (his, rests, rstds), weight_, bias_, element, streaming, y_)
-                    else:
-                        for i in range(begin, end - 1, 2):
-                            pair = (
-                                (at + i * cols, his[i], rests[i], rstds[i]),
-                                (at + (i + 1) * cols, his[i + 1], rests[i + 1], rstds[i + 1]),
-                            )
-                            normalise(x_, pair, cols, weight_, bias_, 0, element, streaming, y_)
-                        if (end - begin) & 1:
-                            i = end - 1
-                            row = at + i * cols, his[i], rests[i], rstds[i]
-                            normalise(x_, (row,), cols, weight_, bias_, 0, element, streaming, y_)
+                    alone = begin if is_by_columns else end - ((end - begin) & 1)
+                    for i in range(begin, alone, 2):
+                        pair = (
+                            (at + i * cols, his[i], rests[i], rstds[i]),
+                            (at + (i + 1) * cols, his[i + 1], rests[i + 1], rstds[i + 1]),
+                        )
+                        normalise(x_, pair, cols, weight_, bias_, 0, element, streaming, y_)
+                    normalise_rows(x_, at, alone, end, cols, (his, rests, rstds), weight_, bias_, element, streaming, y_)
                     if mean.size > 0:
                         for i in range(begin, end):
                             mean[r + i] = means[i]
@@ -102,8 +111,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     element = dtype.type
     is_given = statistics_from == "given"
     mode = kernels.mode_of(statistics_from, x_dtype, dtype)
-    is_narrow = sums_are_narrow(x_dtype, dtype)
-    sum_type = np.float32 if is_narrow else np.float64
+    sum_type, is_near, limits = sums_of(mode, x_dtype, dtype)
     smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
@@ -126,9 +134,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         # as forward, but fewer rows column by column: it takes 0.8 to 0.9 of the time. Two where each line has the end of
         # one sixteen and the beginning of another: only so many lines wait for their second part, and four rows of 32 to
         # 112 take 0.9 to 2 times as long
-        together = ROWS
-        if streaming and row_size > 16:
-            together = 2 if has_lines and row_size % 16 == 0 and until_aligned(dx_or_none, 0) > 0 else GROUP_ROWS
+        has_split_lines = has_lines and row_size % 16 == 0 and until_aligned(dx_or_none, 0) > 0
+        together = (2 if has_split_lines else GROUP_ROWS) if streaming and row_size > 16 else ROWS
         ahead = row_size * -(-AHEAD // row_size)
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
             thread_mode, (dy_, x_, weight_, dx_, dweight_sums, dbias_sums, cols, eps) = standard_mode(operands)
@@ -153,8 +160,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     compensated_of_rows(x_, at, count, cols, element, eps, ahead, (his, rests, rstds), means, variances)
                 elif needs_statistics:
                     statistics_of_rows(
-                        dy_ if in_one_sweep else None, x_, at, count, cols, weight_, element, mode, sum_type, is_narrow, eps,
-                        ahead, scratch_sums, (his, rests, rstds), means, variances, (g_his, g_rests, slopes),
+                        dy_ if in_one_sweep else None, x_, at, count, cols, weight_, element, mode, sum_type, is_near,
+                        limits, eps, ahead, scratch_sums, (his, rests, rstds), means, variances, (g_his, g_rests, slopes),
                     )  # fmt: skip
 
                 # their means
@@ -171,10 +178,10 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                     while end < count and (is_given or not needs_statistics or smallest <= variances[end] + eps <= largest):
                         end += 1
                     for i in range(begin, end, together):
-                        gradients(
-                            dy_, x_, at, cols, i, smaller(i + together, end), cols, None, (his, rests, rstds),
+                        gradients_of_rows(
+                            dy_, x_, at, cols, i, smaller(i + together, end), cols, 0, 0, None, (his, rests, rstds),
                             (g_his, g_rests, slopes), weight_, 0, element, streaming,
-                            dx_, dweight_sums, dbias_sums, b * cols, False,
+                            dx_, dweight_sums, dbias_sums, b * cols,
                         )  # fmt: skip
                     if end < count:
                         row_gradients_rescaled(

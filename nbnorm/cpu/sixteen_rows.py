@@ -25,9 +25,6 @@ from nbnorm.cpu.lanes import (
 from nbnorm.cpu.rows import (
     DIFF_OF_SQUARES,
     DIFF_OF_SQUARES_64,
-    FLOAT32_SUMS,
-    FLOAT64_SUMS,
-    FLOAT64_SUMS_64,
     compensated,
     first_gradient,
     gradient_block_sums,
@@ -61,27 +58,27 @@ def compensated_of_rows(x, at, rows, cols, element, eps, ahead, row_statistics, 
 
 @inlined
 def statistics_of_rows(
-    dy, x, at, rows, cols, weight, element, mode, sum_type, is_narrow, eps, ahead,
+    dy, x, at, rows, cols, weight, element, mode, sum_type, is_near, limits, eps, ahead,
     sums, row_statistics, means, variances, g_means,
 ):  # fmt: skip
     """As `compensated_of_rows`, of any other mode.
 
     And write what `remember` does into the three arrays `g_means`, from sums of the same sweep, unless dy is None; dy is for
-    rows whose `element` is float32. Sums over a row are of the type `sum_type`, float32 with `is_narrow`; where they are not
-    enough, they are float64, and about the row's first element. `sums` is a scratch.
+    rows whose `element` is float32. Sums over a row are of the type `sum_type`, and about a number near the mean where
+    `is_near` is not None; where they are not enough, by their `limits`, they are float64, and about the row's first element.
+    None for limits says that they always are. `sums` is a scratch.
     """
     is_diff_of_squares = mode == DIFF_OF_SQUARES or mode == DIFF_OF_SQUARES_64
     for i in range(rows):
         k = at + i * cols
         shift = 0.0
-        if not is_diff_of_squares:
-            shift = near_mean(x, k, cols, element) if is_narrow else load_one(x, k)
+        if is_near is not None:
+            shift = near_mean(x, k, cols, element)
+        elif not is_diff_of_squares:
+            shift = load_one(x, k)
         sums_of_row(dy, x, k, i, cols, shift, weight, element, sum_type, ahead, sums)
     row_rests, row_variances = moments_of_rows(sums, cols)
-    limits = FLOAT32_SUMS
-    if not is_narrow:
-        limits = FLOAT64_SUMS_64 if mode == DIFF_OF_SQUARES_64 else FLOAT64_SUMS
-    if (is_narrow or is_diff_of_squares) and not are_enough(row_rests, row_variances, limits):
+    if limits is not None and not are_enough(row_rests, row_variances, limits):
         # until the means are known
         store(means, 0, row_rests)
         store(variances, 0, row_variances)
