@@ -418,8 +418,9 @@ def gradients(
     done = 0
     if end - begin == 4:
         done = (cols - head) >> 4
+        # not `begin`, which may be the literal 0, for which Numba would compile row_of once more
         gradients_of_four(
-            dy, x, at, pitch, begin, head, done, following, statistics, means, weight, first, element, streaming, dx,
+            dy, x, at, pitch, end - 4, head, done, following, statistics, means, weight, first, element, streaming, dx,
             dweight, dbias, sums_at,
         )  # fmt: skip
     gradients_of_rows(
