@@ -33,7 +33,7 @@ ALLOWED_ON_CUDA = 16
 # calls between two events, so that the host is ahead of the device
 CUDA_CALLS = 20
 # NumPy works on so many elements at a time, so that its intermediates stay in a core's cache and take little memory
-BLOCK_ELEMENTS = 1 << 15
+BLOCK_ELEMENTS = 1 << 16
 # one other process on two processors leaves 0.67 to 0.8 of them
 IDLE_SHARE = 0.9
 # hashed in some 10 ms, without the interpreter: several of a scheduler's slices, of a few ms each, need more than one

@@ -20,6 +20,8 @@ from nbnorm.sources import digest
 
 _dispatchers: dict = {}
 _logger = logging.getLogger("nbnorm")
+# of serial kernels: Numba's own steps make a parallel one
+_Compiler = steps.compiler(steps.SKIPPED, {})
 
 
 def compiled(name, signature, parallel, make):
@@ -69,7 +71,7 @@ def _dispatcher(function, parallel):
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
     if parallel:
         return njit(parallel=True, **options)(function)
-    return njit(pipeline_class=steps.compiler(steps.SKIPPED, {}), **options)(function)
+    return njit(pipeline_class=_Compiler, **options)(function)
 
 
 def _arguments(count):

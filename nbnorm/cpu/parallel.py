@@ -179,7 +179,7 @@ def is_crowded():
 
 
 def _decide():
-    global from_elements, many, _pause, _paused_until, _is_decided
+    global from_elements, many, _paused_until, _is_decided
     # the main thread's, since this one may have been given fewer
     available = processors(os.getpid())
     # before Numba's are launched, which want to run then
@@ -189,7 +189,7 @@ def _decide():
     elif available < config.NUMBA_NUM_THREADS or not _may_launch():
         many = OURS
     elif crowded:
-        many, _pause, _paused_until = OURS, PAUSE, perf_counter() + PAUSE
+        many, _paused_until = OURS, perf_counter() + PAUSE
     _is_decided = True
 
 
