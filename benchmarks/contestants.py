@@ -14,7 +14,7 @@ import numpy as np
 
 import nbnorm
 from nbnorm import reference
-from nbnorm.arrays import give_back
+from nbnorm.calls.arrays import give_back
 
 EPS = 1e-5
 MODULES = {"torch": ["torch"], "ONNX Runtime": ["onnxruntime", "onnx"], "JAX": ["jax"]}

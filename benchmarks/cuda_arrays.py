@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 from numba import cuda
 
-from nbnorm.arrays import give_back, on_device, read
+from nbnorm.calls.arrays import give_back, on_device, read
 
 
 class Torch:

@@ -127,7 +127,7 @@ def busy():
 def times(with_numbas):
     # Numba looks at the processors when it is imported
     import nbnorm
-    from nbnorm.cpu import parallel
+    from nbnorm.cpu.workers import parallel
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal(SHAPE, dtype=np.float32)
@@ -171,7 +171,8 @@ def times(with_numbas):
 def of_kind(kind, case):
     """What calls of a kind take, in ms, by nbnorm's choice from its first large call on, and by one thread."""
     import nbnorm
-    from nbnorm.cpu import parallel, quick
+    from nbnorm.cpu import quick
+    from nbnorm.cpu.workers import parallel
 
     shape, axes, is_backward = KINDS[kind]
     rng = np.random.default_rng(0)
@@ -223,7 +224,7 @@ def of_kind(kind, case):
 
 def cost():
     """What it costs a call, in us: to ask who works, and to watch Numba's threads."""
-    from nbnorm.cpu import parallel
+    from nbnorm.cpu.workers import parallel
 
     def kernel(x):
         pass

@@ -8,7 +8,8 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 
-from nbnorm import __version__, warm
+from nbnorm import __version__
+from nbnorm.commands import warm
 
 DESCRIPTION = "Layer norm as Numba-compiled kernels."
 
@@ -93,13 +94,13 @@ def _help(_):
 
 def _check(_):
     # imported here, since what `--help` prints needs none of it
-    from nbnorm.report import report
+    from nbnorm.commands.report import report
 
     return 0 if report() else 1
 
 
 def _apply(options):
-    from nbnorm.apply import apply
+    from nbnorm.commands.apply import apply
 
     with _signals() as received:
         applied = apply(
@@ -121,7 +122,7 @@ def _apply(options):
 
 
 def _cache(options):
-    from nbnorm import cache_folder
+    from nbnorm.disk import cache_folder
 
     folder, distrust = cache_folder.place()
     print(f"folder:  {_spelt_out(folder)}")

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from nbnorm import checks
-from nbnorm.cpu import choice, parallel
+from nbnorm.calls import checks
+from nbnorm.cpu import choice
+from nbnorm.cpu.workers import parallel
 from nbnorm.functional import Shape
 
 

@@ -4,7 +4,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
-from nbnorm import arrays, checks, cpu
+from nbnorm import cpu
+from nbnorm.calls import arrays, checks
 
 # an array of any of the supported libraries, or what numpy.asarray takes
 Array: TypeAlias = Any

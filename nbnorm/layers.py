@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nbnorm import arrays, checks, state
+from nbnorm.calls import arrays, checks, state
 from nbnorm.cpu import quick
 from nbnorm.functional import Array, LayerNormGrads, Shape, layer_norm, layer_norm_backward
 

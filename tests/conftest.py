@@ -15,8 +15,8 @@ import nbnorm
 import offline
 import pages
 from levels import deep
-from nbnorm import report
-from nbnorm.cpu import parallel
+from nbnorm.commands import report
+from nbnorm.cpu.workers import parallel
 
 DEEP_LEFT_OUT = "nbnorm: LEFT OUT: the deep level, which any -m of yours lets run: pytest -m ''"
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
@@ -105,15 +105,15 @@ def choose_workers(monkeypatch):
     """On calls of any size: "one" thread, "numba's" or "ours", of which there are three."""
 
     def choose(workers):
-        monkeypatch.setattr("nbnorm.cpu.parallel.from_elements", float("inf") if workers == parallel.ONE else 0)
-        monkeypatch.setattr("nbnorm.cpu.parallel.many", workers)
-        monkeypatch.setattr("nbnorm.cpu.parallel._is_decided", True)
-        monkeypatch.setattr("nbnorm.cpu.parallel._paused_until", 0.0)
-        monkeypatch.setattr("nbnorm.cpu.parallel.our_threads", lambda: 3)
-        monkeypatch.setattr("nbnorm.cpu.threads.ELEMENTS", 0)
-        monkeypatch.setattr("nbnorm.cpu.blocks.ELEMENTS", 0 if workers == parallel.OURS else float("inf"))
-        monkeypatch.setattr("nbnorm.cpu.threads.PIECE_ELEMENTS", 1)
-        monkeypatch.setattr("nbnorm.cpu.parallel.STALL_SECONDS", float("inf"))
+        monkeypatch.setattr("nbnorm.cpu.workers.parallel.from_elements", float("inf") if workers == parallel.ONE else 0)
+        monkeypatch.setattr("nbnorm.cpu.workers.parallel.many", workers)
+        monkeypatch.setattr("nbnorm.cpu.workers.parallel._is_decided", True)
+        monkeypatch.setattr("nbnorm.cpu.workers.parallel._paused_until", 0.0)
+        monkeypatch.setattr("nbnorm.cpu.workers.parallel.our_threads", lambda: 3)
+        monkeypatch.setattr("nbnorm.cpu.workers.threads.ELEMENTS", 0)
+        monkeypatch.setattr("nbnorm.cpu.workers.blocks.ELEMENTS", 0 if workers == parallel.OURS else float("inf"))
+        monkeypatch.setattr("nbnorm.cpu.workers.threads.PIECE_ELEMENTS", 1)
+        monkeypatch.setattr("nbnorm.cpu.workers.parallel.STALL_SECONDS", float("inf"))
 
     return choose
 

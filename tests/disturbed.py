@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nbnorm import apply as apply_module
 from nbnorm.__main__ import main
+from nbnorm.commands import apply as apply_module
 
 ARGUMENTS = ["apply", "x.npy", "-o", "y.npy", "--normalized-shape", "64"]
 # done to the process or its input at a random moment, and how many times as rarely as the first

@@ -16,7 +16,10 @@ import numpy as np
 from numba import njit
 
 import nbnorm
-from nbnorm.cpu import lanes, long_rows, lowering, parallel, quick, sizes, staging  # noqa: F401
+from nbnorm.cpu import quick, sizes, staging
+from nbnorm.cpu.kernels import long_rows
+from nbnorm.cpu.lanes import lowering, meaning  # noqa: F401
+from nbnorm.cpu.workers import parallel
 
 PAGE = mmap.PAGESIZE
 NAN = 0xFF
@@ -166,7 +169,7 @@ def run_with_bounds_checked():
 
 @njit
 def read_and_write(array, k, start):
-    lanes.store(lanes.pointer(array), start, lanes.load(lanes.pointer(array), k, np.float32))
+    meaning.store(meaning.pointer(array), start, meaning.load(meaning.pointer(array), k, np.float32))
 
 
 def touch(at, k, start):

@@ -17,7 +17,7 @@ from nbnorm.cpu import choice
 CALLS = """
 import numpy as np
 import nbnorm
-from nbnorm.cpu import parallel
+from nbnorm.cpu.workers import parallel
 from numba.core.event import install_recorder
 
 # Numba's threads work, whatever else this machine does

@@ -24,9 +24,9 @@ import pytest
 
 import nbnorm
 from levels import deep
-from nbnorm import apply as apply_module
-from nbnorm import npy
 from nbnorm.__main__ import main
+from nbnorm.commands import apply as apply_module
+from nbnorm.commands import npy
 from tolerances import assert_y
 
 COLS = 48
@@ -548,7 +548,8 @@ def test_complaints_that_cannot_be_written(x, folder, python_environment, stderr
     reader, end = os.pipe()
     os.close(reader)
     # signs of life too
-    code = f"import sys; from nbnorm import __main__, apply; apply.LOG_SECONDS = 0; sys.exit(__main__.main({arguments()}))"
+    code = "import sys; from nbnorm.__main__ import main; from nbnorm.commands import apply; apply.LOG_SECONDS = 0; "
+    code += f"sys.exit(main({arguments()}))"
     run = shlex.join([sys.executable, "-c", code]) + {"/dev/full": " 2>/dev/full", "closed": " 2>&-"}.get(stderr, "")
     result = subprocess.run(["/bin/sh", "-c", run], env=python_environment, stdout=-1, stderr=end, check=False)
     os.close(end)

@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 
 import disturbed
 import nbnorm
-from nbnorm import apply as apply_module
-from nbnorm import npy
 from nbnorm.__main__ import main
-from nbnorm.arrays import bfloat16
+from nbnorm.calls.arrays import bfloat16
+from nbnorm.commands import apply as apply_module
+from nbnorm.commands import npy
 
 COLS = 6
 OLD = b"what was there before"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm import report
+from nbnorm.commands import report
 
 ROOT = Path(__file__).parent.parent
 SUITES = ["memory", "quality", "speed", "start"]
@@ -130,7 +130,7 @@ def test_an_error_is_of_the_results(suites):
 
 @pytest.mark.parametrize(
     ("module", "error", "message"),
-    [("nbnorm.arrays", NotImplementedError, "needs: .*nbnorm.arrays"), ("ml_dtypes", ImportError, "ml_dtypes")],
+    [("nbnorm.calls.arrays", NotImplementedError, "needs: .*nbnorm.calls.arrays"), ("ml_dtypes", ImportError, "ml_dtypes")],
 )
 def test_only_what_an_older_commit_lacks_is_skipped(suites, monkeypatch, module, error, message):
     for name in ("limits", "contestants"):

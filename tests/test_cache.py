@@ -183,7 +183,7 @@ def test_kernels_unused_for_longest_go_first(run, tmp_path):
     os.utime(first, (0, 0))
     os.utime(second, (time.time() + 10 * 86_400,) * 2)
     code = f"""
-from nbnorm import cache_folder
+from nbnorm.disk import cache_folder
 {CALL}
 kernels, _ = cache_folder.files(cache_folder.place()[0])
 cache_folder.LIMIT_BYTES = sum(status.st_size for _, status in kernels) - 15_000
@@ -226,7 +226,7 @@ def test_processes_that_delete_and_load_at_once(run, tmp_path):
 import multiprocessing
 import numpy as np
 from numba import types
-from nbnorm import cache_folder
+from nbnorm.disk import cache_folder
 from nbnorm.cpu import compiled as module
 
 def is_right(number):
@@ -327,7 +327,7 @@ def test_a_signal_while_it_saves(site, run):
     code = """
 import numpy as np
 import nbnorm
-from nbnorm import cache_folder
+from nbnorm.disk import cache_folder
 def interrupted(*_):
     raise KeyboardInterrupt
 write, cache_folder.write = cache_folder.write, interrupted

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm import report
+from nbnorm.commands import report
 from pages import links, pages, program, programs
 
 PROGRAMS = programs()

@@ -13,7 +13,7 @@ import pytest
 import nbnorm
 from floating_point import HARDEST, IS_KNOWN, MODES, STANDARD, control, mode
 from levels import deep
-from nbnorm.cpu.parallel import NUMBAS, ONE, OURS, WORKERS
+from nbnorm.cpu.workers.parallel import NUMBAS, ONE, OURS, WORKERS
 
 pytestmark = [
     pytest.mark.compiled,
@@ -127,8 +127,8 @@ def test_threads_of_ours_that_began_in_another_mode(monkeypatch, choose_workers)
     choose_workers(ONE)
     expected = results(case)
     choose_workers(OURS)
-    monkeypatch.setattr("nbnorm.cpu.threads._threads", 0)
-    monkeypatch.setattr("nbnorm.cpu.threads._calls", SimpleQueue())
+    monkeypatch.setattr("nbnorm.cpu.workers.threads._threads", 0)
+    monkeypatch.setattr("nbnorm.cpu.workers.threads._calls", SimpleQueue())
     with mode(*HARDEST):
         assert_same(results(case), expected)
     for _ in range(20):
@@ -139,7 +139,7 @@ def test_numbas_threads_that_began_in_another_mode(python_environment):
     code = """
 import numpy as np, nbnorm
 from floating_point import HARDEST, mode
-from nbnorm.cpu import parallel
+from nbnorm.cpu.workers import parallel
 from test_floating_point_mode import assert_same, operands, results
 case = operands(333, np.float32)
 parallel.from_elements = float("inf")

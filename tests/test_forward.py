@@ -56,7 +56,7 @@ def test_only_large_arrays_run_in_parallel(monkeypatch, the_long_way, shape, par
 
     monkeypatch.setattr("nbnorm.cpu.choice.ready", ready)
     # however busy this machine is
-    monkeypatch.setattr("nbnorm.cpu.parallel.is_crowded", lambda: False)
+    monkeypatch.setattr("nbnorm.cpu.workers.parallel.is_crowded", lambda: False)
     x = np.ones(shape)
     nbnorm.layer_norm(x, shape[1])
     nbnorm.layer_norm_backward(x, x, shape[1])

@@ -12,7 +12,7 @@ CODE = """
 import hashlib
 import numpy as np
 import nbnorm
-from nbnorm.cpu import inlined, steps
+from nbnorm.cpu.lanes import inlined, steps
 {before}
 rng = np.random.default_rng(3)
 results = []
@@ -29,7 +29,7 @@ for cols in {cols}:
         gradients = nbnorm.layer_norm_backward(dy, x, cols, weight, output_mask=mask)
         results += [gradient for gradient in gradients if gradient is not None]
 print(hashlib.sha256(b"".join(result.tobytes() for result in results)).hexdigest())
-from nbnorm.cpu import rows
+from nbnorm.cpu.kernels import rows
 helpers = [value for value in vars(rows).values() if hasattr(value, "overloads")]
 libraries = [type(made.library).__name__ for helper in helpers for made in helper.overloads.values()]
 print(*sorted(set(libraries)))
@@ -75,7 +75,7 @@ def test_steps_that_are_left_out_are_numbas():
     """A name that Numba no longer has would be left out for ever, unseen; 0.61 to 0.68 have all of them."""
     from numba.core.compiler import DefaultPassBuilder, Flags, StateDict
 
-    from nbnorm.cpu import inlined, steps
+    from nbnorm.cpu.lanes import inlined, steps
 
     state = StateDict()
     state.flags, state.func_ir = Flags(), None
@@ -86,7 +86,7 @@ def test_steps_that_are_left_out_are_numbas():
 def test_other_internals_of_numba(monkeypatch):
     from numba.core import compiler
 
-    from nbnorm.cpu import inlined
+    from nbnorm.cpu.lanes import inlined
 
     assert inlined._linking_compiler() is not None
     monkeypatch.delattr(compiler, "_LowerResult")

@@ -10,7 +10,8 @@ import pytest
 from numba import njit
 
 from levels import deep
-from nbnorm.cpu import half, lanes, lowering, rows  # noqa: F401  lowering teaches Numba the operations
+from nbnorm.cpu.kernels import rows
+from nbnorm.cpu.lanes import half, lowering, meaning  # noqa: F401  lowering teaches Numba the operations
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -26,9 +27,9 @@ def copier(element):
 
     @njit
     def copy(source, destination):
-        source_, destination_ = lanes.pointer(source), lanes.pointer(destination)
+        source_, destination_ = meaning.pointer(source), meaning.pointer(destination)
         for k in range(0, source.size - 15, 16):
-            lanes.store(destination_, k, lanes.load(source_, k, element))
+            meaning.store(destination_, k, meaning.load(source_, k, element))
 
     return copy
 
@@ -93,10 +94,10 @@ def test_float64_is_rounded_once(rng, dtype):
 def test_parts_of_sixteen(rng):
     @njit
     def part(source, count, destination):
-        values = lanes.load_part(lanes.pointer(source), 1, count, np.float32, np.float32(7))
-        lanes.store(lanes.pointer(destination), 0, values)
-        lanes.store_part(lanes.pointer(destination), 16, count, values)
-        return lanes.total(lanes.keep(values, count)), lanes.load_one(lanes.pointer(source), 1)
+        values = meaning.load_part(meaning.pointer(source), 1, count, np.float32, np.float32(7))
+        meaning.store(meaning.pointer(destination), 0, values)
+        meaning.store_part(meaning.pointer(destination), 16, count, values)
+        return meaning.total(meaning.keep(values, count)), meaning.load_one(meaning.pointer(source), 1)
 
     source = rng.standard_normal(32).astype(np.float32)
     for count in range(1, 16):
@@ -113,22 +114,22 @@ def test_parts_of_sixteen(rng):
 def test_elements_until_sixteen_are_aligned(dtype):
     @njit
     def until_aligned(array, k):
-        return lanes.until_aligned(lanes.pointer(array), k)
+        return meaning.until_aligned(meaning.pointer(array), k)
 
     array = np.zeros(100, dtype)
     for start, k in ((0, 0), (3, 0), (0, 5), (20, 40)):
         count = until_aligned(array[start:], k)
         assert 0 <= count < 16
         assert (array.ctypes.data + (start + k + count) * array.itemsize) % (16 * array.itemsize) == 0
-    assert njit(lambda: lanes.until_aligned(None, 3))() == 0
+    assert njit(lambda: meaning.until_aligned(None, 3))() == 0
 
 
 @pytest.mark.compiled
 def test_scratch_begins_with_a_line():
     @njit
     def until_aligned():
-        first, second, third = lanes.scratch(5, np.float32), lanes.scratch(3, np.float32), lanes.scratch(9, np.float32)
-        return lanes.until_aligned(first, 0), lanes.until_aligned(second, 0), lanes.until_aligned(third, 0)
+        first, second, third = meaning.scratch(5, np.float32), meaning.scratch(3, np.float32), meaning.scratch(9, np.float32)
+        return meaning.until_aligned(first, 0), meaning.until_aligned(second, 0), meaning.until_aligned(third, 0)
 
     assert until_aligned() == (0, 0, 0)
 
@@ -136,20 +137,20 @@ def test_scratch_begins_with_a_line():
 def test_sums_are_taken_in_the_order_that_lanes_says(rng):
     @njit
     def compiled(source):
-        return lanes.total(lanes.load(lanes.pointer(source), 0, np.float32))
+        return meaning.total(meaning.load(meaning.pointer(source), 0, np.float32))
 
     for source in rng.standard_normal((100, 16)).astype(np.float32):
-        assert compiled(source) == lanes.total(source)
+        assert compiled(source) == meaning.total(source)
 
 
 def test_arithmetic_of_lanes(rng):
     @njit
     def compiled(a, b, quotients, roots, clipped, cast):
-        values, others = lanes.load(lanes.pointer(a), 0, np.float64), lanes.load(lanes.pointer(b), 0, np.float64)
-        lanes.store(lanes.pointer(quotients), 0, values / others)
-        lanes.store(lanes.pointer(roots), 0, lanes.root(others))
-        lanes.store(lanes.pointer(clipped), 0, lanes.at_least_zero(values))
-        lanes.store(lanes.pointer(cast), 0, lanes.cast(values, np.float32))
+        values, others = meaning.load(meaning.pointer(a), 0, np.float64), meaning.load(meaning.pointer(b), 0, np.float64)
+        meaning.store(meaning.pointer(quotients), 0, values / others)
+        meaning.store(meaning.pointer(roots), 0, meaning.root(others))
+        meaning.store(meaning.pointer(clipped), 0, meaning.at_least_zero(values))
+        meaning.store(meaning.pointer(cast), 0, meaning.cast(values, np.float32))
 
     a = rng.standard_normal(16)
     b = np.abs(rng.standard_normal(16))
@@ -158,7 +159,7 @@ def test_arithmetic_of_lanes(rng):
     cast = np.empty(16, np.float32)
     compiled(a, b, *results, cast)
     np.testing.assert_array_equal(results, [a / b, np.sqrt(b), np.maximum(a, 0)])
-    np.testing.assert_array_equal(results[2], lanes.at_least_zero(a))
+    np.testing.assert_array_equal(results[2], meaning.at_least_zero(a))
     np.testing.assert_array_equal(cast, a.astype(np.float32))
 
 
@@ -166,15 +167,15 @@ def test_arithmetic_of_lanes(rng):
 def test_comparison_of_all_lanes(dtype):
     @njit
     def compiled(a, b):
-        return lanes.all_below(lanes.load(lanes.pointer(a), 0, dtype), lanes.load(lanes.pointer(b), 0, dtype))
+        return meaning.all_below(meaning.load(meaning.pointer(a), 0, dtype), meaning.load(meaning.pointer(b), 0, dtype))
 
     a, b = np.zeros(16, dtype), np.ones(16, dtype)
-    assert compiled(a, b) is lanes.all_below(a, b) is True
+    assert compiled(a, b) is meaning.all_below(a, b) is True
     for lane, value in itertools.product(range(16), (0, -1, np.nan)):
         b[:] = 1
         b[lane] = value
-        assert compiled(a, b) is lanes.all_below(a, b) is False
-        assert compiled(-b, a) is lanes.all_below(-b, a) is False
+        assert compiled(a, b) is meaning.all_below(a, b) is False
+        assert compiled(-b, a) is meaning.all_below(-b, a) is False
 
 
 @pytest.mark.parametrize("kind", [int, np.float32, np.float64])
@@ -195,21 +196,21 @@ def test_comparisons_are_pythons(kind):
 def test_totals_of_sixteen_rows_are_those_of_each(rng, dtype):
     @njit
     def compiled(source, destination):
-        sums = lanes.scratch(140, np.float64)
+        sums = meaning.scratch(140, np.float64)
         for i in range(16):
-            lanes.store_folded(sums, 3 + 8 * i, lanes.load(lanes.pointer(source), 16 * i, dtype))
-        lanes.store(lanes.pointer(destination), 0, lanes.totals(sums, 3))
+            meaning.store_folded(sums, 3 + 8 * i, meaning.load(meaning.pointer(source), 16 * i, dtype))
+        meaning.store(meaning.pointer(destination), 0, meaning.totals(sums, 3))
 
     source = rng.standard_normal((16, 16)).astype(dtype)
     destination = np.empty(16)
     # of float32, the first sums of two are float32 too
-    expected = [lanes.total((row[:8] + row[8:]).astype(np.float64)) for row in source]
+    expected = [meaning.total((row[:8] + row[8:]).astype(np.float64)) for row in source]
     compiled(source, destination)
     np.testing.assert_array_equal(destination, expected)
-    sums = lanes.scratch(140, np.float64)
+    sums = meaning.scratch(140, np.float64)
     for i in range(16):
-        lanes.store_folded(sums, 3 + 8 * i, source[i])
-    np.testing.assert_array_equal(lanes.totals(sums, 3), expected)
+        meaning.store_folded(sums, 3 + 8 * i, source[i])
+    np.testing.assert_array_equal(meaning.totals(sums, 3), expected)
 
 
 @pytest.mark.compiled
@@ -223,13 +224,13 @@ def test_what_is_streamed_goes_past_the_caches(dtype):
 
     @njit
     def write(source, destination, factor, streaming):
-        source_, destination_ = lanes.pointer(source), lanes.pointer(destination)
+        source_, destination_ = meaning.pointer(source), meaning.pointer(destination)
         for k in range(0, source.size - 15, 16):
-            rows.put(destination_, k, lanes.load(source_, k, element) * lanes.fill(factor), streaming)
+            rows.put(destination_, k, meaning.load(source_, k, element) * meaning.fill(factor), streaming)
         count = source.size & 15
         if count:
             k = source.size - count
-            values = lanes.load_part(source_, k, count, element, element(0)) * lanes.fill(factor)
+            values = meaning.load_part(source_, k, count, element, element(0)) * meaning.fill(factor)
             rows.put_part(destination_, k, count, values, streaming)
 
     write(array, array.copy(), element(2), True)

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 import nbnorm
 from levels import deep
-from nbnorm.cpu import parallel, staging, threads
+from nbnorm.cpu import staging
+from nbnorm.cpu.workers import parallel, threads
 from tolerances import assert_grads, assert_y
 
 # (cols,) of a batch (6, 4); big enough for a vector and a rest
@@ -150,7 +151,7 @@ def test_blocks_that_our_threads_share_have_the_same_bits(rng, dtype, monkeypatc
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_GROUP_ELEMENTS", 50 * cols)
     shared = []
     share = threads.share
-    monkeypatch.setattr("nbnorm.cpu.threads.share", lambda *args: (shared.append(len(args[1])), share(*args)))
+    monkeypatch.setattr("nbnorm.cpu.workers.threads.share", lambda *args: (shared.append(len(args[1])), share(*args)))
     for rows in (1, 7, 50):
         monkeypatch.setattr("nbnorm.cpu.staging.BUFFER_ELEMENTS", rows * cols)
         for out in (None, views(np.zeros_like(x))):

@@ -7,8 +7,9 @@ import pytest
 
 import nbnorm
 from levels import deep
-from nbnorm.cpu import long_rows, sizes
-from nbnorm.cpu.parallel import WORKERS
+from nbnorm.cpu import sizes
+from nbnorm.cpu.kernels import long_rows
+from nbnorm.cpu.workers.parallel import WORKERS
 from test_forward import FAR
 from tolerances import assert_grads, assert_statistics, assert_y
 

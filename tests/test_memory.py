@@ -7,8 +7,9 @@ import pytest
 
 import nbnorm
 from levels import deep
-from nbnorm import checks
-from nbnorm.cpu import blocks, memory, parallel, sizes, staging
+from nbnorm.calls import checks
+from nbnorm.cpu import memory, sizes, staging
+from nbnorm.cpu.workers import blocks, parallel
 
 
 def problem(rows, cols):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm.cpu import blocks, parallel, sizes, staging, threads
-from nbnorm.cpu.parallel import NUMBAS, OURS
+from nbnorm.cpu import sizes, staging
+from nbnorm.cpu.workers import blocks, parallel, threads
+from nbnorm.cpu.workers.parallel import NUMBAS, OURS
 
 X = np.ones((16, 768), np.float32)
 
@@ -328,7 +329,7 @@ def test_the_quota_of_a_process(python_environment):
             group.rmdir()
         pytest.skip(f"LEFT OUT: no control group can be made here: {error}")
     try:
-        code = "from nbnorm.cpu import parallel; print(parallel.processors())"
+        code = "from nbnorm.cpu.workers import parallel; print(parallel.processors())"
         join = f"import pathlib, os; pathlib.Path('{group}/cgroup.procs').write_text(str(os.getpid())); {code}"
         run = subprocess.run([sys.executable, "-c", join], env=python_environment, capture_output=True, text=True)
         assert (run.stdout, run.stderr) == ("1\n", "")

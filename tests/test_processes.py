@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import numba
 import numpy as np
 import nbnorm
-from nbnorm.cpu import parallel, threads
+from nbnorm.cpu.workers import parallel, threads
 
 # Numba's threads work, whatever else this machine does
 parallel.is_crowded = lambda: False

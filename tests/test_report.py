@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm import __main__, report
+from nbnorm import __main__
+from nbnorm.commands import report
 
 
 @pytest.fixture
@@ -128,8 +129,8 @@ def test_cuda_is_absent_with_a_reason_or_named():
     ],
 )
 def test_without_a_device(small, capsys, monkeypatch, is_installed, fault, expected):
-    monkeypatch.setattr("nbnorm.checks.has_numba_cuda", lambda: is_installed)
-    monkeypatch.setattr("nbnorm.checks.cuda_fault", lambda: fault)
+    monkeypatch.setattr("nbnorm.calls.checks.has_numba_cuda", lambda: is_installed)
+    monkeypatch.setattr("nbnorm.calls.checks.cuda_fault", lambda: fault)
     assert __main__.main(["check"]) == 0
     out = capsys.readouterr().out
     assert expected in out.splitlines()
@@ -143,7 +144,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import conftest
 from numba import cuda
-from nbnorm import report
+from nbnorm.commands import report
 launch = conftest.launch
 report.SHAPES = [((6, 16), (16,)), ((2, 3, 4, 5), (4, 5))]
 report.REPEATS = report.CUDA_CALLS = 1
@@ -205,7 +206,7 @@ def test_the_command_itself_compiles_aloud_and_takes_less_than_300_megabytes(pyt
         assert output.count(f"\n{text} ") >= 3
     lines = output.splitlines()
     first = next(index for index, line in enumerate(lines) if line.startswith("(4096, 768)"))
-    assert any(line.startswith("  kernels.forward(") and line.endswith("compiling") for line in lines[:first])
+    assert any(line.startswith("  whole_rows.forward(") and line.endswith("compiling") for line in lines[:first])
     assert sum(line.endswith(": compiling") for line in lines) >= 3
     # with a CUDA device twice as many
     assert lines[-1] in ("9 of 9 checks passed", "18 of 18 checks passed")

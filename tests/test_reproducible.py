@@ -8,7 +8,7 @@ import pytest
 
 import nbnorm
 from levels import deep
-from nbnorm.cpu.parallel import WORKERS
+from nbnorm.cpu.workers.parallel import WORKERS
 
 # for several blocks of the backward
 ROWS = 203

@@ -243,7 +243,7 @@ import ml_dtypes
 import numpy as np
 import nbnorm
 import oracle
-from nbnorm.cpu import half
+from nbnorm.cpu.lanes import half
 from tolerances import assert_grads, assert_y
 
 assert not half.has_half_instructions()

@@ -25,7 +25,7 @@ class OverCopy:
     def track_seconds(self, pass_, shape, dtype, runs_on):
         call, move = self.problem.call, self.problem.move
         if runs_on == "cuda":
-            from nbnorm.report import cuda_medians
+            from nbnorm.commands.report import cuda_medians
 
             call_seconds, move_seconds = cuda_medians(call, move)
             return four_digits(call_seconds / move_seconds)

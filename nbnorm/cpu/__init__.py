@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm.arrays import convert
-from nbnorm.cpu import blocks, choice, memory, quick, sizes, threads
-from nbnorm.cpu.parallel import ONE
+from nbnorm.calls.arrays import convert
+from nbnorm.calls.problem import wide_dtype
+from nbnorm.cpu import choice, memory, quick, sizes
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, rows_of, storage, store
-from nbnorm.problem import wide_dtype
+from nbnorm.cpu.workers import blocks, threads
+from nbnorm.cpu.workers.parallel import ONE
 
 
 def forward(problem, x, weight, bias, out, return_stats):

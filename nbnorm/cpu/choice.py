@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import from_dtype, types
 
+from nbnorm.calls.problem import wide_dtype
 from nbnorm.cpu import compiled, sizes
 from nbnorm.cpu.staging import storage
-from nbnorm.problem import wide_dtype
 
 
 class Kernel(NamedTuple):
@@ -64,11 +64,11 @@ def is_short(problem):
 def _module(problem):
     if problem.cols > sizes.LONG_ROW:
         return "long_rows"
-    return "short_rows" if is_short(problem) else "kernels"
+    return "short_rows" if is_short(problem) else "whole_rows"
 
 
 def _made(kernel):
-    module: Any = importlib.import_module(f"nbnorm.cpu.{kernel.module}")
+    module: Any = importlib.import_module(f"nbnorm.cpu.kernels.{kernel.module}")
     return getattr(module, kernel.name)(*kernel.choices)
 
 

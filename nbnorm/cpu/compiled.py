@@ -14,9 +14,9 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.core.runtime.nrt import rtsys
 
-from nbnorm.cache import Cache
-from nbnorm.cpu import steps
-from nbnorm.sources import digest
+from nbnorm.cpu.lanes import steps
+from nbnorm.disk.cache import Cache
+from nbnorm.disk.sources import digest
 
 _dispatchers: dict = {}
 _logger = logging.getLogger("nbnorm")

@@ -38,8 +38,8 @@ def _functions():
 
 
 def _made_begin():
-    from nbnorm.cpu import lowering  # noqa: F401  teaches Numba to set a mode
-    from nbnorm.cpu.lanes import standard_mode
+    from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba to set a mode
+    from nbnorm.cpu.lanes.meaning import standard_mode
 
     def begin():
         thread_mode, _ = standard_mode((0,))
@@ -49,8 +49,8 @@ def _made_begin():
 
 
 def _made_end():
-    from nbnorm.cpu import lowering  # noqa: F401
-    from nbnorm.cpu.lanes import restore_mode
+    from nbnorm.cpu.lanes import lowering  # noqa: F401
+    from nbnorm.cpu.lanes.meaning import restore_mode
 
     def end(thread_mode):
         restore_mode(thread_mode)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy import empty, may_share_memory, ndarray
 
-from nbnorm.cpu import parallel, sizes
-from nbnorm.cpu.parallel import ONE
+from nbnorm.cpu import sizes
+from nbnorm.cpu.workers import parallel
+from nbnorm.cpu.workers.parallel import ONE
 
 # the kernels that calls had compiled, by x's dtype, whether rows are short, which parameters are absent (backward: weight's
 # dtype, or None) or asked for, the variance or None for given statistics, and who works; with the dtype that they take

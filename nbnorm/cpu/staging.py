@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from nbnorm.arrays import convert
+from nbnorm.calls.arrays import convert
 
 # elements of a buffer: 512 KiB of float32. A channels-first call at (16, 96, 56, 56) takes, in ms, one thread and two: 13.2
 # and 9.9 with 2^15, 10.8 and 7.1 with 2^16, 11.0 and 6.6 with 2^17, 12.6 and 8.0 with 2^18

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm.cuda import arrays, combine, kernels, launch, layout, quick, sizes, strided
-from nbnorm.cuda.rows import MEANS, STATE
-from nbnorm.problem import wide_dtype
+from nbnorm.calls.problem import wide_dtype
+from nbnorm.cuda import arrays, launch, layout, quick, sizes
+from nbnorm.cuda.kernels import combine, strided, whole_rows
+from nbnorm.cuda.kernels.rows import MEANS, STATE
 
 # it allows every access
 ABSENT = arrays.View(0, (), (), np.dtype(np.float32), 0)
@@ -123,8 +124,10 @@ def _enqueue_forward(problem, x, weight, bias, target, statistics, place):
     parameter_access = min(layout.access(p.itemsize, tile.piece, p.address) for p in (weight, bias, ABSENT) if p is not None)
 
     def prepare(step, blocks):
-        kernel = kernels.forward(place.capability, names, dtype.name, problem.variance, tile, access, parameter_access, step)
-        signature = kernels.forward_signature(names, dtype.name)
+        kernel = whole_rows.forward(
+            place.capability, names, dtype.name, problem.variance, tile, access, parameter_access, step
+        )
+        signature = whole_rows.forward_signature(names, dtype.name)
         return launch.prepare(kernel, signature, place.device, blocks, tile.threads)
 
     inputs = [_address(array) for array in (x, weight, bias)]
@@ -172,8 +175,8 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
     options = dtype.name, "given" if is_given else problem.variance, output_mask, tile, accesses, parameter_access
 
     def prepare(step):
-        kernel = kernels.backward(place.capability, names, *options, step)
-        signature = kernels.backward_signature(names, dtype.name)
+        kernel = whole_rows.backward(place.capability, names, *options, step)
+        signature = whole_rows.backward_signature(names, dtype.name)
         return launch.prepare(kernel, signature, place.device, groups * segments.number, tile.threads)
 
     inputs = [_address(array) for array in (dy, x, weight, mean, rstd)]

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import stand_ins
-from nbnorm.arrays import bfloat16
+from nbnorm.calls import stand_ins
+from nbnorm.calls.arrays import bfloat16
 from nbnorm.cuda import launch
 
 # the addresses of the stream that all threads' work is in order on

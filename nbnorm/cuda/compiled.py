@@ -5,8 +5,8 @@ import inspect
 from numba import cuda
 from numba.core import config
 
-from nbnorm.cache import Cache
-from nbnorm.sources import digest
+from nbnorm.disk.cache import Cache
+from nbnorm.disk.sources import digest
 
 
 def compiled(compute_capability, launch_bounds):

@@ -6,7 +6,7 @@ import ml_dtypes
 import numba
 import numpy as np
 
-from nbnorm import arrays
+from nbnorm.calls import arrays
 
 # the compute capability of the device that is not there, whose PTX runs on the CPU: "9.0"
 PTX = os.environ.get("NBNORM_TEST_PTX")

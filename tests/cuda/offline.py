@@ -21,7 +21,7 @@ from unittest.mock import patch
 import numba
 import numpy as np
 
-from nbnorm import cache_folder
+from nbnorm.disk import cache_folder
 
 INSTALL = "pip install '.[test,cuda13]' nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 TOOLS = ("cuobjdump", "nvdisasm")
@@ -156,18 +156,18 @@ def kernel(capability, variant):
 
 def source(capability, variant):
     """The kernel that a variant is, and its signature."""
-    from nbnorm.cuda import kernels
+    from nbnorm.cuda.kernels import whole_rows
 
     tile, operands, dtype = variant.tile, variant.operands, variant.dtype
     *dy_and_x, of_parameters = variant.accesses
     if variant.direction == "forward":
         choices = variant.variance, tile, dy_and_x[1]
-        signature = kernels.forward_signature(operands, dtype)
+        signature = whole_rows.forward_signature(operands, dtype)
     else:
         statistics_from = "given" if variant.is_given else variant.variance
         choices = statistics_from, variant.output_mask, tile, tuple(dy_and_x)
-        signature = kernels.backward_signature(operands, dtype)
-    make = getattr(kernels, variant.direction)
+        signature = whole_rows.backward_signature(operands, dtype)
+    make = getattr(whole_rows, variant.direction)
     return make(capability, operands, dtype, *choices, of_parameters, variant.step), signature
 
 
@@ -203,7 +203,7 @@ def _library(kernel, signature, capability):
     from numba.cuda.cudadrv import devices
 
     # teaches numba-cuda what kernels ask of the machine
-    from nbnorm.cuda import lowering  # noqa: F401
+    from nbnorm.cuda.instructions import lowering  # noqa: F401
 
     device = SimpleNamespace(id=0, compute_capability=capability)
     with (

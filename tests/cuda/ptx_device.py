@@ -12,8 +12,8 @@ from numba import cuda
 
 import offline
 import ptx_machine
-from nbnorm import checks
 from nbnorm import cuda as nbnorm_cuda
+from nbnorm.calls import checks
 from nbnorm.cuda import arrays, launch, quick
 
 # of an allocation's address, as the driver gives them; and bytes around it that nothing may touch

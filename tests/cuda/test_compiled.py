@@ -16,8 +16,10 @@ from llvmlite import ir
 from numba import types
 
 import offline
-from nbnorm.cuda import combine, instructions, kernels, lowering, sizes, strided
-from nbnorm.cuda.rows import MEANS, STATE
+from nbnorm.cuda import sizes
+from nbnorm.cuda.instructions import lowering, meaning
+from nbnorm.cuda.kernels import combine, strided, whole_rows
+from nbnorm.cuda.kernels.rows import MEANS, STATE
 from nbnorm.cuda.sizes import WARP
 from variants import DTYPES, FULL, OTHERS, PROBLEMS
 
@@ -236,7 +238,7 @@ def test_rounding_to_16_bits(problem, built):
 
 def assert_rounds_pairs(build, capability, elements, access):
     expected = Counter()
-    if capability >= kernels.ROUNDS_PAIRS:
+    if capability >= whole_rows.ROUNDS_PAIRS:
         expected = Counter({name: elements.get(name, 0) // min(access, 2) for name in PAIRS})
     assert Counter({name: build.ptx.count(instruction) for name, instruction in PAIRS.items()}) == expected
 
@@ -357,7 +359,7 @@ def test_inverse_power_of_two(rng, dtype):
         neighbours = [np.nextafter(powers, dtype(end)) for end in (0, np.inf)]
     values = [powers, between, *neighbours, [dtype(np.inf)]]
     for value in np.concatenate(values):
-        expected = instructions.inverse_power_of_two(value)
+        expected = meaning.inverse_power_of_two(value)
         assert inverse_power_of_two(value) == expected
         if range_ends.tiny <= value <= range_ends.max / 4:
             assert 1 <= expected * value < 2

@@ -20,7 +20,7 @@ import numpy as np
 from numba import config, cuda
 
 import nbnorm
-from nbnorm import arrays
+from nbnorm.calls import arrays
 
 
 class Foreign:

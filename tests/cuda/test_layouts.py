@@ -141,7 +141,7 @@ def test_an_out_that_overlaps_weight_and_bias(rng):
 def test_out_in_other_columns_of_the_same_rows_needs_no_copy(rng, monkeypatch):
     whole = rng.standard_normal((4, 2 * COLS)).astype(np.float32)
     device = to_device(whole)
-    monkeypatch.delattr("nbnorm.cuda.strided.enqueue")
+    monkeypatch.delattr("nbnorm.cuda.kernels.strided.enqueue")
     nbnorm.layer_norm(device[:, :COLS], COLS, out=device[:, COLS:])
     whole[:, COLS:] = expected(whole[:, :COLS], COLS)
     np.testing.assert_array_equal(to_host(device), whole)
@@ -149,7 +149,7 @@ def test_out_in_other_columns_of_the_same_rows_needs_no_copy(rng, monkeypatch):
 
 def test_rows_with_a_pitch_are_read_where_they_lie(rng, monkeypatch):
     whole = rng.standard_normal((4, 2 * COLS)).astype(np.float32)
-    monkeypatch.delattr("nbnorm.cuda.strided.enqueue")
+    monkeypatch.delattr("nbnorm.cuda.kernels.strided.enqueue")
     y = nbnorm.layer_norm(to_device(whole)[::2, 3 : 3 + COLS], COLS)
     np.testing.assert_array_equal(to_host(y), expected(whole[::2, 3 : 3 + COLS], COLS))
 

@@ -11,7 +11,7 @@ import pytest
 from numba import cuda
 
 import nbnorm
-from nbnorm import checks
+from nbnorm.calls import checks
 from nbnorm.cuda import arrays, launch, quick
 
 pytestmark = pytest.mark.hardware

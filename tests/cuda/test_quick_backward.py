@@ -10,7 +10,7 @@ from numba import cuda
 
 import nbnorm
 from device import LEVEL, to_device, to_host
-from nbnorm import checks
+from nbnorm.calls import checks
 from nbnorm.cuda import arrays, launch, quick
 
 pytestmark = pytest.mark.hardware

@@ -8,9 +8,9 @@ import json
 
 import numpy as np
 
-from nbnorm import arrays, operands
-from nbnorm.operands import CPU, CUDA
-from nbnorm.shown import names, shown, type_name
+from nbnorm.calls import arrays, operands
+from nbnorm.calls.operands import CPU, CUDA
+from nbnorm.calls.shown import names, shown, type_name
 
 # what weight and bias are called in TensorFlow and Keras, labml, Haiku, Flax and elsewhere
 OTHER_NAMES = {

@@ -7,11 +7,9 @@ merged into the row's in the order of the segments. The second sweep then reads 
 import numpy as np
 from numba import prange
 
-from nbnorm.cpu import kernels
-from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS
-from nbnorm.cpu.lanes import fence, larger, pointer, restore_mode, smaller, standard_mode
-from nbnorm.cpu.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
-from nbnorm.cpu.rows import (
+from nbnorm.cpu.kernels import whole_rows
+from nbnorm.cpu.kernels.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
+from nbnorm.cpu.kernels.rows import (
     HI,
     LO,
     PARTS,
@@ -34,6 +32,8 @@ from nbnorm.cpu.rows import (
     statistics_and_sums,
     usable,
 )
+from nbnorm.cpu.kernels.whole_rows import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS
+from nbnorm.cpu.lanes.meaning import fence, larger, pointer, restore_mode, smaller, standard_mode
 from nbnorm.cpu.sizes import LONG_GROUP_ELEMENTS
 
 SEGMENT = 1 << 14
@@ -47,8 +47,8 @@ COLUMNS = 1 << 11
 def forward(x_dtype, dtype, has_weight, has_bias, variance):
     """One iteration owns a segment: of its statistics in the first loop, of y in the second."""
     element = dtype.type
-    mode = kernels.mode_of(variance, x_dtype, dtype)
-    smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
+    mode = whole_rows.mode_of(variance, x_dtype, dtype)
+    smallest, largest = whole_rows.VARIANCE_BOUNDS[dtype.name]
 
     def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
         rows, row_size = x.shape
@@ -123,8 +123,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     """
     element = dtype.type
     is_given = statistics_from == "given"
-    mode = kernels.mode_of(statistics_from, x_dtype, dtype)
-    smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
+    mode = whole_rows.mode_of(statistics_from, x_dtype, dtype)
+    smallest, largest = whole_rows.VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
     in_one_sweep = with_dx and not is_given and dtype == np.float32

@@ -14,10 +14,8 @@ The floating-point mode is a thread's own, and may be any. So all arithmetic, in
 import numpy as np
 from numba import prange
 
-from nbnorm.cpu import lowering  # noqa: F401  teaches Numba the operations on lanes
-from nbnorm.cpu.lanes import fence, larger, pointer, restore_mode, scratch, smaller, standard_mode
-from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
-from nbnorm.cpu.rows import (
+from nbnorm.cpu.kernels.rescaled import row_gradients_rescaled, row_rescaled
+from nbnorm.cpu.kernels.rows import (
     DIFF_OF_SQUARES,
     DIFF_OF_SQUARES_64,
     ONE_SWEEP,
@@ -37,6 +35,8 @@ from nbnorm.cpu.rows import (
     statistics_and_sums,
     usable,
 )
+from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba the operations on lanes
+from nbnorm.cpu.lanes.meaning import fence, larger, pointer, restore_mode, scratch, smaller, standard_mode
 
 # where the variance is outside these bounds, a square or a deviation may be 0 or Inf in the type that the kernel computes in
 VARIANCE_BOUNDS = {"float32": (2.0**-220, 2.0**210), "float64": (2.0**-960, 2.0**960)}

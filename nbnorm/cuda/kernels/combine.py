@@ -6,10 +6,10 @@ import numpy as np
 from numba import cuda, types
 
 from nbnorm.cuda.compiled import compiled
-from nbnorm.cuda.instructions import inverse, inverse_power_of_two, store
-from nbnorm.cuda.kernels import ROUNDS_PAIRS, pointer
-from nbnorm.cuda.reduce import team_sum, team_sums, thread_index
-from nbnorm.cuda.rows import keep_means, keep_state, means_of, not_negative, state_of
+from nbnorm.cuda.instructions.meaning import inverse, inverse_power_of_two, store
+from nbnorm.cuda.kernels.reduce import team_sum, team_sums, thread_index
+from nbnorm.cuda.kernels.rows import keep_means, keep_state, means_of, not_negative, state_of
+from nbnorm.cuda.kernels.whole_rows import ROUNDS_PAIRS, pointer
 from nbnorm.cuda.sizes import WARP
 
 MERGE_THREADS = 256

@@ -9,9 +9,10 @@ from collections import deque
 from functools import partial
 from time import perf_counter
 
-from nbnorm.cpu import choice, parallel, sizes, threads
-from nbnorm.cpu.parallel import NUMBAS, ONE, OURS
+from nbnorm.cpu import choice, sizes
 from nbnorm.cpu.staging import row_blocks
+from nbnorm.cpu.workers import parallel, threads
+from nbnorm.cpu.workers.parallel import NUMBAS, ONE, OURS
 
 # below this many elements a second thread costs more than it saves
 ELEMENTS = 1 << 17

@@ -13,8 +13,8 @@ from numba.core.datamodel.models import PrimitiveModel
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, register_model
 
-from nbnorm.cpu import control, half, lanes
-from nbnorm.cpu.lanes import COUNT
+from nbnorm.cpu.lanes import control, half, meaning
+from nbnorm.cpu.lanes.meaning import COUNT
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32, F64 = ir.FloatType(), ir.DoubleType()
@@ -111,7 +111,7 @@ for _function in (operator.lt, operator.le, operator.gt, operator.ge, operator.e
 _types(bool, lambda value: types.boolean if value in (types.boolean, types.int64) else None)
 
 
-@lowers(lanes.pointer)
+@lowers(meaning.pointer)
 def _(array):
     def code(builder, value):
         return builder.extract_value(value, ARRAY_DATA)
@@ -119,7 +119,7 @@ def _(array):
     return types.CPointer(array.dtype), code
 
 
-@lowers(lanes.standard_mode)
+@lowers(meaning.standard_mode)
 def _(operands):
     def code(builder, operands_):
         bits = control.read(builder)
@@ -134,7 +134,7 @@ def _(operands):
     return types.Tuple((types.int64, operands)), code
 
 
-@lowers(lanes.restore_mode)
+@lowers(meaning.restore_mode)
 def _(thread_mode):
     def code(builder, bits):
         control.finish(builder)
@@ -144,7 +144,7 @@ def _(thread_mode):
     return types.none, _returning_none(code)
 
 
-@lowers(lanes.load)
+@lowers(meaning.load)
 def _(source, k, element):
     if source == types.none:
         return NOTHING
@@ -158,7 +158,7 @@ def _(source, k, element):
     return Lanes(wanted), code
 
 
-@lowers(lanes.load_part)
+@lowers(meaning.load_part)
 def _(source, k, count, element, rest):
     if source == types.none:
         return NOTHING
@@ -175,12 +175,12 @@ def _(source, k, count, element, rest):
     return Lanes(wanted), code
 
 
-@lowers(lanes.keep)
+@lowers(meaning.keep)
 def _(values, count):
     return values, lambda builder, value, count: builder.select(_first(builder, count), value, value.type(None))
 
 
-@lowers(lanes.load_one)
+@lowers(meaning.load_one)
 def _(source, k):
     stored = source.dtype
 
@@ -197,7 +197,7 @@ def _(source, k):
     return types.float64, code
 
 
-@lowers(lanes.store)
+@lowers(meaning.store)
 def _(destination, k, values):
     def code(builder, destination, k, values):
         raw = _encoded(builder, values, values_type, destination_type)
@@ -207,7 +207,7 @@ def _(destination, k, values):
     return types.none, _returning_none(code)
 
 
-@lowers(lanes.store_one)
+@lowers(meaning.store_one)
 def _(destination, k, value):
     def code(builder, destination, k, value):
         raw = _encoded(builder, _splat(builder, value, F64), types.float64, destination_type)
@@ -217,7 +217,7 @@ def _(destination, k, value):
     return types.none, _returning_none(code)
 
 
-@lowers(lanes.stream)
+@lowers(meaning.stream)
 def _(destination, k, values):
     def code(builder, destination, k, values):
         raw = _encoded(builder, values, values_type, destination_type)
@@ -228,7 +228,7 @@ def _(destination, k, values):
     return types.none, _returning_none(code)
 
 
-@lowers(lanes.store_part)
+@lowers(meaning.store_part)
 def _(destination, k, count, values):
     def code(builder, destination, k, count, values):
         raw = _encoded(builder, values, values_type, destination_type)
@@ -240,7 +240,7 @@ def _(destination, k, count, values):
     return types.none, _returning_none(code)
 
 
-@lowers(lanes.stream_part)
+@lowers(meaning.stream_part)
 def _(destination, k, count, values):
     def code(builder, destination, k, count, values):
         raw = _encoded(builder, values, values_type, destination_type)
@@ -252,7 +252,7 @@ def _(destination, k, count, values):
     return types.none, _returning_none(code)
 
 
-@lowers(lanes.until_aligned)
+@lowers(meaning.until_aligned)
 def _(destination, k):
     if destination == types.none:
         return types.int64, lambda builder, destination, k: I64(0)
@@ -265,12 +265,12 @@ def _(destination, k):
     return types.int64, code
 
 
-@lowers(lanes.fence)
+@lowers(meaning.fence)
 def _():
     return types.none, _returning_none(lambda builder: builder.fence("seq_cst"))
 
 
-@lowers(lanes.prefetch)
+@lowers(meaning.prefetch)
 def _(source, k, ahead):
     if ahead == types.none:
         return NOTHING
@@ -283,17 +283,17 @@ def _(source, k, ahead):
     return types.none, _returning_none(code)
 
 
-@lowers(lanes.fill)
+@lowers(meaning.fill)
 def _(value):
     return Lanes(value), lambda builder, value_: _splat(builder, value_, LLVM_TYPES[value])
 
 
-@lowers(lanes.widen)
+@lowers(meaning.widen)
 def _(values):
     return Lanes(types.float64), lambda builder, value: _converted(builder, value, values.element, types.float64)
 
 
-@lowers(lanes.multiply_add)
+@lowers(meaning.multiply_add)
 def _(a, b, c):
     has_factor, has_term = b != types.none, c != types.none
 
@@ -307,7 +307,7 @@ def _(a, b, c):
     return (a, code) if b in (a, types.none) and c in (a, types.none) else None
 
 
-@lowers(lanes.total)
+@lowers(meaning.total)
 def _(values):
     def code(builder, value):
         while value.type.count > 1:
@@ -317,7 +317,7 @@ def _(values):
     return values.element, code
 
 
-@lowers(lanes.scratch)
+@lowers(meaning.scratch)
 def _(count, element):
     # Numba asks with the constant's type after it has asked with int64
     if not isinstance(count, types.Literal):
@@ -333,7 +333,7 @@ def _(count, element):
     return types.CPointer(element.dtype), code
 
 
-@lowers(lanes.store_folded)
+@lowers(meaning.store_folded)
 def _(destination, k, values):
     def code(builder, destination, k, values):
         folded = _halves_added(builder, values)
@@ -345,7 +345,7 @@ def _(destination, k, values):
     return types.none, _returning_none(code)
 
 
-@lowers(lanes.totals)
+@lowers(meaning.totals)
 def _(source, k):
     def code(builder, source, k):
         width = COUNT // 2
@@ -368,18 +368,18 @@ def _(source, k):
     return Lanes(source_type), code
 
 
-@lowers(lanes.cast)
+@lowers(meaning.cast)
 def _(values, element):
     wanted = element.dtype
     return Lanes(wanted), lambda builder, value, _: _converted(builder, value, values.element, wanted)
 
 
-@lowers(lanes.root)
+@lowers(meaning.root)
 def _(values):
     return values, lambda builder, value: _call(builder, f"llvm.sqrt.{_name(value.type)}", value.type, [value])
 
 
-@lowers(lanes.at_least_zero)
+@lowers(meaning.at_least_zero)
 def _(values):
     def code(builder, value):
         zero = value.type(None)
@@ -388,7 +388,7 @@ def _(values):
     return values, code
 
 
-@lowers(lanes.all_below)
+@lowers(meaning.all_below)
 def _(a, b):
     def code(builder, a, b):
         bits = builder.bitcast(builder.fcmp_ordered("<", a, b), I16)
@@ -411,8 +411,8 @@ def _chosen(function, sign):
         return (types.int64, code) if a in types.signed_domain and b in types.signed_domain else None
 
 
-_chosen(lanes.larger, ">")
-_chosen(lanes.smaller, "<")
+_chosen(meaning.larger, ">")
+_chosen(meaning.smaller, "<")
 
 
 def _halves_added(builder, value):

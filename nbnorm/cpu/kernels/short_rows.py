@@ -6,11 +6,9 @@ Sixteen rows at a time go through each step. `kernels` gives the same bits for r
 import numpy as np
 from numba import prange
 
-from nbnorm.cpu import kernels
-from nbnorm.cpu.kernels import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
-from nbnorm.cpu.lanes import fence, larger, pointer, restore_mode, scratch, smaller, standard_mode, until_aligned
-from nbnorm.cpu.rescaled import row_gradients_rescaled, row_rescaled
-from nbnorm.cpu.rows import (
+from nbnorm.cpu.kernels import whole_rows
+from nbnorm.cpu.kernels.rescaled import row_gradients_rescaled, row_rescaled
+from nbnorm.cpu.kernels.rows import (
     DIFF_OF_SQUARES,
     DIFF_OF_SQUARES_64,
     FLOAT32_SUMS,
@@ -24,7 +22,16 @@ from nbnorm.cpu.rows import (
     rest_of,
     split,
 )
-from nbnorm.cpu.sixteen_rows import ROWS, SUMS_SIZE, compensated_of_rows, means_of_rows, normalise_rows, statistics_of_rows
+from nbnorm.cpu.kernels.sixteen_rows import (
+    ROWS,
+    SUMS_SIZE,
+    compensated_of_rows,
+    means_of_rows,
+    normalise_rows,
+    statistics_of_rows,
+)
+from nbnorm.cpu.kernels.whole_rows import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
+from nbnorm.cpu.lanes.meaning import fence, larger, pointer, restore_mode, scratch, smaller, standard_mode, until_aligned
 from nbnorm.cpu.sizes import STREAMED_BYTES
 
 
@@ -42,9 +49,9 @@ def sums_of(mode, x_dtype, dtype):
 def forward(x_dtype, dtype, has_weight, has_bias, variance):
     """One iteration owns some rows, of which it takes sixteen at a time."""
     element = dtype.type
-    mode = kernels.mode_of(variance, x_dtype, dtype)
+    mode = whole_rows.mode_of(variance, x_dtype, dtype)
     sum_type, is_near, limits = sums_of(mode, x_dtype, dtype)
-    smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
+    smallest, largest = whole_rows.VARIANCE_BOUNDS[dtype.name]
 
     def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
         rows, row_size = x.shape
@@ -110,9 +117,9 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     """One iteration owns a block of rows, of which it takes sixteen at a time, and adds to the block's own sums."""
     element = dtype.type
     is_given = statistics_from == "given"
-    mode = kernels.mode_of(statistics_from, x_dtype, dtype)
+    mode = whole_rows.mode_of(statistics_from, x_dtype, dtype)
     sum_type, is_near, limits = sums_of(mode, x_dtype, dtype)
-    smallest, largest = kernels.VARIANCE_BOUNDS[dtype.name]
+    smallest, largest = whole_rows.VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
     in_one_sweep = with_dx and not is_given and dtype == np.float32

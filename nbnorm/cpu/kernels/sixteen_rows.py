@@ -6,23 +6,7 @@ on lanes, each of which is a row: what they cost is shared by all rows, and none
 
 import numpy as np
 
-from nbnorm.cpu.inlined import inlined
-from nbnorm.cpu.lanes import (
-    COUNT,
-    all_below,
-    at_least_zero,
-    cast,
-    fill,
-    load,
-    load_one,
-    load_part,
-    root,
-    store,
-    store_folded,
-    totals,
-    widen,
-)
-from nbnorm.cpu.rows import (
+from nbnorm.cpu.kernels.rows import (
     DIFF_OF_SQUARES,
     DIFF_OF_SQUARES_64,
     compensated,
@@ -36,6 +20,22 @@ from nbnorm.cpu.rows import (
     sums_over,
     two_sum,
     usable,
+)
+from nbnorm.cpu.lanes.inlined import inlined
+from nbnorm.cpu.lanes.meaning import (
+    COUNT,
+    all_below,
+    at_least_zero,
+    cast,
+    fill,
+    load,
+    load_one,
+    load_part,
+    root,
+    store,
+    store_folded,
+    totals,
+    widen,
 )
 
 # rows that are worked on together

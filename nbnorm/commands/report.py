@@ -15,8 +15,9 @@ import numpy as np
 from numba.core import config
 
 import nbnorm
-from nbnorm import checks, reference
-from nbnorm.cpu import parallel
+from nbnorm import reference
+from nbnorm.calls import checks
+from nbnorm.cpu.workers import parallel
 from nbnorm.functional import LayerNormGrads
 
 # (shape, normalized_shape): a transformer's activations, a large one's, and a batch of images. The second is just large

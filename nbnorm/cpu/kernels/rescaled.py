@@ -7,9 +7,9 @@ import math
 
 import numpy as np
 
-from nbnorm.cpu.inlined import inlined
-from nbnorm.cpu.lanes import larger, load_one, smaller, store_one
-from nbnorm.cpu.rows import first_gradient, two_sum
+from nbnorm.cpu.kernels.rows import first_gradient, two_sum
+from nbnorm.cpu.lanes.inlined import inlined
+from nbnorm.cpu.lanes.meaning import larger, load_one, smaller, store_one
 
 # deviations: where sqrt(eps) is more than so many, the variance is lost beside eps, whose own square may be beyond float64
 EPS_ALONE = 2.0**40

@@ -12,9 +12,9 @@ import numpy as np
 from numba import cuda, types
 
 from nbnorm.cuda.compiled import compiled
-from nbnorm.cuda.instructions import inverse, inverse_power_of_two, load, store
-from nbnorm.cuda.reduce import add_teams, team_sums, thread_index
-from nbnorm.cuda.rows import (
+from nbnorm.cuda.instructions.meaning import inverse, inverse_power_of_two, load, store
+from nbnorm.cuda.kernels.reduce import add_teams, team_sums, thread_index
+from nbnorm.cuda.kernels.rows import (
     ROW_SHARED,
     add_row,
     fetch_row,

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nbnorm import arrays
-from nbnorm.checks import MAX_NDIM
+from nbnorm.calls import arrays
+from nbnorm.calls.checks import MAX_NDIM
 
 # as NumPy allows; what is longer takes long to parse
 NPY_HEADER_CHARACTERS = 10_000

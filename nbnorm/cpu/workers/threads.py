@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from queue import SimpleQueue
 
-from nbnorm.cpu import parallel
+from nbnorm.cpu.workers import parallel
 
 # below this many elements a second thread costs more than it saves, and with smaller pieces the threads wait too often for
 # each other's use of the interpreter. On two cores of an AMD EPYC, float32 forward and backward take, in us, one thread,

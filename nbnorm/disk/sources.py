@@ -10,19 +10,26 @@ from typing import Any
 
 @functools.cache
 def digest(module_file):
-    """A name for the present state of all files beside a module's, which its kernels are made of."""
+    """A name for the present state of all sources in a module's folder and below, which its kernels are made of."""
     folder: Any = Path(module_file).parent
     if not folder.is_dir():
         # in a zip file; its import alone takes longer than all else here
         from importlib.resources import files
 
         folder = files(f"nbnorm.{folder.name}")
-    sources = []
+    contents = []
     with suppress(OSError):
-        # compiled ones where there are no others
-        found = (source for source in folder.iterdir() if source.name.endswith((".py", ".pyc")))
-        sources = sorted(found, key=lambda source: source.name)
-    if not sources:
+        contents = [source.read_bytes() for source in _sources(folder)]
+    if not contents:
         # packed in a way that shows nothing: no kernel is that of another process
         return os.urandom(32).hex()
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    return hashlib.sha256(b"".join(contents)).hexdigest()
+
+
+def _sources(folder):
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        # compiled ones where there are no others
+        if entry.name.endswith((".py", ".pyc")):
+            yield entry
+        elif entry.is_dir() and entry.name != "__pycache__":
+            yield from _sources(entry)

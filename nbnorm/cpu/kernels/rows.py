@@ -13,8 +13,8 @@ take as long as these.
 
 import numpy as np
 
-from nbnorm.cpu.inlined import inlined
-from nbnorm.cpu.lanes import (
+from nbnorm.cpu.lanes.inlined import inlined
+from nbnorm.cpu.lanes.meaning import (
     cast,
     fill,
     keep,

@@ -9,7 +9,7 @@ from typing import Any
 
 from numba import njit
 
-from nbnorm.cpu import steps
+from nbnorm.cpu.lanes import steps
 
 # not called from Python or C, for which Numba would compile more
 OPTIONS: dict[str, Any] = {

@@ -6,8 +6,8 @@ element where statistics are computed, else 0; only from vector `complete` on ca
 
 from numba import cuda
 
-from nbnorm.cuda.instructions import fetch, inverse, inverse_power_of_two, inverse_root, load, store, unpack
-from nbnorm.cuda.reduce import ALL_LANES, inlined, team_sum, team_sums
+from nbnorm.cuda.instructions.meaning import fetch, inverse, inverse_power_of_two, inverse_root, load, store, unpack
+from nbnorm.cuda.kernels.reduce import ALL_LANES, inlined, team_sum, team_sums
 from nbnorm.cuda.sizes import WARP
 
 # elements of shared memory that `statistics` takes, and `row_statistics`

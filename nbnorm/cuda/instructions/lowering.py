@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import lower_builtin, type_callable
 
-from nbnorm.cuda import instructions
+from nbnorm.cuda.instructions import meaning
 
 I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 HALF, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -48,7 +48,7 @@ def accesses(function):
     return register
 
 
-@accesses(instructions.load)
+@accesses(meaning.load)
 def _load(computed, stored, width, access):
     # no access is wider than 16 bytes, which a vector of parameters wider than x may be
     access = min(access, 16 // _bytes(stored))
@@ -63,7 +63,7 @@ def _load(computed, stored, width, access):
     return code
 
 
-@accesses(instructions.fetch)
+@accesses(meaning.fetch)
 def _fetch(computed, stored, width, access):
     if not _is_kept_packed(computed, stored):
         return _load(computed, stored, width, access)
@@ -79,7 +79,7 @@ def _fetch(computed, stored, width, access):
     return code
 
 
-@accesses(instructions.unpack)
+@accesses(meaning.unpack)
 def _unpack(computed, stored, width, access):
     is_packed = _is_kept_packed(computed, stored)
 
@@ -97,7 +97,7 @@ def _unpack(computed, stored, width, access):
     return code
 
 
-@accesses(instructions.store)
+@accesses(meaning.store)
 def _store(computed, stored, width, access, rounds_pairs):
     def code(builder, values, k, destination, at, *_):
         elements = [builder.load(_element(builder, values, k, i)) for i in range(width)]
@@ -146,9 +146,9 @@ def _inverse_power_of_two(builder, value):
     return builder.bitcast(builder.shl(builder.sub(word(2 * one), exponent), word(digits)), value.type)
 
 
-_computes(instructions.inverse, _inverse)
-_computes(instructions.inverse_root, _inverse_root)
-_computes(instructions.inverse_power_of_two, _inverse_power_of_two)
+_computes(meaning.inverse, _inverse)
+_computes(meaning.inverse_root, _inverse_root)
+_computes(meaning.inverse_power_of_two, _inverse_power_of_two)
 
 
 def _is_kept_packed(computed, stored):

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import arrays, operands
-from nbnorm.operands import CPU, CUDA, FLOATS
-from nbnorm.problem import Problem, wide_dtype
-from nbnorm.shown import described, is_array, shown, type_name
+from nbnorm.calls import arrays, operands
+from nbnorm.calls.operands import CPU, CUDA, FLOATS
+from nbnorm.calls.problem import Problem, wide_dtype
+from nbnorm.calls.shown import described, is_array, shown, type_name
 
 MAX_NDIM = 64
 ORDER = "; the order of the arguments is x, normalized_shape, weight, bias, or dy, x, normalized_shape, weight"

@@ -5,8 +5,8 @@ The errors are as in `checks`.
 
 import numpy as np
 
-from nbnorm import arrays, stand_ins
-from nbnorm.shown import type_name
+from nbnorm.calls import arrays, stand_ins
+from nbnorm.calls.shown import type_name
 
 # where the operands of a call must lie: in CPU memory, on any CUDA device, or on the one with this number
 CPU = "CPU"

@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nbnorm import checks, files, npy, reference
+from nbnorm import reference
+from nbnorm.calls import checks
+from nbnorm.calls.problem import wide_dtype
+from nbnorm.commands import files, npy
 from nbnorm.cpu.staging import row_blocks
 from nbnorm.functional import layer_norm
-from nbnorm.problem import wide_dtype
 
 BLOCK_BYTES = 1 << 23
 # rows of a Fortran-ordered file are all over it: the larger the blocks, the fewer reads

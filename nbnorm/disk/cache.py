@@ -19,7 +19,7 @@ from numba.core import config
 from numba.core.caching import NullCache
 from numba.core.serialize import dumps
 
-from nbnorm import cache_folder
+from nbnorm.disk import cache_folder
 
 # Numba's settings that the code depends on beside the processor, which its code generator names itself
 SETTINGS = ("BOUNDSCHECK", "DEBUGINFO_DEFAULT", "ENABLE_AVX", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE", "USING_SVML")

@@ -1,0 +1,1 @@
+"""What a call gives and asks for: its arrays, whatever their library, and every check of them."""

@@ -1,0 +1,1 @@
+"""The CPU kernels, and the arithmetic of a row that they are made of."""

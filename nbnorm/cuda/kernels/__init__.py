@@ -1,0 +1,1 @@
+"""The CUDA kernels, and the steps on a row that they are made of."""
