@@ -169,7 +169,7 @@ def run_with_bounds_checked():
 
 @njit
 def read_and_write(array, k, start):
-    meaning.store(meaning.pointer(array), start, meaning.load(meaning.pointer(array), k, np.float32))
+    meaning.store(meaning.pointer(array), start, meaning.load(meaning.pointer(array), k))
 
 
 def touch(at, k, start):

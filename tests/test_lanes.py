@@ -1,6 +1,7 @@
 """Do the lanes' operations mean the same compiled as in NumPy, above all the conversions of 16-bit numbers?"""
 
 import itertools
+import operator
 import platform
 import re
 
@@ -10,7 +11,7 @@ import pytest
 from numba import njit
 
 from levels import deep
-from nbnorm.cpu.kernels import rows
+from nbnorm.cpu.kernels.normalise import put, put_part
 from nbnorm.cpu.lanes import half, lowering, meaning  # noqa: F401  lowering teaches Numba the operations
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -27,9 +28,9 @@ def copier(element):
 
     @njit
     def copy(source, destination):
-        source_, destination_ = meaning.pointer(source), meaning.pointer(destination)
+        source_, destination_ = meaning.operand(source, element), meaning.pointer(destination)
         for k in range(0, source.size - 15, 16):
-            meaning.store(destination_, k, meaning.load(source_, k, element))
+            meaning.store(destination_, k, meaning.load(source_, k))
 
     return copy
 
@@ -94,7 +95,7 @@ def test_float64_is_rounded_once(rng, dtype):
 def test_parts_of_sixteen(rng):
     @njit
     def part(source, count, destination):
-        values = meaning.load_part(meaning.pointer(source), 1, count, np.float32, np.float32(7))
+        values = meaning.load_part(meaning.pointer(source), 1, count, 7.0)
         meaning.store(meaning.pointer(destination), 0, values)
         meaning.store_part(meaning.pointer(destination), 16, count, values)
         return meaning.total(meaning.keep(values, count)), meaning.load_one(meaning.pointer(source), 1)
@@ -137,7 +138,7 @@ def test_scratch_begins_with_a_line():
 def test_sums_are_taken_in_the_order_that_lanes_says(rng):
     @njit
     def compiled(source):
-        return meaning.total(meaning.load(meaning.pointer(source), 0, np.float32))
+        return meaning.total(meaning.load(meaning.pointer(source), 0))
 
     for source in rng.standard_normal((100, 16)).astype(np.float32):
         assert compiled(source) == meaning.total(source)
@@ -146,7 +147,7 @@ def test_sums_are_taken_in_the_order_that_lanes_says(rng):
 def test_arithmetic_of_lanes(rng):
     @njit
     def compiled(a, b, quotients, roots, clipped, cast):
-        values, others = meaning.load(meaning.pointer(a), 0, np.float64), meaning.load(meaning.pointer(b), 0, np.float64)
+        values, others = meaning.load(meaning.pointer(a), 0), meaning.load(meaning.pointer(b), 0)
         meaning.store(meaning.pointer(quotients), 0, values / others)
         meaning.store(meaning.pointer(roots), 0, meaning.root(others))
         meaning.store(meaning.pointer(clipped), 0, meaning.at_least_zero(values))
@@ -163,19 +164,52 @@ def test_arithmetic_of_lanes(rng):
     np.testing.assert_array_equal(cast, a.astype(np.float32))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_comparison_of_all_lanes(dtype):
-    @njit
-    def compiled(a, b):
-        return meaning.all_below(meaning.load(meaning.pointer(a), 0, dtype), meaning.load(meaning.pointer(b), 0, dtype))
+def test_lanes_and_a_number_of_their_type(rng):
+    """A number stands for sixteen of it, on either side."""
 
-    a, b = np.zeros(16, dtype), np.ones(16, dtype)
-    assert compiled(a, b) is meaning.all_below(a, b) is True
-    for lane, value in itertools.product(range(16), (0, -1, np.nan)):
-        b[:] = 1
-        b[lane] = value
-        assert compiled(a, b) is meaning.all_below(a, b) is False
-        assert compiled(-b, a) is meaning.all_below(-b, a) is False
+    def compute(source, number, results):
+        values = meaning.load(meaning.pointer(source), 0)
+        meaning.store(meaning.pointer(results[0]), 0, values + number)
+        meaning.store(meaning.pointer(results[1]), 0, number - values)
+        meaning.store(meaning.pointer(results[2]), 0, number / values)
+        meaning.store(meaning.pointer(results[3]), 0, -values * number)
+        meaning.store(meaning.pointer(results[4]), 0, meaning.multiply_add(values, number, number))
+        # and where nothing is lanes
+        meaning.store(meaning.pointer(results[5]), 3, meaning.root(meaning.widen(number)))
+        meaning.store(meaning.pointer(results[5]), 4, meaning.at_least_zero(-number))
+
+    source, number = rng.standard_normal(16).astype(np.float32), np.float32(1.7)
+    actual, expected = np.zeros((6, 16), np.float32), np.zeros((6, 16), np.float32)
+    njit(compute)(source, number, actual)
+    compute(source, number, expected)
+    # a fused operation rounds once
+    np.testing.assert_allclose(actual[4], expected[4], atol=1e-6)
+    actual[4] = expected[4]
+    np.testing.assert_array_equal(actual, expected)
+    assert expected[5, 3] == np.float32(np.sqrt(np.float64(number)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("compare", [operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne])
+def test_comparisons_of_lanes(dtype, compare):
+    def hold(a, b, number):
+        values, others = meaning.load(meaning.pointer(a), 0), meaning.load(meaning.pointer(b), 0)
+        with_lanes, with_number = compare(values, others), compare(values, number)
+        return meaning.every(with_lanes), meaning.every(with_number), meaning.every(with_lanes & with_number)
+
+    compiled = njit(hold)
+    a = np.zeros(16, dtype)
+    for value, other in itertools.product((0, -1, 1, np.nan), repeat=2):
+        a[:], b = value, np.full(16, other, dtype)
+        assert compiled(a, b, dtype(other)) == hold(a, b, dtype(other))
+    # each lane counts
+    a[:] = {operator.lt: -1, operator.le: -1, operator.gt: 1, operator.ge: 1, operator.eq: 0, operator.ne: 1}[compare]
+    zero = np.zeros(16, dtype)
+    assert compiled(a, zero, dtype(0)) == (True, True, True)
+    for lane in range(16):
+        others = a.copy()
+        others[lane] = -a[lane] if compare in (operator.lt, operator.le, operator.gt, operator.ge) else 1 - a[lane]
+        assert compiled(others, zero, dtype(0)) == hold(others, zero, dtype(0)) == (False, False, False)
 
 
 @pytest.mark.parametrize("kind", [int, np.float32, np.float64])
@@ -198,7 +232,7 @@ def test_totals_of_sixteen_rows_are_those_of_each(rng, dtype):
     def compiled(source, destination):
         sums = meaning.scratch(140, np.float64)
         for i in range(16):
-            meaning.store_folded(sums, 3 + 8 * i, meaning.load(meaning.pointer(source), 16 * i, dtype))
+            meaning.store_folded(sums, 3 + 8 * i, meaning.load(meaning.pointer(source), 16 * i))
         meaning.store(meaning.pointer(destination), 0, meaning.totals(sums, 3))
 
     source = rng.standard_normal((16, 16)).astype(dtype)
@@ -224,14 +258,14 @@ def test_what_is_streamed_goes_past_the_caches(dtype):
 
     @njit
     def write(source, destination, factor, streaming):
-        source_, destination_ = meaning.pointer(source), meaning.pointer(destination)
+        source_, destination_ = meaning.operand(source, element), meaning.pointer(destination)
         for k in range(0, source.size - 15, 16):
-            rows.put(destination_, k, meaning.load(source_, k, element) * meaning.fill(factor), streaming)
+            put(destination_, k, meaning.load(source_, k) * meaning.fill(factor), streaming)
         count = source.size & 15
         if count:
             k = source.size - count
-            values = meaning.load_part(source_, k, count, element, element(0)) * meaning.fill(factor)
-            rows.put_part(destination_, k, count, values, streaming)
+            values = meaning.load_part(source_, k, count, 0.0) * meaning.fill(factor)
+            put_part(destination_, k, count, values, streaming)
 
     write(array, array.copy(), element(2), True)
     code = "".join(write.inspect_asm().values())

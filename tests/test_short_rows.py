@@ -9,7 +9,7 @@ import pytest
 import nbnorm
 from levels import deep
 from nbnorm.cpu import sizes
-from nbnorm.cpu.kernels.rows import BLOCK
+from nbnorm.cpu.kernels.statistics import BLOCK
 from tolerances import assert_grads, assert_statistics, assert_y
 
 # parts of sixteen, and all numbers of sixteens

@@ -1,44 +1,72 @@
-"""Kernels for rows that do not fit a core's cache, as factories with the arguments and signatures of those in `kernels`.
+"""Kernels for rows that do not fit a core's cache, as factories with the arguments and signatures of those in `whole_rows`.
 
 A row is split into segments, which all cores share. The statistics of a segment are found while it is in the cache, and
 merged into the row's in the order of the segments. The second sweep then reads the row again from where it is.
 """
 
+import functools
+
 import numpy as np
 from numba import prange
 
-from nbnorm.cpu.kernels import whole_rows
-from nbnorm.cpu.kernels.rescaled import gradient_means_rescaled, gradients_rescaled, normalise_rescaled, rescaled
-from nbnorm.cpu.kernels.rows import (
-    HI,
-    LO,
-    PARTS,
-    PROJECTED,
-    SUM_G,
-    TWO_SWEEPS,
-    VARIANCE,
+from nbnorm.cpu.kernels.gradients import (
+    GROUP_ROWS,
+    BackwardOperands,
+    Columns,
     add_blocks,
     clear,
-    compensated,
     first_gradient,
     gradient_sums,
     gradients,
-    merged,
-    normalise,
-    remember,
-    rest_of,
-    split,
-    statistics,
-    statistics_and_sums,
-    usable,
 )
-from nbnorm.cpu.kernels.whole_rows import AHEAD, GROUP_ROWS, STREAMED_TASK_ELEMENTS
-from nbnorm.cpu.lanes.meaning import fence, larger, pointer, restore_mode, smaller, standard_mode
-from nbnorm.cpu.sizes import LONG_GROUP_ELEMENTS
+from nbnorm.cpu.kernels.normalise import ForwardOperands, normalise, store_statistics
+from nbnorm.cpu.kernels.rescaled import (
+    KEPT,
+    NOT_RESCALED,
+    Rescaled,
+    gradients_rescaled,
+    kept_rescaled,
+    kept_rescaled_means,
+    means_rescaled,
+    normalise_rescaled,
+    rescaled,
+    store_rescaled,
+    store_rescaled_means,
+)
+from nbnorm.cpu.kernels.row import (
+    Moments,
+    Placed,
+    Rows,
+    Span,
+    Sums,
+    is_ordinary,
+    known_in,
+    means_of,
+    split,
+    store_row,
+    usable,
+    with_rstd,
+)
+from nbnorm.cpu.kernels.statistics import (
+    AHEAD,
+    TWO_SWEEPS,
+    VARIANCE_BOUNDS,
+    compensated,
+    merged,
+    mode_of,
+    moments,
+    moments_and_sums,
+    segments_in,
+    store_segment,
+)
+from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba the operations on lanes
+from nbnorm.cpu.lanes.inlined import inlined
+from nbnorm.cpu.lanes.meaning import fence, larger, operand, pointer, restore_mode, smaller, standard_mode, store
+from nbnorm.cpu.sizes import LONG_GROUP_ELEMENTS, STREAMED_TASK_ELEMENTS
 
 SEGMENT = 1 << 14
-# what is kept of a row that is rescaled, beside HI and LO; FACTOR is 0 for the others
-RSTD, G_HI, G_LO, FACTOR, SCALED_RSTD, MEAN_GX, RESCALED = range(2, 9)
+# numbers that are kept of a segment, and of all rows for their gradients
+SEGMENT_NUMBERS, KNOWN_NUMBERS = 5, 6
 # columns whose dweight and dbias a thread sums over all rows: their float64 sums take 32 KiB of the first-level cache, and a
 # backward at (16, 2^20) 0.9 of the time that it takes with twice as many
 COLUMNS = 1 << 11
@@ -47,72 +75,87 @@ COLUMNS = 1 << 11
 def forward(x_dtype, dtype, has_weight, has_bias, variance):
     """One iteration owns a segment: of its statistics in the first loop, of y in the second."""
     element = dtype.type
-    mode = whole_rows.mode_of(variance, x_dtype, dtype)
-    smallest, largest = whole_rows.VARIANCE_BOUNDS[dtype.name]
+    find_moments, find_statistics, normalise_part = _forward_steps(x_dtype, dtype, variance)
 
-    def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
-        rows, row_size = x.shape
-        segments = -(-row_size // SEGMENT)
-        group_rows = smaller(rows, larger(1, LONG_GROUP_ELEMENTS // row_size))
+    def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
+        rows, cols = x.shape
+        segments = -(-cols // SEGMENT)
+        group_rows = smaller(rows, larger(1, LONG_GROUP_ELEMENTS // cols))
         weight_or_none = pointer(weight) if has_weight else None
         bias_or_none = pointer(bias) if has_bias else None
-        operands = pointer(x), pointer(y), weight_or_none, bias_or_none, row_size, given_eps
-        parts = np.empty((group_rows, segments * PARTS))
-        state = np.empty((group_rows, RESCALED))
+        operands = ForwardOperands(
+            operand(x, element), weight_or_none, bias_or_none, pointer(y), pointer(mean), pointer(rstd), mean.size > 0,
+            rows, cols, eps,
+        )  # fmt: skip
+        of_segments = np.empty(SEGMENT_NUMBERS * group_rows * segments)
+        of_rows = np.empty(KEPT * group_rows)
         for first in range(0, rows, group_rows):
             count = smaller(group_rows, rows - first)
 
             # statistics
             for task in prange(count * segments):
-                thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
-                i, s = task // segments, task % segments
-                start = s * SEGMENT
-                at = (first + i) * cols + start
-                width = smaller(SEGMENT, cols - start)
-                if mode == TWO_SWEEPS:
-                    hi, lo, var = compensated(x_, at, width, element, AHEAD)
-                else:
-                    hi, lo, var = statistics(x_, at, width, element, mode, AHEAD)
-                parts[i, PARTS * s + HI] = hi
-                parts[i, PARTS * s + LO] = lo
-                parts[i, PARTS * s + VARIANCE] = var
+                thread_mode, pinned = standard_mode(operands)
+                parts = segments_in(pointer(of_segments), group_rows * segments)
+                find_moments(pinned, first + task // segments, task % segments * SEGMENT, parts, task)
                 restore_mode(thread_mode)
-            thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
+            thread_mode, pinned = standard_mode(operands)
+            parts = segments_in(pointer(of_segments), group_rows * segments)
             for i in range(count):
-                hi64, lo64, var, _, _ = merged(pointer(parts[i]), SEGMENT, cols)
-                # NaN fails the comparison too
-                if smallest <= var + eps <= largest:
-                    factor, scale64 = 0.0, np.float64(element(1.0 / np.sqrt(var + eps)))
-                    row_mean, row_rstd = hi64 + lo64, scale64
-                else:
-                    factor, hi64, lo64, scale64, row_mean, row_rstd = rescaled(x_, (first + i) * cols, cols, eps)
-                state[i, HI], state[i, LO], state[i, RSTD], state[i, FACTOR] = hi64, lo64, scale64, factor
-                if mean.size > 0:
-                    mean[first + i] = row_mean
-                    rstd[first + i] = row_rstd
+                find_statistics(pinned, first + i, parts, i * segments, pointer(of_rows), i)
             restore_mode(thread_mode)
 
             # normalise and store
-            tasks = -(-row_size // STREAMED_TASK_ELEMENTS)
+            tasks = -(-cols // STREAMED_TASK_ELEMENTS)
             for task in prange(count * tasks):
-                thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
+                thread_mode, pinned = standard_mode(operands)
                 i = task // tasks
-                start = task % tasks * STREAMED_TASK_ELEMENTS
-                width = smaller(STREAMED_TASK_ELEMENTS, cols - start)
-                at = (first + i) * cols + start
-                hi64, lo64, scale64, factor = state[i, HI], state[i, LO], state[i, RSTD], state[i, FACTOR]
-                if factor == 0.0:
-                    hi, lo = split(hi64, lo64, element)
-                    scale = element(scale64)
-                    row = at, hi, rest_of(lo, scale), scale
-                    normalise(x_, (row,), width, weight_, bias_, start, element, streaming, y_)
-                else:
-                    normalise_rescaled(x_, at, width, factor, hi64, lo64, scale64, weight_, bias_, start, y_)
+                normalise_part(pinned, first + i, task % tasks * STREAMED_TASK_ELEMENTS, pointer(of_rows), i, streaming)
                 restore_mode(thread_mode)
                 if streaming:
                     fence()
 
     return kernel
+
+
+@functools.cache
+def _forward_steps(x_dtype, dtype, variance):
+    element = dtype.type
+    mode = mode_of(variance, x_dtype, dtype)
+    find = compensated if mode == TWO_SWEEPS else moments
+    bounds = VARIANCE_BOUNDS[dtype.name]
+
+    @inlined
+    def find_moments(operands, r, start, parts, task):
+        """The moments of the segment of row r that starts at the column `start`."""
+        span = Span(r * operands.cols + start, start, smaller(SEGMENT, operands.cols - start))
+        store_segment(parts, task, find(operands.x, span, mode, AHEAD), Sums(0.0, 0.0))
+
+    @inlined
+    def find_statistics(operands, r, parts, first, kept, i):
+        """Those of row r, from its segments, of which the first is `first`."""
+        found, _ = merged(parts, first, SEGMENT, operands.cols)
+        if is_ordinary(found.variance, operands.eps, bounds):
+            rstd = np.float64(element(1.0 / np.sqrt(found.variance + operands.eps)))
+            row = Rescaled(NOT_RESCALED, found.hi, found.lo, rstd, found.hi + found.lo, rstd)
+        else:
+            row = rescaled(operands.x, r * operands.cols, operands.cols, operands.eps)
+        store_rescaled(kept, i, row)
+        store_statistics(operands, r, row.mean, row.rstd)
+
+    @inlined
+    def normalise_part(operands, r, start, kept, i, streaming):
+        """Write y of a part of row r."""
+        width = smaller(STREAMED_TASK_ELEMENTS, operands.cols - start)
+        at = r * operands.cols + start
+        row = kept_rescaled(kept, i)
+        if row.factor == NOT_RESCALED:
+            hi, lo = split(row.hi, row.lo, element)
+            statistics = with_rstd(Moments(hi, lo, 0.0), element(row.rstd))
+            normalise(operands, (Placed(at, statistics),), start, width, streaming)
+        else:
+            normalise_rescaled(operands, Span(at, start, width), row)
+
+    return find_moments, find_statistics, normalise_part
 
 
 def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask):
@@ -122,99 +165,48 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     are so far, and is begun by the one whose `first` is 0; in a call for all rows it may be empty.
     """
     element = dtype.type
-    is_given = statistics_from == "given"
-    mode = whole_rows.mode_of(statistics_from, x_dtype, dtype)
-    smallest, largest = whole_rows.VARIANCE_BOUNDS[dtype.name]
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
-    in_one_sweep = with_dx and not is_given and dtype == np.float32
+    find_sums, find_known, find_gradients = _backward_steps(x_dtype, dtype, statistics_from, output_mask)
 
-    def kernel(dy, x, weight, given_eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
-        rows, row_size = x.shape
-        segments = -(-row_size // SEGMENT)
-        group_rows = smaller(rows, larger(1, LONG_GROUP_ELEMENTS // row_size))
+    def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
+        rows, cols = x.shape
+        segments = -(-cols // SEGMENT)
+        group_rows = smaller(rows, larger(1, LONG_GROUP_ELEMENTS // cols))
         weight_or_none = pointer(weight) if has_weight else None
         dx_or_none = pointer(dx) if with_dx else None
-        operands = pointer(dy), pointer(x), weight_or_none, dx_or_none, row_size, given_eps
-        parts = np.empty((group_rows, segments * PARTS))
-        # what `gradients` takes of each row
-        row_statistics = np.empty((3, rows), element)
-        row_means = np.empty((3, rows), element)
-        rescaled_state = np.empty((rows, RESCALED))
+        operands = BackwardOperands(
+            operand(dy, element), operand(x, element), weight_or_none, dx_or_none, None, None, pointer(mean), pointer(rstd),
+            cols, eps,
+        )  # fmt: skip
+        of_segments = np.empty(SEGMENT_NUMBERS * group_rows * segments)
+        of_rows = np.empty(KNOWN_NUMBERS * rows, element)
+        of_rescaled = np.empty(KEPT * rows)
 
         # statistics and means of each row
         for group in range(0, rows if needs_statistics else 0, group_rows):
             count = smaller(group_rows, rows - group)
             for task in prange(count * segments):
-                thread_mode, (dy_, x_, weight_, dx_, cols, eps) = standard_mode(operands)
-                i, s = task // segments, task % segments
-                start = s * SEGMENT
-                width = smaller(SEGMENT, cols - start)
-                at = (group + i) * cols + start
-                sums_of_g = 0.0, 0.0
-                if is_given:
-                    hi, lo = split(np.float64(mean[group + i]), 0.0, element)
-                    var = 0.0
-                elif mode == TWO_SWEEPS:
-                    hi, lo, var = compensated(x_, at, width, element, AHEAD)
-                elif in_one_sweep:
-                    shift = first_gradient(dy_, at - start, weight_, element)
-                    hi, lo, var, sums_of_g = statistics_and_sums(
-                        dy_, x_, at, width, shift, weight_, start - at, element, mode, AHEAD
-                    )
-                else:
-                    hi, lo, var = statistics(x_, at, width, element, mode, AHEAD)
-                if with_dx and not in_one_sweep:
-                    shift = element(0) if is_given else first_gradient(dy_, at - start, weight_, element)
-                    # a segment may be constant where its row is not
-                    near_one = usable(element(rstd[group + i] if is_given else 1.0 / np.sqrt(var + eps)), element)
-                    rest = rest_of(lo, near_one)
-                    sums_of_g = gradient_sums(
-                        dy_, x_, at, width, hi, rest, near_one, shift, weight_, start, element, AHEAD, is_given
-                    )
-                parts[i, PARTS * s + HI] = hi
-                parts[i, PARTS * s + LO] = lo
-                parts[i, PARTS * s + VARIANCE] = var
-                parts[i, PARTS * s + SUM_G], parts[i, PARTS * s + PROJECTED] = sums_of_g
+                thread_mode, pinned = standard_mode(operands)
+                parts = segments_in(pointer(of_segments), group_rows * segments)
+                find_sums(pinned, group + task // segments, task % segments * SEGMENT, parts, task)
                 restore_mode(thread_mode)
-            thread_mode, (dy_, x_, weight_, dx_, cols, eps) = standard_mode(operands)
+            thread_mode, pinned = standard_mode(operands)
+            parts = segments_in(pointer(of_segments), group_rows * segments)
+            known = known_in(pointer(of_rows), rows)
             for i in range(count):
-                r = group + i
-                hi64, lo64, var, sum_g, projected = merged(pointer(parts[i]), SEGMENT, cols)
-                hi, lo = split(hi64, lo64, element)
-                scale = element(rstd[r]) if is_given else element(1.0 / np.sqrt(var + eps))
-                if is_given or smallest <= var + eps <= largest:
-                    row_statistics[0, r], row_statistics[1, r], row_statistics[2, r] = hi, rest_of(lo, scale), scale
-                    if with_dx:
-                        shift = element(0) if is_given else first_gradient(dy_, r * cols, weight_, element)
-                        remember(
-                            (row_means[0], row_means[1], row_means[2]), r, scale, shift, (sum_g, projected), cols, element
-                        )
-                    rescaled_state[r, FACTOR] = 0.0
-                else:
-                    at = r * cols
-                    factor, hi64, lo64, scale64, _, rstd64 = rescaled(x_, at, cols, eps)
-                    g_hi, g_lo, mean_gx = gradient_means_rescaled(dy_, x_, at, cols, factor, hi64, lo64, scale64, weight_)
-                    rescaled_state[r, FACTOR] = factor
-                    rescaled_state[r, HI] = hi64
-                    rescaled_state[r, LO] = lo64
-                    rescaled_state[r, SCALED_RSTD] = scale64
-                    rescaled_state[r, RSTD] = rstd64
-                    rescaled_state[r, G_HI] = g_hi
-                    rescaled_state[r, G_LO] = g_lo
-                    rescaled_state[r, MEAN_GX] = mean_gx
+                find_known(pinned, group + i, parts, i * segments, known, pointer(of_rescaled))
             restore_mode(thread_mode)
 
         # the gradients of some columns
         task_cols = COLUMNS * larger(1, STREAMED_TASK_ELEMENTS // (COLUMNS * rows))
-        for task in prange(-(-row_size // task_cols)):
-            statistics_ = pointer(row_statistics[0]), pointer(row_statistics[1]), pointer(row_statistics[2])
-            means_ = pointer(row_means[0]), pointer(row_means[1]), pointer(row_means[2])
+        for task in prange(-(-cols // task_cols)):
             # which may raise
             own_sums = np.empty(0 if sums.size > 0 else 2 * COLUMNS)
-            thread_mode, (dy_, x_, weight_, dx_, cols, eps) = standard_mode(operands)
-            for start in range(task * task_cols, smaller((task + 1) * task_cols, cols), COLUMNS):
-                width = smaller(COLUMNS, cols - start)
+            thread_mode, pinned = standard_mode(operands)
+            known = known_in(pointer(of_rows), rows)
+            for start in range(task * task_cols, smaller((task + 1) * task_cols, pinned.cols), COLUMNS):
+                width = smaller(COLUMNS, pinned.cols - start)
                 if sums.size > 0:
                     dweight_room, dbias_room, sums_at = pointer(sums[0]), pointer(sums[-1]), start
                 else:
@@ -224,29 +216,11 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 if first == 0:
                     clear(dweight_sums, sums_at, width)
                     clear(dbias_sums, sums_at, width)
-                # no literal 0, for which Numba would compile `gradients` twice
-                r = rows - rows
-                while r < rows:
-                    at = r * cols + start
-                    if needs_statistics and rescaled_state[r, FACTOR] != 0.0:
-                        row = rescaled_state[r]
-                        gradients_rescaled(
-                            dy_, x_, at, width, row[FACTOR], row[HI], row[LO], row[SCALED_RSTD],
-                            row[RSTD], row[G_HI], row[G_LO], row[MEAN_GX], weight_, start,
-                            dx_, dweight_sums, dbias_sums, sums_at,
-                        )  # fmt: skip
-                        r += 1
-                        continue
-                    count = 1
-                    while count < GROUP_ROWS and r + count < rows:
-                        if needs_statistics and rescaled_state[r + count, FACTOR] != 0.0:
-                            break
-                        count += 1
-                    gradients(
-                        dy_, x_, start, cols, r, r + count, width, None, statistics_, means_, weight_, start, element,
-                        streaming, dx_, dweight_sums, dbias_sums, sums_at,
-                    )  # fmt: skip
-                    r += count
+                summing = BackwardOperands(
+                    pinned.dy, pinned.x, pinned.weight, pinned.dx, dweight_sums, dbias_sums, pinned.mean, pinned.rstd,
+                    pinned.cols, pinned.eps,
+                )  # fmt: skip
+                find_gradients(summing, rows, Columns(start, width, sums_at), known, pointer(of_rescaled), streaming)
                 if last:
                     for j in range(0, width, 16):
                         add_blocks(dweight_sums, sums_at + j, 1, 0, streaming, pointer(dweight), start + j, width - j)
@@ -256,3 +230,80 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
                 fence()
 
     return kernel
+
+
+@functools.cache
+def _backward_steps(x_dtype, dtype, statistics_from, output_mask):
+    element = dtype.type
+    is_given = statistics_from == "given"
+    mode = mode_of(statistics_from, x_dtype, dtype)
+    find = compensated if mode == TWO_SWEEPS else moments
+    bounds = VARIANCE_BOUNDS[dtype.name]
+    with_dx, with_dweight, _ = output_mask
+    needs_statistics = with_dx or with_dweight
+    in_one_sweep = with_dx and not is_given and dtype == np.float32
+
+    @inlined
+    def shift_of(operands, r):
+        return element(0) if is_given else first_gradient(operands.dy, operands.weight, r * operands.cols, element)
+
+    @inlined
+    def find_sums(operands, r, start, parts, task):
+        """The moments and the sums of g of the segment of row r that starts at the column `start`."""
+        dy, x, weight = operands.dy, operands.x, operands.weight
+        span = Span(r * operands.cols + start, start, smaller(SEGMENT, operands.cols - start))
+        sums = Sums(0.0, 0.0)
+        if is_given:
+            hi, lo = split(np.float64(operands.mean[r]), 0.0, element)
+            found = Moments(hi, lo, 0.0)
+            rstd = element(operands.rstd[r])
+        elif in_one_sweep:
+            found, sums = moments_and_sums(dy, x, weight, span, shift_of(operands, r), mode, AHEAD)
+        else:
+            found = find(x, span, mode, AHEAD)
+            rstd = element(1.0 / np.sqrt(found.variance + operands.eps))
+        if with_dx and not in_one_sweep:
+            # a segment may be constant where its row is not
+            near_one = with_rstd(found, usable(rstd, element))
+            sums = gradient_sums(dy, x, weight, span, near_one, shift_of(operands, r), AHEAD, is_given)
+        store_segment(parts, task, found, sums)
+
+    @inlined
+    def find_known(operands, r, parts, first, known, kept):
+        """The statistics and the means of row r, from its segments, of which the first is `first`."""
+        found, sums = merged(parts, first, SEGMENT, operands.cols)
+        if is_given or is_ordinary(found.variance, operands.eps, bounds):
+            hi, lo = split(found.hi, found.lo, element)
+            rstd = element(operands.rstd[r]) if is_given else element(1.0 / np.sqrt(found.variance + operands.eps))
+            store_row(known.statistics, r, with_rstd(Moments(hi, lo, 0.0), rstd))
+            if with_dx:
+                store_row(known.means, r, means_of(shift_of(operands, r), sums, rstd, operands.cols, element))
+            store(kept, r * KEPT, NOT_RESCALED)
+        else:
+            at = r * operands.cols
+            row = rescaled(operands.x, at, operands.cols, operands.eps)
+            store_rescaled(kept, r, row)
+            store_rescaled_means(kept, r, means_rescaled(operands, at, row))
+
+    @inlined
+    def is_rescaled(kept, r):
+        return needs_statistics and kept[r * KEPT] != NOT_RESCALED
+
+    @inlined
+    def find_gradients(operands, rows, columns, known, kept, streaming):
+        """Those of some columns of all rows."""
+        r = 0
+        while r < rows:
+            if is_rescaled(kept, r):
+                at = r * operands.cols + columns.first
+                gradients_rescaled(operands, at, columns, kept_rescaled(kept, r), kept_rescaled_means(kept, r))
+                r += 1
+            else:
+                end = r + 1
+                while end - r < GROUP_ROWS and end < rows and not is_rescaled(kept, end):
+                    end += 1
+                together = Rows(columns.first, operands.cols, r, end)
+                gradients(operands, together, columns, known, None, streaming)
+                r = end
+
+    return find_sums, find_known, find_gradients

@@ -4,23 +4,47 @@ They are rare: everything goes element by element, in float64, which compiles in
 """
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm.cpu.kernels.rows import first_gradient, two_sum
+from nbnorm.cpu.kernels.gradients import first_gradient
+from nbnorm.cpu.kernels.row import Span, two_sum
 from nbnorm.cpu.lanes.inlined import inlined
-from nbnorm.cpu.lanes.meaning import larger, load_one, smaller, store_one
+from nbnorm.cpu.lanes.meaning import larger, load_one, smaller, store
 
 # deviations: where sqrt(eps) is more than so many, the variance is lost beside eps, whose own square may be beyond float64
 EPS_ALONE = 2.0**40
 
 
+class Rescaled(NamedTuple):
+    """A power of two; the mean, in two parts, and rstd of the row times that; mean and rstd of the row as it is."""
+
+    factor: Any
+    hi: Any
+    lo: Any
+    scaled_rstd: Any
+    mean: Any
+    rstd: Any
+
+
+class RescaledMeans(NamedTuple):
+    """The means of g, in two parts, and of g * x_hat."""
+
+    hi: Any
+    lo: Any
+    projected: Any
+
+
+# numbers that are kept of a row: both
+KEPT = 9
+# the factor of a row that needs no rescaling
+NOT_RESCALED = 0.0
+
+
 @inlined
 def rescaled(x, at, cols, eps):
-    """A row whose squares leave the range of its type: factor, mean and rstd of factor * x; mean and rstd as they are.
-
-    The first mean is in two parts. The factor, a power of two, brings the row's largest element near 1.
-    """
+    """A row whose squares leave the range of its type; the factor brings its largest element near 1."""
     first = load_one(x, at)
     root_eps = np.sqrt(eps)
     is_constant = True
@@ -40,10 +64,10 @@ def rescaled(x, at, cols, eps):
     is_finite = abs(total) < np.inf
     if not is_finite:
         # of a row with Inf the mean is Inf, although what rounding lost, and the deviations, are NaN
-        return factor, np.nan, np.nan, np.nan, plain_mean, np.nan
+        return Rescaled(factor, np.nan, np.nan, np.nan, plain_mean, np.nan)
     if is_constant:
         # eps may vanish beside the row's scale, and 0 / 0 is not what the formula says
-        return factor, first * factor, 0.0, 0.0 if eps > 0.0 else np.inf, first, 1.0 / root_eps
+        return Rescaled(factor, first * factor, 0.0, 0.0 if eps > 0.0 else np.inf, first, 1.0 / root_eps)
     mean = first * factor + (total + lost) / cols
     rest = lost = squares = lost_squares = 0.0
     for k in range(at, at + cols):
@@ -52,75 +76,120 @@ def rescaled(x, at, cols, eps):
         squares, lost_squares = two_sum(squares, lost_squares, d * d)
     rest = (rest + lost) / cols
     if root_eps * factor > EPS_ALONE:
-        return factor, mean, rest, 1.0 / root_eps / factor, (mean + rest) / factor, 1.0 / root_eps
+        return Rescaled(factor, mean, rest, 1.0 / root_eps / factor, (mean + rest) / factor, 1.0 / root_eps)
     variance = larger((squares + lost_squares) / cols - rest * rest, 0.0)
     rstd = 1.0 / np.sqrt(variance + (root_eps * factor) * (root_eps * factor))
-    return factor, mean, rest, rstd, (mean + rest) / factor, rstd * factor
+    return Rescaled(factor, mean, rest, rstd, (mean + rest) / factor, rstd * factor)
 
 
 @inlined
-def normalise_rescaled(x, at, cols, factor, hi, lo, rstd, weight, bias, first, y):
+def store_rescaled(kept, r, row):
+    """Keep what is known of row r."""
+    factor, hi, lo, scaled_rstd, mean, rstd = row
+    at = r * KEPT
+    store(kept, at, factor)
+    store(kept, at + 1, hi)
+    store(kept, at + 2, lo)
+    store(kept, at + 3, scaled_rstd)
+    store(kept, at + 4, mean)
+    store(kept, at + 5, rstd)
+
+
+@inlined
+def kept_rescaled(kept, r):
+    at = r * KEPT
+    return Rescaled(kept[at], kept[at + 1], kept[at + 2], kept[at + 3], kept[at + 4], kept[at + 5])
+
+
+@inlined
+def store_rescaled_means(kept, r, means):
+    at = r * KEPT + 6
+    store(kept, at, means.hi)
+    store(kept, at + 1, means.lo)
+    store(kept, at + 2, means.projected)
+
+
+@inlined
+def kept_rescaled_means(kept, r):
+    at = r * KEPT + 6
+    return RescaledMeans(kept[at], kept[at + 1], kept[at + 2])
+
+
+@inlined
+def normalise_rescaled(operands, span, row):
     """As `normalise`, for a row that is `rescaled`."""
-    for j in range(cols):
-        value = (load_one(x, at + j) * factor - hi - lo) * rstd
-        if weight is not None:
-            value *= load_one(weight, first + j)
-        if bias is not None:
-            value += load_one(bias, first + j)
-        store_one(y, at + j, value)
+    for j in range(span.cols):
+        value = (load_one(operands.x, span.at + j) * row.factor - row.hi - row.lo) * row.scaled_rstd
+        store(operands.y, span.at + j, scaled_and_shifted(value, operands.weight, operands.bias, span.first + j))
 
 
 @inlined
-def gradient_means_rescaled(dy, x, at, cols, factor, hi, lo, rstd, weight):
-    """The means of g, in two parts, and of g * x_hat, for a row that is `rescaled`."""
-    shift = first_gradient(dy, at, weight, np.float64)
+def scaled_and_shifted(x_hat, weight, bias, j):
+    y = x_hat
+    if weight is not None:
+        y *= load_one(weight, j)
+    if bias is not None:
+        y += load_one(bias, j)
+    return y
+
+
+@inlined
+def with_weight(dy, weight, j):
+    return dy if weight is None else dy * load_one(weight, j)
+
+
+@inlined
+def means_rescaled(operands, at, row):
+    """The means of a row that is `rescaled`."""
+    shift = first_gradient(operands.dy, operands.weight, at, np.float64)
+    cols = operands.cols
     mean_g = mean_gx = mean_x_hat = 0.0
     for j in range(cols):
-        g = load_one(dy, at + j)
-        if weight is not None:
-            g *= load_one(weight, j)
-        x_hat = (load_one(x, at + j) * factor - hi - lo) * rstd
+        g = with_weight(load_one(operands.dy, at + j), operands.weight, j)
+        x_hat = (load_one(operands.x, at + j) * row.factor - row.hi - row.lo) * row.scaled_rstd
         mean_g += (g - shift) / cols
         mean_gx += (g - shift) * x_hat / cols
         mean_x_hat += x_hat / cols
     g_hi, g_lo = two_sum(shift, 0.0, mean_g)
     # the last is 0 but for rounding
-    return g_hi, g_lo, mean_gx - mean_g * mean_x_hat
+    return RescaledMeans(g_hi, g_lo, mean_gx - mean_g * mean_x_hat)
 
 
 @inlined
-def gradients_rescaled(
-    dy, x, at, cols, factor, hi, lo, scaled_rstd, rstd, g_hi, g_lo, mean_gx, weight, first, dx, dweight, dbias, sums_at
-):
+def gradients_rescaled(operands, at, columns, row, means):
     """As `gradients`, for one row that is `rescaled`."""
-    for j in range(cols):
-        g = load_one(dy, at + j)
-        x_hat = (load_one(x, at + j) * factor - hi - lo) * scaled_rstd
-        if dweight is not None:
-            dweight[sums_at + j] += g * x_hat
-        if dbias is not None:
-            dbias[sums_at + j] += g
-        if dx is not None:
-            if weight is not None:
-                g *= load_one(weight, first + j)
-            g = g - g_hi - g_lo - x_hat * mean_gx
-            # where rstd is beyond float64, dx need not be
-            store_one(dx, at + j, g * rstd if rstd < np.inf else g * scaled_rstd * factor)
+    for j in range(columns.cols):
+        dy = load_one(operands.dy, at + j)
+        x_hat = (load_one(operands.x, at + j) * row.factor - row.hi - row.lo) * row.scaled_rstd
+        add_one(operands.dweight, columns.sums_at + j, dy * x_hat)
+        add_one(operands.dbias, columns.sums_at + j, dy)
+        g = with_weight(dy, operands.weight, columns.first + j) - means.hi - means.lo - x_hat * means.projected
+        put_one(operands.dx, at + j, g, row)
 
 
 @inlined
-def row_rescaled(x, at, cols, eps, weight, bias, y):
+def add_one(sums, k, value):
+    if sums is not None:
+        store(sums, k, sums[k] + value)
+
+
+@inlined
+def put_one(dx, k, g, row):
+    if dx is not None:
+        # where rstd is beyond float64, dx need not be
+        store(dx, k, g * row.rstd if row.rstd < np.inf else g * row.scaled_rstd * row.factor)
+
+
+@inlined
+def row_rescaled(operands, at):
     """Statistics and y of a whole row: writes y, and returns the mean and rstd of the row as it is."""
-    factor, hi, lo, scaled_rstd, mean, rstd = rescaled(x, at, cols, eps)
-    normalise_rescaled(x, at, cols, factor, hi, lo, scaled_rstd, weight, bias, 0, y)
-    return mean, rstd
+    row = rescaled(operands.x, at, operands.cols, operands.eps)
+    normalise_rescaled(operands, Span(at, at - at, operands.cols), row)
+    return row.mean, row.rstd
 
 
 @inlined
-def row_gradients_rescaled(dy, x, at, cols, eps, weight, dx, dweight, dbias, sums_at):
+def row_gradients_rescaled(operands, at, columns):
     """Statistics, means and gradients of a whole row."""
-    factor, hi, lo, scaled_rstd, _, rstd = rescaled(x, at, cols, eps)
-    g_hi, g_lo, mean_gx = gradient_means_rescaled(dy, x, at, cols, factor, hi, lo, scaled_rstd, weight)
-    gradients_rescaled(
-        dy, x, at, cols, factor, hi, lo, scaled_rstd, rstd, g_hi, g_lo, mean_gx, weight, 0, dx, dweight, dbias, sums_at
-    )
+    row = rescaled(operands.x, at, operands.cols, operands.eps)
+    gradients_rescaled(operands, at, columns, row, means_rescaled(operands, at, row))

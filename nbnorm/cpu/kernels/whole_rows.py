@@ -1,228 +1,181 @@
-"""The CPU kernels, each made by a factory for one set of compile-time choices.
+"""Kernels for rows that fit a core's cache, each made by a factory for one set of compile-time choices."""
 
-`choice` says which one a call needs, and has it compiled, for one pinned signature: C-contiguous arrays, inputs declared
-read-only, which both writable and read-only arrays match. `dtype` is what a kernel computes in, the widest of all operands,
-and what weight and bias have; the rows may be narrower. What a kernel does not need (`has_weight=False`, say) it takes as an
-empty array.
-
-The parallel build of a kernel gives the bits of the serial one: what is split, and where, depends on the shape alone.
-
-The floating-point mode is a thread's own, and may be any. So all arithmetic, in a `prange` and between two, comes after a
-`standard_mode`, on the operands that it gives, and before a `restore_mode`; nothing between them raises.
-"""
+import functools
 
 import numpy as np
-from numba import prange
 
+from nbnorm.cpu.kernels import loops
+from nbnorm.cpu.kernels.gradients import GROUP_ELEMENTS, GROUP_ROWS, Columns, first_gradient, gradient_sums, gradients
+from nbnorm.cpu.kernels.normalise import normalise, store_statistics
 from nbnorm.cpu.kernels.rescaled import row_gradients_rescaled, row_rescaled
-from nbnorm.cpu.kernels.rows import (
-    DIFF_OF_SQUARES,
-    DIFF_OF_SQUARES_64,
-    ONE_SWEEP,
-    ONE_SWEEP_64,
-    TWO_SWEEPS,
-    add_blocks,
-    clear,
-    compensated,
-    first_gradient,
-    gradient_sums,
-    gradients,
-    normalise,
-    remember,
-    rest_of,
-    split,
-    statistics,
-    statistics_and_sums,
+from nbnorm.cpu.kernels.row import (
+    Placed,
+    Rows,
+    Span,
+    Statistics,
+    Sums,
+    given_statistics,
+    is_ordinary,
+    kept_statistics,
+    known_in,
+    means_of,
+    statistics_of,
+    store_row,
     usable,
 )
-from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba the operations on lanes
-from nbnorm.cpu.lanes.meaning import fence, larger, pointer, restore_mode, scratch, smaller, standard_mode
+from nbnorm.cpu.kernels.statistics import (
+    AHEAD,
+    TWO_SWEEPS,
+    VARIANCE_BOUNDS,
+    compensated,
+    mode_of,
+    moments,
+    moments_and_sums,
+)
+from nbnorm.cpu.lanes.inlined import inlined
+from nbnorm.cpu.lanes.meaning import larger, scratch, smaller, store, widen
 
-# where the variance is outside these bounds, a square or a deviation may be 0 or Inf in the type that the kernel computes in
-VARIANCE_BOUNDS = {"float32": (2.0**-220, 2.0**210), "float64": (2.0**-960, 2.0**960)}
-
-# elements that are shared out to the threads in one piece; more where the piece ends in a fence, which waits for the memory:
-# with 2^12 a streamed copy of 64 MiB takes 1.3 times as long as with 2^16
-TASK_ELEMENTS = 1 << 12
-STREAMED_TASK_ELEMENTS = 1 << 16
 # rows of at most so many elements are normalised in pairs, which read weight and bias once. Of longer ones, a pair's results
 # would not be fetched ahead: float16 at (8192, 768) takes 1.15 to 1.3 times as long
 PAIRED_COLS = 1 << 8
-# how many elements ahead of the statistics memory is read: at least so many, at (4096, 4096) 512 takes 1.1 times as long
-AHEAD = 2048
-# rows whose dweight and dbias are summed in registers: as many as fit the first-level cache, at most so many
-GROUP_ROWS = 4
-GROUP_ELEMENTS = 1 << 14
-
-
-def mode_of(variance, x_dtype, dtype):
-    is_diff_of_squares = variance == "diff_of_squares"
-    if x_dtype == np.float64:
-        return DIFF_OF_SQUARES_64 if is_diff_of_squares else TWO_SWEEPS
-    if dtype == np.float64:
-        # so much wider than its elements, one sweep is as good as the squares of all
-        return ONE_SWEEP_64
-    return DIFF_OF_SQUARES if is_diff_of_squares else ONE_SWEEP
+# numbers that are known of a group's rows
+KNOWN_SIZE = 6 * GROUP_ROWS
 
 
 def forward(x_dtype, dtype, has_weight, has_bias, variance):
-    """One iteration owns some rows, and of each writes y[r] and, where these are not empty, mean[r] and rstd[r].
+    """One iteration owns some rows, and of each writes y[r] and, where these are asked for, mean[r] and rstd[r].
 
     Formula: Ba, Kiros and Hinton 2016, eq. 4; `variance` is "centred" or "diff_of_squares".
     """
-    element = dtype.type
-    mode = mode_of(variance, x_dtype, dtype)
-    smallest, largest = VARIANCE_BOUNDS[dtype.name]
-
-    def kernel(x, weight, bias, given_eps, streaming, y, mean, rstd):
-        rows, row_size = x.shape
-        weight_or_none = pointer(weight) if has_weight else None
-        bias_or_none = pointer(bias) if has_bias else None
-        operands = pointer(x), pointer(y), weight_or_none, bias_or_none, row_size, given_eps
-        ahead = row_size * -(-AHEAD // row_size)
-        task_rows = larger(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // row_size)
-        for task in prange(-(-rows // task_rows)):
-            thread_mode, (x_, y_, weight_, bias_, cols, eps) = standard_mode(operands)
-            stop = smaller((task + 1) * task_rows, rows)
-            # a row that waits for the other of its pair; not yet one, but no literal 0, for which Numba would compile twice
-            is_waiting = False
-            waiting = rows, element(0), element(0), element(0)
-            for r in range(task * task_rows, stop):
-                at = r * cols
-
-                # statistics
-                if mode == TWO_SWEEPS:
-                    hi, lo, var = compensated(x_, at, cols, element, ahead)
-                else:
-                    hi, lo, var = statistics(x_, at, cols, element, mode, ahead)
-
-                # normalise and store; NaN fails the comparison too
-                if smallest <= var + eps <= largest:
-                    scale = element(1.0 / np.sqrt(var + eps))
-                    row = at, hi, rest_of(lo, scale), scale
-                    if is_waiting:
-                        normalise(x_, (waiting, row), cols, weight_, bias_, 0, element, streaming, y_)
-                    waiting = row
-                    is_waiting = not is_waiting
-                    row_mean, row_rstd = np.float64(hi) + np.float64(lo), np.float64(scale)
-                else:
-                    row_mean, row_rstd = row_rescaled(x_, at, cols, eps, weight_, bias_, y_)
-                if is_waiting and (cols > PAIRED_COLS or r + 1 == stop):
-                    normalise(x_, (waiting,), cols, weight_, bias_, 0, element, streaming, y_)
-                    is_waiting = False
-                if mean.size > 0:
-                    mean[r] = row_mean
-                    rstd[r] = row_rstd
-            restore_mode(thread_mode)
-            if streaming:
-                fence()
-
-    return kernel
+    return loops.forward(_forward(x_dtype, dtype, variance), dtype.type, has_weight, has_bias)
 
 
 def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask):
     """Gradients of layer norm: one iteration owns a block of rows, writes dx of each and adds to the block's own sums.
 
-    `statistics_from` is "given" or the variance to recompute them by. Block b owns rows b * block_rows to
-    (b + 1) * block_rows of the whole problem, of which x holds those from `first` on. It adds dy * x_hat to sums[0, b] and
-    dy to sums[1, b], of which there is only the one that is asked for where the other is not; the call that has a block's
-    first row clears its sums. With `last`, the blocks' sums are added up in their order and written to dweight and dbias.
+    `statistics_from` is "given" or the variance to recompute them by.
     Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
     """
+    rows_from = _backward(x_dtype, dtype, statistics_from, output_mask)
+    return loops.backward(rows_from, dtype.type, has_weight, output_mask)
+
+
+@functools.cache
+def _forward(x_dtype, dtype, variance):
+    element = dtype.type
+    mode = mode_of(variance, x_dtype, dtype)
+    find = compensated if mode == TWO_SWEEPS else moments
+    bounds = VARIANCE_BOUNDS[dtype.name]
+
+    @inlined
+    def rows_from(operands, begin, end, streaming):
+        cols = operands.cols
+        ahead = cols * -(-AHEAD // cols)
+        # a row that waits for the other of its pair
+        is_waiting = False
+        waiting = Placed(0, Statistics(element(0), element(0), element(0)))
+        for r in range(begin, end):
+            at = r * cols
+
+            # statistics
+            found = find(operands.x, Span(at, 0, cols), mode, ahead)
+
+            # normalise and store
+            if is_ordinary(found.variance, operands.eps, bounds):
+                row = Placed(at, statistics_of(found, operands.eps, element))
+                if is_waiting:
+                    normalise(operands, (waiting, row), 0, cols, streaming)
+                waiting = row
+                is_waiting = not is_waiting
+                row_mean, row_rstd = widen(found.hi) + widen(found.lo), widen(row.known.rstd)
+            else:
+                row_mean, row_rstd = row_rescaled(operands, at)
+            if is_waiting and (cols > PAIRED_COLS or r + 1 == end):
+                normalise(operands, (waiting,), 0, cols, streaming)
+                is_waiting = False
+            store_statistics(operands, r, row_mean, row_rstd)
+
+    return rows_from
+
+
+@functools.cache
+def _backward(x_dtype, dtype, statistics_from, output_mask):
+    element = dtype.type
+    with_dx = output_mask[0]
+    find_statistics, find_means = _steps(x_dtype, dtype, statistics_from, output_mask)
+
+    @inlined
+    def rows_from(operands, begin, end, sums_at, streaming):
+        cols = operands.cols
+        columns = Columns(0, cols, sums_at)
+        group_rows = larger(1, smaller(GROUP_ROWS, GROUP_ELEMENTS // cols))
+        known = known_in(scratch(KNOWN_SIZE, element), GROUP_ROWS)
+        sums = Sums(scratch(GROUP_ROWS, np.float64), scratch(GROUP_ROWS, np.float64))
+        r = begin
+        while r < end:
+            # statistics of the rows of a group, up to one that needs another arithmetic
+            group_end = smaller(r + group_rows, end)
+            count = find_statistics(operands, r, group_end, known.statistics, sums)
+
+            # their means, in a loop of its own: a processor works on several rows while they wait for square roots
+            if with_dx:
+                find_means(operands, r, count, known, sums)
+
+            # the gradients of the group, then of that row; the next group is fetched meanwhile
+            gradients(operands, Rows(r * cols, cols, 0, count), columns, known, (r + count) * cols, streaming)
+            r += count
+            if r < group_end:
+                row_gradients_rescaled(operands, r * cols, columns)
+                r += 1
+
+    return rows_from
+
+
+def _steps(x_dtype, dtype, statistics_from, output_mask):
+    """What finds the statistics of a group's rows, and what finds their means."""
     element = dtype.type
     is_given = statistics_from == "given"
     mode = mode_of(statistics_from, x_dtype, dtype)
-    smallest, largest = VARIANCE_BOUNDS[dtype.name]
-    with_dx, with_dweight, with_dbias = output_mask
+    find = compensated if mode == TWO_SWEEPS else moments
+    bounds = VARIANCE_BOUNDS[dtype.name]
+    with_dx, with_dweight, _ = output_mask
     needs_statistics = with_dx or with_dweight
-    # the means of g and g * x_hat are found with the statistics
+    # the sums of g are found with the statistics
     in_one_sweep = with_dx and not is_given and dtype == np.float32
-    has_sums = with_dweight or with_dbias
 
-    def kernel(dy, x, weight, given_eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
-        rows, row_size = x.shape
-        blocks = sums.shape[1]
-        weight_or_none = pointer(weight) if has_weight else None
-        dx_or_none = pointer(dx) if with_dx else None
-        dweight_sums_or_none = pointer(sums[0]) if with_dweight else None
-        dbias_sums_or_none = pointer(sums[-1]) if with_dbias else None
-        operands = (
-            pointer(dy), pointer(x), weight_or_none, dx_or_none, dweight_sums_or_none, dbias_sums_or_none,
-            row_size, given_eps,
-        )  # fmt: skip
-        group_rows = larger(1, smaller(GROUP_ROWS, GROUP_ELEMENTS // row_size))
-        for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
-            thread_mode, (dy_, x_, weight_, dx_, dweight_sums, dbias_sums, cols, eps) = standard_mode(operands)
-            his, rests, rstds = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
-            g_his, g_rests, slopes = scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element), scratch(GROUP_ROWS, element)
-            totals, projected = scratch(GROUP_ROWS, np.float64), scratch(GROUP_ROWS, np.float64)
-            if b * block_rows >= first:
-                clear(dweight_sums, b * cols, cols)
-                clear(dbias_sums, b * cols, cols)
-            r = larger(b * block_rows - first, 0)
-            stop = smaller((b + 1) * block_rows - first, rows)
-            while r < stop:
-                # statistics of the rows of a group, up to one that needs another arithmetic
-                count = 0
-                is_ordinary = True
-                while is_ordinary and count < group_rows and r + count < stop:
-                    if needs_statistics:
-                        if is_given:
-                            hi, lo = split(np.float64(mean[r + count]), 0.0, element)
-                            scale = element(rstd[r + count])
-                        else:
-                            at = (r + count) * cols
-                            if mode == TWO_SWEEPS:
-                                hi, lo, var = compensated(x_, at, cols, element, None)
-                            elif in_one_sweep:
-                                shift = first_gradient(dy_, at, weight_, element)
-                                hi, lo, var, sums_of_g = statistics_and_sums(
-                                    dy_, x_, at, cols, shift, weight_, -at, element, mode, None
-                                )
-                                totals[count], projected[count] = sums_of_g
-                            else:
-                                hi, lo, var = statistics(x_, at, cols, element, mode, None)
-                            is_ordinary = smallest <= var + eps <= largest
-                            scale = element(1.0 / np.sqrt(var + eps))
-                        his[count], rests[count], rstds[count] = hi, rest_of(lo, scale), scale
-                    if is_ordinary:
-                        count += 1
+    @inlined
+    def find_statistics(operands, begin, end, kept, sums):
+        """Write the statistics of rows, up to one that is not ordinary; returns how many these are."""
+        for r in range(begin, end if needs_statistics else begin):
+            i = r - begin
+            if is_given:
+                store_row(kept, i, given_statistics(operands.mean[r], operands.rstd[r], element))
+                continue
+            span = Span(r * operands.cols, 0, operands.cols)
+            if in_one_sweep:
+                shift = first_gradient(operands.dy, operands.weight, span.at, element)
+                found, of_g = moments_and_sums(operands.dy, operands.x, operands.weight, span, shift, mode, None)
+                store(sums.g, i, of_g.g)
+                store(sums.projected, i, of_g.projected)
+            else:
+                found = find(operands.x, span, mode, None)
+            if not is_ordinary(found.variance, operands.eps, bounds):
+                return i
+            store_row(kept, i, statistics_of(found, operands.eps, element))
+        return end - begin
 
-                # their means, in a loop of its own: a processor works on several rows while they wait for square roots
-                for i in range(count if with_dx else 0):
-                    at = (r + i) * cols
-                    shift = element(0) if is_given else first_gradient(dy_, at, weight_, element)
-                    if in_one_sweep:
-                        sums_of_g = totals[i], projected[i]
-                    else:
-                        scale = usable(rstds[i], element)
-                        sums_of_g = gradient_sums(
-                            dy_, x_, at, cols, his[i], rests[i], scale, shift, weight_, 0, element, None, is_given
-                        )
-                    remember((g_his, g_rests, slopes), i, rstds[i], shift, sums_of_g, cols, element)
+    @inlined
+    def find_means(operands, begin, count, known, sums):
+        cols = operands.cols
+        for i in range(count):
+            span = Span((begin + i) * cols, 0, cols)
+            row = kept_statistics(known.statistics, i)
+            shift = element(0) if is_given else first_gradient(operands.dy, operands.weight, span.at, element)
+            if in_one_sweep:
+                of_g = Sums(sums.g[i], sums.projected[i])
+            else:
+                scaled = Statistics(row.hi, row.rest, usable(row.rstd, element))
+                of_g = gradient_sums(operands.dy, operands.x, operands.weight, span, scaled, shift, None, is_given)
+            store_row(known.means, i, means_of(shift, of_g, row.rstd, cols, element))
 
-                # the gradients of the group, then of that row; the next group is fetched meanwhile
-                gradients(
-                    dy_, x_, r * cols, cols, 0, count, cols, (r + count) * cols, (his, rests, rstds),
-                    (g_his, g_rests, slopes), weight_, 0, element, streaming,
-                    dx_, dweight_sums, dbias_sums, b * cols,
-                )  # fmt: skip
-                r += count
-                if not is_ordinary:
-                    row_gradients_rescaled(dy_, x_, r * cols, cols, eps, weight_, dx_, dweight_sums, dbias_sums, b * cols)
-                    r += 1
-            restore_mode(thread_mode)
-            if streaming:
-                fence()
-
-        # the blocks' sums
-        if has_sums and last:
-            results = dweight_sums_or_none, dbias_sums_or_none, pointer(dweight), pointer(dbias), row_size
-            for c in prange(-(-row_size // 16)):
-                thread_mode, (dweight_sums, dbias_sums, dweight_, dbias_, cols) = standard_mode(results)
-                j = 16 * c
-                add_blocks(dweight_sums, j, blocks, cols, False, dweight_, j, cols - j)
-                add_blocks(dbias_sums, j, blocks, cols, False, dbias_, j, cols - j)
-                restore_mode(thread_mode)
-
-    return kernel
+    return find_statistics, find_means

@@ -4,21 +4,50 @@ The functions here say, in NumPy, what each operation means, and are what runs u
 how it is compiled. A loop that LLVM vectorises sums in an order that depends on the processor and on the code around it;
 these do not, so a row has the same bits in every kernel and on every processor with fused multiply-add.
 
-Lanes are float32 or float64 and know +, - and *. In memory an element may be narrower: float16 arrives as uint16 and
-bfloat16 as int16, since Numba has neither on the CPU.
+Lanes are float32 or float64, and know the arithmetic and the comparisons that numbers know, with each other and with a
+number of their type, which stands for sixteen of it. So one function serves a row, of which a number is known, and sixteen
+rows, of which lanes are. In memory an element may be narrower: float16 arrives as uint16 and bfloat16 as int16, since Numba
+has neither on the CPU.
 """
+
+from typing import Any, NamedTuple
 
 import numpy as np
 
 COUNT = 16
 
 
-def pointer(array):
-    """The elements of a C-contiguous array, without the reference count that Numba keeps in every loop over an array.
+class Operand(NamedTuple):
+    """What `operand` returns, but for compiled code."""
 
-    So it does not keep the array alive: something must refer to that for as long.
+    array: Any
+    element: Any
+
+
+def operand(array, element):
+    """The elements of a C-contiguous array, which are read as the type `element`.
+
+    Without the reference count that Numba keeps in every loop over an array. So it does not keep the array alive: something
+    must refer to that for as long.
+    """
+    return Operand(array.reshape(-1), element)
+
+
+def pointer(array):
+    """The same, read as what they are. Numbers are written to it by `store`, since Numba leaves out what is set in an array
+    that a loop knows by a field alone.
     """
     return array.reshape(-1)
+
+
+def behind(source, k):
+    """The elements of a pointer from k on."""
+    return source[k:]
+
+
+def element_of(source):
+    """The type that the elements of an operand are read as."""
+    return source.element if isinstance(source, Operand) else source.dtype.type
 
 
 def standard_mode(operands):
@@ -33,19 +62,20 @@ def restore_mode(thread_mode):
     """Give the thread its mode back; all that was computed is stored before."""
 
 
-def load(source, k, element):
-    """Elements k to k + 15, as lanes of the type `element`; None of None."""
+def load(source, k):
+    """Elements k to k + 15, as lanes; None of None."""
     if source is None:
         return None
-    return _decoded(source[k : k + COUNT], element)
+    return _decoded(_stored(source)[k : k + COUNT], element_of(source))
 
 
-def load_part(source, k, count, element, rest):
-    """The `count` < 16 elements from k on; the other lanes are `rest`. None of None."""
+def load_part(source, k, count, rest):
+    """The `count` < 16 elements from k on; the other lanes are `rest`, a float64. None of None."""
     if source is None:
         return None
+    element = element_of(source)
     lanes = np.full(COUNT, rest, element)
-    lanes[:count] = _decoded(source[k : k + count], element)
+    lanes[:count] = _decoded(_stored(source)[k : k + count], element)
     return lanes
 
 
@@ -56,22 +86,19 @@ def keep(lanes, count):
 
 def load_one(source, k):
     """Element k as a float64."""
-    return _decoded(source[k : k + 1], np.float64)[0]
+    return _decoded(_stored(source)[k : k + 1], np.float64)[0]
 
 
-def store(destination, k, lanes):
-    """Write elements k to k + 15, each rounded once, to nearest even."""
-    destination[k : k + COUNT] = _encoded(lanes, destination.dtype)
+def store(destination, k, values):
+    """Write elements k to k + 15, each rounded once, to nearest even; of a number, element k."""
+    stored = _stored(destination)
+    stored[k : k + np.size(values)] = _encoded(np.atleast_1d(values), stored.dtype)
 
 
 def store_part(destination, k, count, lanes):
     """Write the `count` < 16 elements from k on."""
-    destination[k : k + count] = _encoded(lanes[:count], destination.dtype)
-
-
-def store_one(destination, k, value):
-    """Write a float64 to element k, rounded once."""
-    destination[k : k + 1] = _encoded(np.full(1, value), destination.dtype)
+    stored = _stored(destination)
+    stored[k : k + count] = _encoded(lanes[:count], stored.dtype)
 
 
 def stream(destination, k, lanes):
@@ -88,8 +115,8 @@ def until_aligned(destination, k):
     """How many elements there are from k to the first whose address is a multiple of the size of sixteen; 0 of None."""
     if destination is None:
         return 0
-    address = destination.ctypes.data // destination.itemsize + k
-    return -address % COUNT
+    stored = _stored(destination)
+    return -(stored.ctypes.data // stored.itemsize + k) % COUNT
 
 
 def fence():
@@ -105,13 +132,19 @@ def fill(value):
     return np.full(COUNT, value, type(value))
 
 
-def widen(lanes):
+def widen(values):
     """As float64."""
-    return lanes.astype(np.float64)
+    return cast(values, np.float64)
+
+
+def cast(values, element):
+    """As the type `element`, rounded once."""
+    with np.errstate(all="ignore"):
+        return np.asarray(values).astype(element)[()]
 
 
 def multiply_add(a, b, c):
-    """The value of a * b + c, rounded once where the processor can; b may be None for 1, and c for 0."""
+    """The value of a * b + c, rounded once where the processor can; b may be None for 1, and c for 0. One is lanes."""
     product = a if b is None else a * b
     return product if c is None else product + c
 
@@ -142,24 +175,29 @@ def totals(source, k):
     return lanes[:, 0]
 
 
-def cast(lanes, element):
-    """As the type `element`, rounded once."""
-    return lanes.astype(element)
-
-
-def root(lanes):
+def root(values):
     """The square root of each."""
-    return np.sqrt(lanes)
+    return np.sqrt(values)
 
 
-def at_least_zero(lanes):
+def every(condition):
+    """Whether a comparison holds, of lanes for each of them."""
+    return bool(np.all(condition))
+
+
+def at_least_zero(values):
     """0 instead of what is below; NaN stays NaN."""
-    return np.maximum(lanes, lanes.dtype.type(0))
+    return np.maximum(values, np.float64(0))
 
 
-def all_below(a, b):
-    """Whether each lane of a is below that of b; NaN is not."""
-    return bool((a < b).all())
+def larger(a, b):
+    """The larger of two numbers, as `max` has it: the first where one is NaN."""
+    return max(a, b)
+
+
+def smaller(a, b):
+    """The smaller of two numbers, as `min` has it."""
+    return min(a, b)
 
 
 def to_odd(values):
@@ -170,6 +208,10 @@ def to_odd(values):
         is_inexact = (near != values) & (bits & 1 == 0) & (values == values)
         step = np.where(np.abs(near) < np.abs(values), 1, -1)
     return np.where(is_inexact, bits + step, bits).astype(np.uint32).view(np.float32)
+
+
+def _stored(source):
+    return source.array if isinstance(source, Operand) else source
 
 
 def _decoded(stored, element):
@@ -194,13 +236,3 @@ def _bfloat16(lanes):
     bits = to_odd(lanes).view(np.uint32)
     rounded = np.where(np.isnan(lanes), bits | 0x400000, bits + 0x7FFF + (bits >> 16 & 1))
     return (rounded >> 16).astype(np.uint16).view(np.int16)
-
-
-def larger(a, b):
-    """The larger of two numbers, as `max` has it: the first where one is NaN."""
-    return max(a, b)
-
-
-def smaller(a, b):
-    """The smaller of two numbers, as `min` has it."""
-    return min(a, b)

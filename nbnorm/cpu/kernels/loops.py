@@ -1,0 +1,90 @@
+"""The loops over rows that a kernel is, for rows that fit a core's cache: whole ones and short ones differ in an iteration.
+
+`choice` says which kernel a call needs, and has it compiled, for one pinned signature: C-contiguous arrays, inputs declared
+read-only, which both writable and read-only arrays match. `dtype` is what a kernel computes in, the widest of all operands,
+and what weight and bias have; the rows may be narrower. What a kernel does not need (`has_weight=False`, say) it takes as an
+empty array.
+
+The parallel build of a kernel gives the bits of the serial one: what is split, and where, depends on the shape alone. What
+one iteration does is a function of its own, of the same compile-time choices, which both builds share: it is typed and
+lowered once.
+
+The floating-point mode is a thread's own, and may be any. So all arithmetic, in a `prange` and between two, comes after a
+`standard_mode`, on the operands that it gives, and before a `restore_mode`; nothing between them raises.
+"""
+
+from numba import prange
+
+from nbnorm.cpu.kernels.gradients import BackwardOperands, add_blocks, clear
+from nbnorm.cpu.kernels.normalise import ForwardOperands
+from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba the operations on lanes
+from nbnorm.cpu.lanes.meaning import fence, larger, operand, pointer, restore_mode, smaller, standard_mode
+from nbnorm.cpu.sizes import STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
+
+
+def forward(rows_from, element, has_weight, has_bias):
+    """One iteration owns some rows, for which it calls `rows_from(operands, begin, end, streaming)`."""
+
+    def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
+        rows, cols = x.shape
+        weight_or_none = pointer(weight) if has_weight else None
+        bias_or_none = pointer(bias) if has_bias else None
+        operands = ForwardOperands(
+            operand(x, element), weight_or_none, bias_or_none, pointer(y), pointer(mean), pointer(rstd), mean.size > 0,
+            rows, cols, eps,
+        )  # fmt: skip
+        task_rows = larger(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // cols)
+        for task in prange(-(-rows // task_rows)):
+            thread_mode, pinned = standard_mode(operands)
+            rows_from(pinned, task * task_rows, smaller((task + 1) * task_rows, rows), streaming)
+            restore_mode(thread_mode)
+            if streaming:
+                fence()
+
+    return kernel
+
+
+def backward(rows_from, element, has_weight, output_mask):
+    """One iteration owns a block of rows, for which it calls `rows_from(operands, begin, end, sums_at, streaming)`.
+
+    Block b owns rows b * block_rows to (b + 1) * block_rows of the whole problem, of which x holds those from `first` on. It
+    adds dy * x_hat to sums[0, b] and dy to sums[1, b], of which there is only the one that is asked for where the other is
+    not; the call that has a block's first row clears its sums. With `last`, the blocks' sums are added up in their order and
+    written to dweight and dbias.
+    """
+    with_dx, with_dweight, with_dbias = output_mask
+    has_sums = with_dweight or with_dbias
+
+    def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
+        rows, cols = x.shape
+        blocks = sums.shape[1]
+        weight_or_none = pointer(weight) if has_weight else None
+        dx_or_none = pointer(dx) if with_dx else None
+        dweight_sums = pointer(sums[0]) if with_dweight else None
+        dbias_sums = pointer(sums[-1]) if with_dbias else None
+        operands = BackwardOperands(
+            operand(dy, element), operand(x, element), weight_or_none, dx_or_none, dweight_sums, dbias_sums,
+            pointer(mean), pointer(rstd), cols, eps,
+        )  # fmt: skip
+        for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
+            thread_mode, pinned = standard_mode(operands)
+            begin, end = b * block_rows - first, (b + 1) * block_rows - first
+            if begin >= 0:
+                clear(pinned.dweight, b * pinned.cols, pinned.cols)
+                clear(pinned.dbias, b * pinned.cols, pinned.cols)
+            rows_from(pinned, larger(begin, 0), smaller(end, rows), b * pinned.cols, streaming)
+            restore_mode(thread_mode)
+            if streaming:
+                fence()
+
+        # the blocks' sums
+        if has_sums and last:
+            results = dweight_sums, dbias_sums, pointer(dweight), pointer(dbias), cols
+            for c in prange(-(-cols // 16)):
+                thread_mode, (sums_of_dweight, sums_of_dbias, dweight_, dbias_, pitch) = standard_mode(results)
+                j = 16 * c
+                add_blocks(sums_of_dweight, j, blocks, pitch, False, dweight_, j, pitch - j)
+                add_blocks(sums_of_dbias, j, blocks, pitch, False, dbias_, j, pitch - j)
+                restore_mode(thread_mode)
+
+    return kernel

@@ -1,0 +1,260 @@
+"""How Numba compiles what reads and writes memory."""
+
+from numba import types
+from numba.core import cgutils
+
+from nbnorm.cpu.lanes import control, half, meaning
+from nbnorm.cpu.lanes.meaning import COUNT
+from nbnorm.cpu.lanes.rules import NOTHING, Lanes, Operand, element_of, lowers, returning_none
+from nbnorm.cpu.lanes.vectors import (
+    I8,
+    I32,
+    I64,
+    LLVM_TYPES,
+    address,
+    call,
+    converted,
+    decoded,
+    encoded,
+    first,
+    halves_added,
+    ir,
+    name,
+    shuffle,
+    size,
+    splat,
+    stream_piece,
+    vector,
+)
+
+# the place of the data pointer in Numba's structure of an array: after meminfo, parent, size and itemsize
+ARRAY_DATA = 4
+
+
+@lowers(meaning.operand)
+def operand(array, element):
+    return Operand(array.dtype, element.dtype), lambda builder, array, element: builder.extract_value(array, ARRAY_DATA)
+
+
+@lowers(meaning.pointer)
+def pointer(array):
+    return types.CPointer(array.dtype), lambda builder, array: builder.extract_value(array, ARRAY_DATA)
+
+
+@lowers(meaning.behind)
+def behind(source, k):
+    return source, lambda builder, source, k: builder.gep(source, [k])
+
+
+@lowers(meaning.standard_mode)
+def standard_mode(operands):
+    def code(builder, values):
+        bits = control.read(builder)
+        with builder.if_then(control.is_other(builder, bits), likely=False):
+            control.write(builder, I64(control.STANDARD[control.MACHINE]))
+        pinned = values
+        for i, operand in enumerate(operands):
+            if operand != types.none:
+                pinned = builder.insert_value(pinned, control.pinned(builder, builder.extract_value(values, i)), i)
+        return cgutils.pack_struct(builder, [bits, pinned])
+
+    return types.Tuple((types.int64, operands)), code
+
+
+@lowers(meaning.restore_mode)
+def restore_mode(thread_mode):
+    def code(builder, bits):
+        control.finish(builder)
+        with builder.if_then(control.is_other(builder, bits), likely=False):
+            control.write(builder, bits)
+
+    return types.none, returning_none(code)
+
+
+@lowers(meaning.load)
+def load(source, k):
+    if source == types.none:
+        return NOTHING
+    stored, wanted = source.dtype, element_of(source)
+
+    def code(builder, source, k):
+        raw = builder.load(address(builder, source, k, vector(LLVM_TYPES[stored])), align=size(stored))
+        return decoded(builder, raw, stored, wanted)
+
+    return Lanes(wanted), code
+
+
+@lowers(meaning.load_part)
+def load_part(source, k, count, rest):
+    if source == types.none:
+        return NOTHING
+    stored, wanted = source.dtype, element_of(source)
+
+    def code(builder, source, k, count, rest):
+        stored_vector = vector(LLVM_TYPES[stored])
+        mask = first(builder, count)
+        arguments = [address(builder, source, k, stored_vector), I32(size(stored)), mask, stored_vector(None)]
+        raw = call(builder, f"llvm.masked.load.{name(stored_vector)}.p0", stored_vector, arguments)
+        others = splat(builder, converted(builder, rest, types.float64, wanted))
+        return builder.select(mask, decoded(builder, raw, stored, wanted), others)
+
+    return (Lanes(wanted), code) if rest == types.float64 else None
+
+
+@lowers(meaning.load_one)
+def load_one(source, k):
+    stored = source.dtype
+
+    def code(builder, source, k):
+        raw = splat(builder, builder.load(builder.gep(source, [k])))
+        if stored == types.uint16:
+            # the instruction that loads one float16 keeps the rest of a register, for whose last value it so waits: with it,
+            # a backward of rows of 16 or 32 takes 1.4 times as long
+            values = converted(builder, half.from_float16_by_integers(builder, raw), types.float32, types.float64)
+        else:
+            values = decoded(builder, raw, stored, types.float64)
+        return builder.extract_element(values, I32(0))
+
+    return types.float64, code
+
+
+@lowers(meaning.store)
+def store(destination, k, values):
+    stored = destination.dtype
+    if not isinstance(values, Lanes):
+        return _store_one(stored, values)
+
+    def code(builder, destination, k, lanes):
+        raw = encoded(builder, lanes, values.element, stored)
+        builder.store(raw, address(builder, destination, k, raw.type), align=size(stored))
+
+    return types.none, returning_none(code)
+
+
+def _store_one(stored, number):
+    def code(builder, destination, k, value):
+        raw = encoded(builder, splat(builder, value), number, stored)
+        builder.store(builder.extract_element(raw, I32(0)), builder.gep(destination, [k]))
+
+    return (types.none, returning_none(code)) if number in (types.float32, types.float64) else None
+
+
+@lowers(meaning.store_part)
+def store_part(destination, k, count, lanes):
+    stored = destination.dtype
+
+    def code(builder, destination, k, count, values):
+        raw = encoded(builder, values, lanes.element, stored)
+        arguments = [raw, address(builder, destination, k, raw.type), I32(size(stored)), first(builder, count)]
+        call(builder, f"llvm.masked.store.{name(raw.type)}.p0", ir.VoidType(), arguments)
+
+    return types.none, returning_none(code)
+
+
+@lowers(meaning.stream)
+def stream(destination, k, lanes):
+    stored = destination.dtype
+
+    def code(builder, destination, k, values):
+        raw = encoded(builder, values, lanes.element, stored)
+        for start in range(0, COUNT, 16 // size(stored)):
+            stream_piece(builder, raw, start, destination, k, size(stored))
+
+    return types.none, returning_none(code)
+
+
+@lowers(meaning.stream_part)
+def stream_part(destination, k, count, lanes):
+    stored = destination.dtype
+
+    def code(builder, destination, k, count, values):
+        raw = encoded(builder, values, lanes.element, stored)
+        for start in range(0, COUNT - 1, 16 // size(stored)):
+            with builder.if_then(builder.icmp_signed("<", I64(start), count)):
+                stream_piece(builder, raw, start, destination, k, size(stored))
+
+    return types.none, returning_none(code)
+
+
+@lowers(meaning.until_aligned)
+def until_aligned(destination, k):
+    if destination == types.none:
+        return types.int64, lambda builder, destination, k: I64(0)
+
+    def code(builder, destination, k):
+        start = builder.ptrtoint(builder.gep(destination, [k]), I64)
+        return builder.and_(builder.neg(builder.udiv(start, I64(size(stored)))), I64(COUNT - 1))
+
+    stored = destination.dtype
+    return types.int64, code
+
+
+@lowers(meaning.fence)
+def fence():
+    return types.none, returning_none(lambda builder: builder.fence("seq_cst"))
+
+
+@lowers(meaning.prefetch)
+def prefetch(source, k, ahead):
+    if source == types.none or ahead == types.none:
+        return NOTHING
+
+    def code(builder, source, k, ahead):
+        line = builder.bitcast(builder.gep(source, [builder.add(k, ahead)]), I8.as_pointer())
+        # to read, into the second-level cache, as data: in the first, it would take the place of the rows worked on
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [line, I32(0), I32(2), I32(1)])
+
+    return types.none, returning_none(code)
+
+
+@lowers(meaning.scratch)
+def scratch(count, element):
+    # Numba asks with the constant's type after it has asked with int64
+    if not isinstance(count, types.Literal):
+        return None
+
+    def code(builder, count_, element_):
+        room = cgutils.alloca_once(builder, LLVM_TYPES[element.dtype], size=I64(count.literal_value))
+        # unaligned, sixteen float32 may lie in two lines, by where a process's stack begins: a forward of rows of 16 then
+        # takes up to 1.8 times as long
+        room.align = 64
+        return room
+
+    return types.CPointer(element.dtype), code
+
+
+@lowers(meaning.store_folded)
+def store_folded(destination, k, lanes):
+    stored = destination.dtype
+
+    def code(builder, destination, k, values):
+        folded = halves_added(builder, values)
+        if lanes.element != stored:
+            folded = builder.fpext(folded, ir.VectorType(LLVM_TYPES[stored], folded.type.count))
+        builder.store(folded, address(builder, destination, k, folded.type), align=size(stored))
+
+    return types.none, returning_none(code)
+
+
+@lowers(meaning.totals)
+def totals(source, k):
+    stored = source.dtype
+
+    def code(builder, source, k):
+        width = COUNT // 2
+        row = ir.VectorType(LLVM_TYPES[stored], width)
+        rows = [
+            builder.load(address(builder, source, builder.add(k, I64(width * i)), row), align=size(stored))
+            for i in range(COUNT)
+        ]
+        # two vectors become one, with the sums of their halves, until it has one number of each row
+        while width > 1:
+            width //= 2
+            lower = [i for i in range(2 * rows[0].type.count) if i % (2 * width) < width]
+            rows = [
+                builder.fadd(shuffle(builder, a, lower, b), shuffle(builder, a, [i + width for i in lower], b))
+                for a, b in zip(rows[::2], rows[1::2], strict=True)
+            ]
+        return shuffle(builder, rows[0], range(COUNT), rows[1])
+
+    return Lanes(stored), code
