@@ -1,5 +1,6 @@
 """How Numba compiles what reads and writes memory."""
 
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
@@ -18,7 +19,6 @@ from nbnorm.cpu.lanes.vectors import (
     encoded,
     first,
     halves_added,
-    ir,
     name,
     shuffle,
     size,

@@ -5,6 +5,7 @@ memory is in `access`.
 """
 
 import operator
+from typing import Any
 
 from llvmlite import ir
 from numba import types
@@ -116,7 +117,7 @@ def _cast(values, wanted):
 
 @lowers(meaning.multiply_add)
 def multiply_add(a, b, c):
-    lanes = next((operand for operand in (a, b, c) if isinstance(operand, Lanes)), None)
+    lanes: Any = next((operand for operand in (a, b, c) if isinstance(operand, Lanes)), None)
     has_factor, has_term = b != types.none, c != types.none
 
     def code(builder, *values):
