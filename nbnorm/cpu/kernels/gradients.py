@@ -251,8 +251,23 @@ def with_row(dweights, dbiases, dys, x_hats):
 
 
 @inlined
-def clear(sums, at, cols):
-    """Begin the sums of some columns; nothing where sums is None."""
+def with_sums(operands, dweight, dbias):
+    """The operands with other sums."""
+    return BackwardOperands(
+        operands.dy, operands.x, operands.weight, operands.dx, dweight, dbias, operands.mean, operands.rstd, operands.cols,
+        operands.eps,
+    )  # fmt: skip
+
+
+@inlined
+def clear(operands, columns):
+    """Begin the sums of some columns."""
+    clear_one(operands.dweight, columns.sums_at, columns.cols)
+    clear_one(operands.dbias, columns.sums_at, columns.cols)
+
+
+@inlined
+def clear_one(sums, at, cols):
     if sums is not None:
         for j in range(at, at + cols):
             store(sums, j, 0.0)

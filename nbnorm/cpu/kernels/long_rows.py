@@ -18,6 +18,7 @@ from nbnorm.cpu.kernels.gradients import (
     first_gradient,
     gradient_sums,
     gradients,
+    with_sums,
 )
 from nbnorm.cpu.kernels.normalise import ForwardOperands, normalise, store_statistics
 from nbnorm.cpu.kernels.rescaled import (
@@ -167,7 +168,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     element = dtype.type
     with_dx, with_dweight, with_dbias = output_mask
     needs_statistics = with_dx or with_dweight
-    find_sums, find_known, find_gradients = _backward_steps(x_dtype, dtype, statistics_from, output_mask)
+    find_sums, find_known = _statistics_steps(x_dtype, dtype, statistics_from, output_mask)
+    find_gradients = _gradients_step(needs_statistics)
 
     def kernel(dy, x, weight, eps, mean, rstd, first, block_rows, last, streaming, dx, sums, dweight, dbias):
         rows, cols = x.shape
@@ -206,25 +208,19 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
             thread_mode, pinned = standard_mode(operands)
             known = known_in(pointer(of_rows), rows)
             for start in range(task * task_cols, smaller((task + 1) * task_cols, pinned.cols), COLUMNS):
-                width = smaller(COLUMNS, pinned.cols - start)
                 if sums.size > 0:
                     dweight_room, dbias_room, sums_at = pointer(sums[0]), pointer(sums[-1]), start
                 else:
                     dweight_room, dbias_room, sums_at = pointer(own_sums), pointer(own_sums[COLUMNS:]), 0
+                columns = Columns(start, smaller(COLUMNS, pinned.cols - start), sums_at)
                 dweight_sums = dweight_room if with_dweight else None
                 dbias_sums = dbias_room if with_dbias else None
+                summing = with_sums(pinned, dweight_sums, dbias_sums)
                 if first == 0:
-                    clear(dweight_sums, sums_at, width)
-                    clear(dbias_sums, sums_at, width)
-                summing = BackwardOperands(
-                    pinned.dy, pinned.x, pinned.weight, pinned.dx, dweight_sums, dbias_sums, pinned.mean, pinned.rstd,
-                    pinned.cols, pinned.eps,
-                )  # fmt: skip
-                find_gradients(summing, rows, Columns(start, width, sums_at), known, pointer(of_rescaled), streaming)
+                    clear(summing, columns)
+                find_gradients(summing, rows, columns, known, pointer(of_rescaled), streaming)
                 if last:
-                    for j in range(0, width, 16):
-                        add_blocks(dweight_sums, sums_at + j, 1, 0, streaming, pointer(dweight), start + j, width - j)
-                        add_blocks(dbias_sums, sums_at + j, 1, 0, streaming, pointer(dbias), start + j, width - j)
+                    store_sums(summing, columns, pointer(dweight), pointer(dbias), streaming)
             restore_mode(thread_mode)
             if streaming:
                 fence()
@@ -232,15 +228,24 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     return kernel
 
 
+@inlined
+def store_sums(operands, columns, dweight, dbias, streaming):
+    """Write the sums of some columns, rounded once."""
+    for j in range(0, columns.cols, 16):
+        at, k, width = columns.sums_at + j, columns.first + j, columns.cols - j
+        add_blocks(operands.dweight, at, 1, 0, streaming, dweight, k, width)
+        add_blocks(operands.dbias, at, 1, 0, streaming, dbias, k, width)
+
+
 @functools.cache
-def _backward_steps(x_dtype, dtype, statistics_from, output_mask):
+def _statistics_steps(x_dtype, dtype, statistics_from, output_mask):
+    """What finds the sums of a segment, and what is known of a row from them."""
     element = dtype.type
     is_given = statistics_from == "given"
     mode = mode_of(statistics_from, x_dtype, dtype)
     find = compensated if mode == TWO_SWEEPS else moments
     bounds = VARIANCE_BOUNDS[dtype.name]
-    with_dx, with_dweight, _ = output_mask
-    needs_statistics = with_dx or with_dweight
+    with_dx = output_mask[0]
     in_one_sweep = with_dx and not is_given and dtype == np.float32
 
     @inlined
@@ -285,6 +290,11 @@ def _backward_steps(x_dtype, dtype, statistics_from, output_mask):
             store_rescaled(kept, r, row)
             store_rescaled_means(kept, r, means_rescaled(operands, at, row))
 
+    return find_sums, find_known
+
+
+@functools.cache
+def _gradients_step(needs_statistics):
     @inlined
     def is_rescaled(kept, r):
         return needs_statistics and kept[r * KEPT] != NOT_RESCALED
@@ -306,4 +316,4 @@ def _backward_steps(x_dtype, dtype, statistics_from, output_mask):
                 gradients(operands, together, columns, known, None, streaming)
                 r = end
 
-    return find_sums, find_known, find_gradients
+    return find_gradients

@@ -15,7 +15,7 @@ The floating-point mode is a thread's own, and may be any. So all arithmetic, in
 
 from numba import prange
 
-from nbnorm.cpu.kernels.gradients import BackwardOperands, add_blocks, clear
+from nbnorm.cpu.kernels.gradients import BackwardOperands, Columns, add_blocks, clear
 from nbnorm.cpu.kernels.normalise import ForwardOperands
 from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba the operations on lanes
 from nbnorm.cpu.lanes.meaning import fence, larger, operand, pointer, restore_mode, smaller, standard_mode
@@ -45,7 +45,7 @@ def forward(rows_from, element, has_weight, has_bias):
 
 
 def backward(rows_from, element, has_weight, output_mask):
-    """One iteration owns a block of rows, for which it calls `rows_from(operands, begin, end, sums_at, streaming)`.
+    """One iteration owns a block of rows, for which it calls `rows_from(operands, begin, end, columns, streaming)`.
 
     Block b owns rows b * block_rows to (b + 1) * block_rows of the whole problem, of which x holds those from `first` on. It
     adds dy * x_hat to sums[0, b] and dy to sums[1, b], of which there is only the one that is asked for where the other is
@@ -68,11 +68,11 @@ def backward(rows_from, element, has_weight, output_mask):
         )  # fmt: skip
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
             thread_mode, pinned = standard_mode(operands)
+            columns = Columns(0, pinned.cols, b * pinned.cols)
             begin, end = b * block_rows - first, (b + 1) * block_rows - first
             if begin >= 0:
-                clear(pinned.dweight, b * pinned.cols, pinned.cols)
-                clear(pinned.dbias, b * pinned.cols, pinned.cols)
-            rows_from(pinned, larger(begin, 0), smaller(end, rows), b * pinned.cols, streaming)
+                clear(pinned, columns)
+            rows_from(pinned, larger(begin, 0), smaller(end, rows), columns, streaming)
             restore_mode(thread_mode)
             if streaming:
                 fence()

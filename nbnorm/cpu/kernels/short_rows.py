@@ -8,7 +8,7 @@ import functools
 import numpy as np
 
 from nbnorm.cpu.kernels import loops
-from nbnorm.cpu.kernels.gradients import GROUP_ROWS, Columns, gradients_of_rows
+from nbnorm.cpu.kernels.gradients import GROUP_ROWS, gradients_of_rows
 from nbnorm.cpu.kernels.normalise import normalise, normalise_rows, store_statistics
 from nbnorm.cpu.kernels.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.kernels.row import Placed, Rows, given_statistics, is_ordinary, kept_statistics, store_row
@@ -133,9 +133,8 @@ def _backward(x_dtype, dtype, statistics_from, output_mask):
     has_lines = x_dtype.itemsize == 4
 
     @inlined
-    def rows_from(operands, begin, end, sums_at, streaming):
+    def rows_from(operands, begin, end, columns, streaming):
         cols = operands.cols
-        columns = Columns(0, cols, sums_at)
         ahead = cols * -(-AHEAD // cols)
         # as forward, but fewer rows column by column: it takes 0.8 to 0.9 of the time. Two where each line has the end of
         # one sixteen and the beginning of another: only so many lines wait for their second part, and four rows of 32 to

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from nbnorm.cpu.kernels import loops
-from nbnorm.cpu.kernels.gradients import GROUP_ELEMENTS, GROUP_ROWS, Columns, first_gradient, gradient_sums, gradients
+from nbnorm.cpu.kernels.gradients import GROUP_ELEMENTS, GROUP_ROWS, first_gradient, gradient_sums, gradients
 from nbnorm.cpu.kernels.normalise import normalise, store_statistics
 from nbnorm.cpu.kernels.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.kernels.row import (
@@ -105,9 +105,8 @@ def _backward(x_dtype, dtype, statistics_from, output_mask):
     find_statistics, find_means = _steps(x_dtype, dtype, statistics_from, output_mask)
 
     @inlined
-    def rows_from(operands, begin, end, sums_at, streaming):
+    def rows_from(operands, begin, end, columns, streaming):
         cols = operands.cols
-        columns = Columns(0, cols, sums_at)
         group_rows = larger(1, smaller(GROUP_ROWS, GROUP_ELEMENTS // cols))
         known = known_in(scratch(KNOWN_SIZE, element), GROUP_ROWS)
         sums = Sums(scratch(GROUP_ROWS, np.float64), scratch(GROUP_ROWS, np.float64))
