@@ -21,6 +21,7 @@ SKIPPED = {
     "MakeFunctionToJitFunction",
     "NoPythonSupportedFeatureValidation",
     "NopythonRewrites",
+    "PreLowerStripPhis",
     "ReconstructSSA",
     "RewriteDynamicRaises",
     "WithLifting",
