@@ -130,10 +130,11 @@ def forward(problem, x, weight, bias, out, return_stats):
 def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     """The same of a backward that is asked for dx: the function returns dx, dweight and dbias, None where not asked for."""
     with_dx, with_dweight, with_dbias = output_mask
-    dtype, given = problem.compute_dtype, given_dtype(mean, rstd)
-    if not with_dx or not _is_one_call(problem, dy, x, *out) or not _are_rows(dtype, weight):
+    dtype = problem.compute_dtype
+    if not with_dx or not _is_one_call(problem, dy, x, mean, rstd, *out) or not _are_rows(dtype, weight):
         return None
-    if mean is not None and not (_is_row(mean, given) and _is_row(rstd, given)):
+    given = given_dtype(mean, rstd)
+    if given is not None and not mean.dtype == rstd.dtype == given:
         return None
     kernels = _Kernels(choice.backward(problem, dy.dtype, weight is not None, given, output_mask), threads.backward)
     shape, row, rows, cols, eps = problem.shape, problem.normalized_shape, problem.rows, problem.cols, problem.eps
@@ -203,7 +204,7 @@ def _is_one_call(problem, *arrays):
     size = problem.rows * problem.cols
     # of no dtype would a result be written past the caches
     is_usual = 0 < size * 8 < limits.STREAMED_BYTES and problem.cols <= limits.LONG_ROW
-    return is_usual and all(array is None or (type(array) is ndarray and is_ready(array)) for array in arrays)
+    return is_usual and all(array is None or _is_plain(array) for array in arrays)
 
 
 def _are_rows(dtype, *parameters):
@@ -211,13 +212,18 @@ def _are_rows(dtype, *parameters):
     return all(array is None or _is_row(array, dtype) or _is_narrow(array, dtype) for array in parameters)
 
 
+def _is_plain(array):
+    # a dtype's metadata is no part of what it equals
+    return type(array) is ndarray and is_ready(array) and array.dtype.metadata is None
+
+
 def _is_row(array, dtype):
-    return type(array) is ndarray and is_ready(array) and array.dtype == dtype
+    return _is_plain(array) and array.dtype == dtype
 
 
 def _is_narrow(array, dtype):
     """Whether a parameter's 16 bits become float32, which they do alike in every floating-point mode."""
-    return type(array) is ndarray and is_ready(array) and array.itemsize == 2 and dtype == np.float32
+    return array is not None and _is_plain(array) and array.itemsize == 2 and dtype == np.float32
 
 
 def _stored(dtype):
