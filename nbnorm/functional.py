@@ -112,7 +112,7 @@ def layer_norm(
     key = plans.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
     plan = plans.LAYER_NORM.get(key)
     if plan is not None and stream is None:
-        result = plan(x, weight, bias, out)
+        result = plan(x, weight, bias, eps, out)
         if result is not None:
             return LayerNormResult(*result) if return_stats else result
     if arrays.is_cuda(x):
@@ -223,7 +223,7 @@ def layer_norm_backward(
     key = plans.backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
     plan = plans.LAYER_NORM_BACKWARD.get(key)
     if plan is not None and stream is None:
-        grads = plan(dy, x, weight, mean, rstd, out)
+        grads = plan(dy, x, weight, eps, mean, rstd, out)
         if grads is not None:
             return LayerNormGrads(*grads)
     if arrays.is_cuda(x):

@@ -105,8 +105,7 @@ def epsilon(eps):
             raise TypeError(f"eps: {described(eps)}; expected a real number: {error!s:.200}") from error
     if not 0 <= number < math.inf or is_negative:
         raise ValueError(f"eps: {shown(eps)}; expected a finite number that is not negative")
-    # of -0.0 too: it equals 0.0, and a constant row's rstd must not be -Inf
-    return number + 0.0
+    return number
 
 
 def _is_real(eps):

@@ -1,9 +1,11 @@
 """Calls on NumPy arrays that were made before: each goes to its kernel at once, as `calls.plans` has it.
 
 A call is known by its options and by the shapes, dtypes and flags of its arrays. It has a plan where a kernel takes all of
-its rows at once, as they are. Who works, and whether results share memory with operands, a plan asks each time. The keys are
-written out: a helper for each array would add a twentieth to a forward at (1, 64), which takes 2.2 us on an Intel Xeon, and
-30 by way of the checks.
+its rows at once, as they are. Who works, and whether results share memory with operands, a plan asks each time. It takes
+each call's own eps: 0.0 equals -0.0, and in a thread that takes subnormal numbers for 0, those as well.
+
+The keys are written out: a helper for each array would add a twentieth to a forward at (1, 64), which takes 2.2 us on an
+Intel Xeon, and 30 by way of the checks.
 """
 
 from typing import Any
@@ -86,7 +88,7 @@ def _seen(array):
 
 
 def forward(problem, x, weight, bias, out, return_stats):
-    """How a forward is done again, of which the checks made this problem: a function of its arrays; None for no plan.
+    """How a forward is done again, of which the checks made this problem: a function of its arrays and eps; None for none.
 
     The function returns y, or y, mean and rstd; or None where memory is shared, and the call goes the long way.
     """
@@ -94,14 +96,14 @@ def forward(problem, x, weight, bias, out, return_stats):
     if not _is_one_call(problem, x, out) or not _are_rows(dtype, weight, bias):
         return None
     kernels = _Kernels(choice.forward(problem, weight is not None, bias is not None), threads.forward)
-    shape, y_dtype, rows, cols, eps = problem.shape, problem.dtype, problem.rows, problem.cols, problem.eps
+    shape, y_dtype, rows, cols = problem.shape, problem.dtype, problem.rows, problem.cols
     statistics_shape, statistics_dtype = problem.statistics_shape, problem.statistics_dtype
     size, is_shaped, is_deep = rows * cols, shape != (rows, cols), len(problem.normalized_shape) > 1
     stored, weight_is_narrow, bias_is_narrow = _stored(y_dtype), _is_narrow(weight, dtype), _is_narrow(bias, dtype)
     are_owners = _are_owners(x, weight, bias, out)
     absent, no_statistics = np.empty(0, dtype), np.empty(0, statistics_dtype)
 
-    def run(x, weight, bias, out):
+    def run(x, weight, bias, eps, out):
         if out is None:
             y = empty(shape, y_dtype)
         elif _shares_memory(out, (None if out is x else x, weight, bias), are_owners):
@@ -137,7 +139,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     if given is not None and not mean.dtype == rstd.dtype == given:
         return None
     kernels = _Kernels(choice.backward(problem, dy.dtype, weight is not None, given, output_mask), threads.backward)
-    shape, row, rows, cols, eps = problem.shape, problem.normalized_shape, problem.rows, problem.cols, problem.eps
+    shape, row, rows, cols = problem.shape, problem.normalized_shape, problem.rows, problem.cols
     dx_dtype, sum_dtype = problem.dtype, problem.weight_dtype
     size, is_shaped, is_deep = rows * cols, shape != (rows, cols), len(row) > 1
     weight_is_narrow, are_owners = _is_narrow(weight, dtype), _are_owners(dy, x, weight, mean, rstd, *out)
@@ -147,7 +149,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     block_rows = limits.block_rows(rows, cols)
     sums_shape = with_dweight + with_dbias, -(-rows // block_rows), cols
 
-    def run(dy, x, weight, mean, rstd, out):
+    def run(dy, x, weight, eps, mean, rstd, out):
         dx: Any = None
         dweight = dbias = None
         if out is not None:
