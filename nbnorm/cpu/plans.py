@@ -32,12 +32,21 @@ def forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out
         return None
     if type(use_diff_of_squares) is not bool or type(return_stats) is not bool:
         return None
-    if type(normalized_shape) is tuple and len(normalized_shape) == 1:
-        normalized_shape = normalized_shape[0]
     if type(normalized_shape) is not int:
-        normalized_shape = sizes(normalized_shape)
-        if normalized_shape is None:
+        if type(normalized_shape) is tuple and len(normalized_shape) == 1 and type(normalized_shape[0]) is int:
+            # a layer's, without a call
+            normalized_shape = normalized_shape[0]
+        elif (normalized_shape := sizes(normalized_shape)) is None:
             return None
+    weight_shape = weight_dtype = weight_flags = bias_shape = bias_dtype = bias_flags = None
+    if weight is not None:
+        if type(weight) is not ndarray:
+            return None
+        weight_shape, weight_dtype, weight_flags = weight.shape, weight.dtype, weight.flags.num
+    if bias is not None:
+        if type(bias) is not ndarray:
+            return None
+        bias_shape, bias_dtype, bias_flags = bias.shape, bias.dtype, bias.flags.num
     return (
         normalized_shape,
         eps,
@@ -46,8 +55,12 @@ def forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out
         x.shape,
         x.dtype,
         x.flags.num,
-        None if weight is None else type(weight) is ndarray and (weight.shape, weight.dtype, weight.flags.num),
-        None if bias is None else type(bias) is ndarray and (bias.shape, bias.dtype, bias.flags.num),
+        weight_shape,
+        weight_dtype,
+        weight_flags,
+        bias_shape,
+        bias_dtype,
+        bias_flags,
         None if out is None else _seen(out),
     )
 
@@ -61,8 +74,6 @@ def backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean
     for wanted in output_mask:
         if type(wanted) is not bool:
             return None
-    if type(normalized_shape) is tuple and len(normalized_shape) == 1:
-        normalized_shape = normalized_shape[0]
     if type(normalized_shape) is not int:
         normalized_shape = sizes(normalized_shape)
         if normalized_shape is None:
