@@ -84,8 +84,8 @@ def report(is_fake, batches):
 
 
 def forward(kind, operands, batches):
-    """The times of a call with out=, without, and with statistics; and the parts of the first, by what `quick` calls."""
-    from nbnorm.cuda import arrays, launch, quick
+    """The times of a call with out=, without, and with statistics; and the parts of the first, by what a plan calls."""
+    from nbnorm.cuda import arrays, launch, plans
 
     _, x, weight, bias, out, *_ = operands
     calls = (
@@ -93,7 +93,7 @@ def forward(kind, operands, batches):
         lambda: nbnorm.layer_norm(x, COLS, weight, bias),
         lambda: nbnorm.layer_norm(x, COLS, weight, bias, return_stats=True),
     )
-    took, plan = remembered(calls, quick.FORWARD, kind, batches)
+    took, plan = remembered(calls, plans.LAYER_NORM, kind, batches)
     address = arrays.address(x, kind)
     stream = launch.stream_object(0, plan.device)
     arguments = (stream, address, address, address, *plan.fixed, address, 0, 0, 0)
@@ -106,7 +106,7 @@ def forward(kind, operands, batches):
 
 def backward(kind, operands, batches):
     """The same, where what the parts write into x does not matter."""
-    from nbnorm.cuda import arrays, launch, quick
+    from nbnorm.cuda import arrays, launch, plans
 
     dy, x, weight, _, dx, dweight, dbias, mean, rstd = operands
     out = dx, dweight, dbias
@@ -115,7 +115,7 @@ def backward(kind, operands, batches):
         lambda: nbnorm.layer_norm_backward(dy, x, COLS, weight),
         lambda: nbnorm.layer_norm_backward(dy, x, COLS, weight, mean=mean, rstd=rstd, out=out),
     )
-    took, plan = remembered(calls, quick.BACKWARD, kind, batches)
+    took, plan = remembered(calls, plans.LAYER_NORM_BACKWARD, kind, batches)
     address = arrays.address(x, kind)
     stream = launch.stream_object(0, plan.device)
     workspace = arrays.workspace(plan.sums_size, plan.dtype, x, kind, plan.device, 0)

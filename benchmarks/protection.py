@@ -171,7 +171,7 @@ def times(with_numbas):
 def of_kind(kind, case):
     """What calls of a kind take, in ms, by nbnorm's choice from its first large call on, and by one thread."""
     import nbnorm
-    from nbnorm.cpu import quick
+    from nbnorm.cpu import plans
     from nbnorm.cpu.workers import parallel
 
     shape, axes, is_backward = KINDS[kind]
@@ -204,7 +204,7 @@ def of_kind(kind, case):
     # both builds are compiled or loaded, and what was learnt meanwhile is forgotten
     by_one()
     call()
-    for known in (quick.FORWARD, quick.BACKWARD):
+    for known in (plans.LAYER_NORM, plans.LAYER_NORM_BACKWARD):
         known.clear()
     parallel.watched.cache_clear()
     parallel.shortest_without.cache_clear()

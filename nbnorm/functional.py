@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 from nbnorm import cpu
 from nbnorm.calls import arrays, checks
+from nbnorm.calls.plans import keep
+from nbnorm.cpu import plans
 
 # an array of any of the supported libraries, or what numpy.asarray takes
 Array: TypeAlias = Any
@@ -107,24 +109,28 @@ def layer_norm(
     array([[ 2.5],
            [15. ]])
     """
-    if stream is None:
-        result = cpu.quick.forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    key = plans.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    plan = plans.LAYER_NORM.get(key)
+    if plan is not None and stream is None:
+        result = plan(x, weight, bias, eps, out)
         if result is not None:
             return LayerNormResult(*result) if return_stats else result
     if arrays.is_cuda(x):
         call = x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream
         cuda = _cuda()
-        y, mean, rstd = cuda.quick.forward(*call) or cuda.forward(*checks.forward(*call), call)
+        y, mean, rstd = cuda.plans.forward(*call) or cuda.forward(*checks.forward(*call), call)
         if y is None:
             y = _written(out)
         return LayerNormResult(y, mean, rstd) if return_stats else y
-    problem, x_array, weight, bias, out_array = checks.forward(
+    problem, x_array, weight_array, bias_array, out_array = checks.forward(
         x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream
     )
     kind = arrays.kind(x)
     if out is None:
         out_array = arrays.empty(problem.shape, problem.dtype, kind)
-    y, mean, rstd = cpu.forward(problem, x_array, weight, bias, out_array, return_stats)
+    y, mean, rstd = cpu.forward(problem, x_array, weight_array, bias_array, out_array, return_stats)
+    if key is not None and plan is None:
+        keep(plans.LAYER_NORM, key, plans.forward(problem, x, weight, bias, out, return_stats))
     y = arrays.give_back(y, x, kind) if out is None else _written(out)
     if not return_stats:
         return y
@@ -214,24 +220,28 @@ def layer_norm_backward(
     >>> dbias
     array([1., 1., 0., 0.])
     """
-    if stream is None:
-        grads = cpu.quick.backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, output_mask, out, mean, rstd)
+    key = plans.backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
+    plan = plans.LAYER_NORM_BACKWARD.get(key)
+    if plan is not None and stream is None:
+        grads = plan(dy, x, weight, eps, mean, rstd, out)
         if grads is not None:
             return LayerNormGrads(*grads)
     if arrays.is_cuda(x):
         call = dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream
         cuda = _cuda()
-        grads = cuda.quick.backward(*call) or cuda.backward(*checks.backward(*call), call)
+        grads = cuda.plans.backward(*call) or cuda.backward(*checks.backward(*call), call)
         outs = (None, None, None) if out is None else out
         return LayerNormGrads(*(grad if given is None else _written(given) for grad, given in zip(grads, outs, strict=True)))
-    problem, dy_array, x_array, weight, mean, rstd, output_mask, out_arrays = checks.backward(
+    problem, dy_array, x_array, weight_array, mean_array, rstd_array, mask, out_arrays = checks.backward(
         dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream
     )
     kind = arrays.kind(x)
     outs = (None, None, None) if out is None else out
-    if outs[0] is None and output_mask[0]:
+    if outs[0] is None and mask[0]:
         out_arrays = (arrays.empty(problem.shape, problem.dtype, kind), *out_arrays[1:])
-    grads = cpu.backward(problem, dy_array, x_array, weight, mean, rstd, output_mask, out_arrays)
+    grads = cpu.backward(problem, dy_array, x_array, weight_array, mean_array, rstd_array, mask, out_arrays)
+    if key is not None and plan is None:
+        keep(plans.LAYER_NORM_BACKWARD, key, plans.backward(problem, dy, x, weight, mean, rstd, mask, outs))
     return LayerNormGrads(
         *(
             arrays.give_back(grad, x, kind) if given is None else _written(given)

@@ -16,6 +16,7 @@ import offline
 import pages
 from levels import deep
 from nbnorm.commands import report
+from nbnorm.cpu import plans
 from nbnorm.cpu.workers import parallel
 
 DEEP_LEFT_OUT = "nbnorm: LEFT OUT: the deep level, which any -m of yours lets run: pytest -m ''"
@@ -105,6 +106,9 @@ def choose_workers(monkeypatch):
     """On calls of any size: "one" thread, "numba's" or "ours", of which there are three."""
 
     def choose(workers):
+        # the first call goes the long way again
+        plans.LAYER_NORM.clear()
+        plans.LAYER_NORM_BACKWARD.clear()
         monkeypatch.setattr("nbnorm.cpu.workers.parallel.from_elements", float("inf") if workers == parallel.ONE else 0)
         monkeypatch.setattr("nbnorm.cpu.workers.parallel.many", workers)
         monkeypatch.setattr("nbnorm.cpu.workers.parallel._is_decided", True)
@@ -125,11 +129,17 @@ def build(request, choose_workers):
     return "parallel" if request.param == parallel.NUMBAS else "serial"
 
 
+@pytest.fixture(autouse=True)
+def no_plans(monkeypatch):
+    """Those of calls of another test are none of this one's: what decides about them may be another."""
+    monkeypatch.setattr("nbnorm.cpu.plans.LAYER_NORM", {})
+    monkeypatch.setattr("nbnorm.cpu.plans.LAYER_NORM_BACKWARD", {})
+
+
 @pytest.fixture
 def the_long_way(monkeypatch):
     """No call goes past the checks."""
-    monkeypatch.setattr("nbnorm.cpu.quick.FORWARD", {})
-    monkeypatch.setattr("nbnorm.cpu.quick.BACKWARD", {})
+    monkeypatch.setattr("nbnorm.functional.keep", lambda *_: None)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 import nbnorm
 from floating_point import HARDEST, IS_KNOWN, MODES, STANDARD, control, mode
 from levels import deep
+from nbnorm.cpu import plans
 from nbnorm.cpu.workers.parallel import NUMBAS, ONE, OURS, WORKERS
 
 pytestmark = [
@@ -88,6 +89,20 @@ def test_same_bits_in_any_mode(monkeypatch, choose_workers, workers, dtype, cols
             with mode(*names):
                 actual = results(case, eps)
             assert_same(actual, expected)
+
+
+def test_an_eps_that_a_mode_takes_for_another():
+    """A plan is found by its eps, and a mode may have 1e-310 == 0."""
+    case = operands(40, np.float32)
+    numbers = 0.0, 1e-310
+    expected = [results(case, eps) for eps in numbers]
+    for names in MODES:
+        plans.LAYER_NORM.clear()
+        plans.LAYER_NORM_BACKWARD.clear()
+        with mode(*names):
+            actual = [results(case, eps) for eps in numbers]
+        for results_of_one, values in zip(actual, expected, strict=True):
+            assert_same(results_of_one, values)
 
 
 @pytest.mark.parametrize("cols", [40, 333])

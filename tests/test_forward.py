@@ -9,6 +9,7 @@ import pytest
 import nbnorm
 import oracle
 from levels import deep
+from nbnorm.cpu.workers.parallel import NUMBAS
 from tolerances import assert_statistics, assert_y
 
 DTYPES = [np.float32, *deep(np.float64, np.float16, ml_dtypes.bfloat16)]
@@ -57,6 +58,9 @@ def test_only_large_arrays_run_in_parallel(monkeypatch, the_long_way, shape, par
     monkeypatch.setattr("nbnorm.cpu.choice.ready", ready)
     # however busy this machine is
     monkeypatch.setattr("nbnorm.cpu.workers.parallel.is_crowded", lambda: False)
+    monkeypatch.setattr("nbnorm.cpu.workers.parallel._paused_until", 0.0)
+    monkeypatch.setattr("nbnorm.cpu.workers.parallel._is_decided", False)
+    monkeypatch.setattr("nbnorm.cpu.workers.parallel.many", NUMBAS)
     x = np.ones(shape)
     nbnorm.layer_norm(x, shape[1])
     nbnorm.layer_norm_backward(x, x, shape[1])

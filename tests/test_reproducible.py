@@ -86,7 +86,7 @@ def test_whatever_new_memory_holds(case, monkeypatch, choose_workers, workers, l
         return array
 
     monkeypatch.setattr(np, "empty", full_of_nan)
-    monkeypatch.setattr("nbnorm.cpu.quick.empty", full_of_nan)
+    monkeypatch.setattr("nbnorm.cpu.plans.empty", full_of_nan)
     for operands, values in zip(cases, expected, strict=True):
         for a, b in zip(results(operands, False), values, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -104,7 +104,7 @@ def test_any_alignment_of_whole_elements(case, offset):
 @pytest.mark.parametrize("long_row", [1 << 16, *deep(0)])
 @pytest.mark.parametrize("cols", [8, 16, 40, 1000])
 @pytest.mark.parametrize("dtype", [np.float32, *deep(np.float64, np.float16)])
-def test_written_past_the_caches(rng, monkeypatch, dtype, cols, long_row):
+def test_written_past_the_caches(rng, monkeypatch, the_long_way, dtype, cols, long_row):
     monkeypatch.setattr("nbnorm.cpu.sizes.LONG_ROW", long_row)
     with np.errstate(under="ignore"):
         x, dy = rng.standard_normal((2, 37, cols)).astype(dtype)

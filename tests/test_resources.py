@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm.cpu import memory, quick
+from nbnorm.cpu import memory, plans
 
 SECONDS = 600
 COLS = 24
@@ -49,7 +49,8 @@ def of_overlapping_rows(function, x, weight):
 
 WAYS = {
     "the fast path": lambda function, x, weight: function(x, weight),
-    "by the checks": lambda function, x, weight: function(x, weight.astype(np.float64)),
+    # an eps that no plan is kept for
+    "by the checks": lambda function, x, weight: function(x, weight.astype(np.float64), eps=np.float64(1e-5)),
     "strided": lambda function, x, weight: function(np.asfortranarray(x), weight),
     "overlapping": of_overlapping_rows,
     "integers": lambda function, x, weight: function(x.astype(np.int32), weight),
@@ -78,7 +79,7 @@ def test_any_allocation_may_fail(rng, monkeypatch, function, way, smallest_kept)
 
         monkeypatch.setattr(memory, "_kept", {})
         with monkeypatch.context() as patched:
-            for module in (np, quick):
+            for module in (np, plans):
                 patched.setattr(module, "empty", limited(module.empty))
             try:
                 results = WAYS[way](function, x, weight)

@@ -44,7 +44,7 @@ def results(x, dy, weight, bias, **options):
 @pytest.mark.parametrize("dtype", [np.float32, *deep(np.float64)])
 @pytest.mark.parametrize("options", [{}, {"eps": 0.0}, *deep({"use_diff_of_squares": True})], ids=str)
 @pytest.mark.parametrize("streamed_bytes", [sizes.STREAMED_BYTES, *deep(0)])
-def test_same_bits(rng, monkeypatch, dtype, options, streamed_bytes):
+def test_same_bits(rng, monkeypatch, the_long_way, dtype, options, streamed_bytes):
     monkeypatch.setattr(sizes, "STREAMED_BYTES", streamed_bytes)
     for cols, rows in itertools.product(COLS, [1, 16, 53]):
         case = operands(rng, rows, cols, dtype)
@@ -75,7 +75,7 @@ def test_rows_of_16_bits(rng, cols, use_diff_of_squares, dtype):
     assert_grads(nbnorm.layer_norm_backward(dy, x, cols, weight, **options), dy, x, 1, weight, **options)
 
 
-def test_any_given_statistics(rng, monkeypatch):
+def test_any_given_statistics(rng, monkeypatch, the_long_way):
     x, dy, weight, _ = operands(rng, 37, 40, np.float32)
     values = np.array([0, 1, np.inf, -np.inf, np.nan, 3e38], np.float32)
     mean, rstd = (statistics.reshape(-1, 1)[:36] for statistics in np.meshgrid(values, values))
@@ -89,7 +89,7 @@ def test_any_given_statistics(rng, monkeypatch):
 
 @pytest.mark.parametrize("has_weight", [True, *deep(False)])
 @pytest.mark.parametrize("output_mask", [(True, False, False), *deep((False, True, False), (False, False, True))])
-def test_gradients_alone(rng, monkeypatch, has_weight, output_mask):
+def test_gradients_alone(rng, monkeypatch, the_long_way, has_weight, output_mask):
     x, dy, weight, _ = operands(rng, 53, 40, np.float32)
     call = dy, x, 40, weight if has_weight else None
     actual = nbnorm.layer_norm_backward(*call, output_mask=output_mask)

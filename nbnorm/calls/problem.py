@@ -41,3 +41,8 @@ def wide_dtype(dtype):
     Integers and booleans are taken as float64.
     """
     return np.dtype(np.float32 if dtype.itemsize < 8 and dtype.kind not in "biu" else np.float64)
+
+
+def given_dtype(mean, rstd):
+    """What a backward takes given statistics in; None where there are none."""
+    return None if mean is None else np.result_type(wide_dtype(mean.dtype), wide_dtype(rstd.dtype))

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from nbnorm.calls.arrays import convert
-from nbnorm.calls.problem import wide_dtype
-from nbnorm.cpu import choice, memory, quick, sizes
+from nbnorm.calls.problem import given_dtype, wide_dtype
+from nbnorm.cpu import choice, memory, sizes
 from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, rows_of, storage, store
 from nbnorm.cpu.workers import blocks, threads
 from nbnorm.cpu.workers.parallel import ONE
@@ -18,7 +18,6 @@ def forward(problem, x, weight, bias, out, return_stats):
     order = order_of_blocks(out, x)
     y = memory.empty(problem.shape, problem.dtype) if out is None or order is None else out
     statistics = problem.rows if return_stats else 0
-    x_dtype = storage(x.dtype)
     mean = np.empty(statistics, wide_dtype(x.dtype))
     rstd = np.empty(statistics, wide_dtype(x.dtype))
 
@@ -41,11 +40,7 @@ def forward(problem, x, weight, bias, out, return_stats):
             store(y_rows, y[index], y_buffer)
 
         chosen = choice.forward(problem, *present)
-        workers, kernel = blocks.run(problem, order, limit, False, chosen, threads.forward, new_buffers, work)
-        if kernel is not None and dtype == wide_dtype(problem.dtype) and problem.cols <= sizes.LONG_ROW:
-            is_diff_of_squares = problem.variance == "diff_of_squares"
-            key = problem.dtype, choice.is_short(problem), weight is None, bias is None, is_diff_of_squares, workers
-            quick.FORWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
+        blocks.run(problem, order, limit, False, chosen, threads.forward, new_buffers, work)
     else:
         # a row of no columns has no mean
         mean.fill(math.nan)
@@ -77,8 +72,8 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
         x_dtype = storage(x.dtype)
         dtype = problem.compute_dtype
-        given_dtype = None if mean is None else np.result_type(wide_dtype(mean.dtype), wide_dtype(rstd.dtype))
-        statistics_dtype = given_dtype or wide_dtype(x.dtype)
+        given = given_dtype(mean, rstd)
+        statistics_dtype = given or wide_dtype(x.dtype)
         sum_dtype = storage(problem.weight_dtype)
         weight_row = _flat(weight, dtype, dx)
         mean_row = _flat(mean, statistics_dtype, dx)
@@ -113,21 +108,14 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
             if with_dx:
                 store(dx_rows, dx[index], dx_buffer)
 
-        chosen = choice.backward(problem, dy.dtype, weight is not None, given_dtype, output_mask)
-        workers, kernel = blocks.run(problem, order, limit, has_sums, chosen, threads.backward, new_buffers, work)
+        chosen = choice.backward(problem, dy.dtype, weight is not None, given, output_mask)
+        _, kernel = blocks.run(problem, order, limit, has_sums, chosen, threads.backward, new_buffers, work)
         if kernel is None and has_sums:
             # no rows, only the sums of the blocks
             blocks.kernel_for(ONE, chosen, None)(
                 np.empty((0, problem.cols), storage(dy.dtype)), absent_dx, weight_row, problem.eps, mean_row[:0],
                 rstd_row[:0], 0, block_rows, True, False, absent_dx, sums, dweight_row, dbias_row,
             )  # fmt: skip
-        is_usual = problem.dtype == dy.dtype and dtype == wide_dtype(problem.dtype) == statistics_dtype
-        is_usual = is_usual and problem.weight_dtype in (problem.dtype, dtype) and not is_long
-        if kernel is not None and with_dx and is_usual:
-            mode = problem.variance == "diff_of_squares" if mean is None else None
-            parameter = None if weight is None else problem.weight_dtype
-            key = problem.dtype, choice.is_short(problem), parameter, output_mask, mode, workers
-            quick.BACKWARD[key] = kernel, dtype, x_dtype if x_dtype.itemsize == 2 else None
     else:
         dweight.fill(0)
         dbias.fill(0)

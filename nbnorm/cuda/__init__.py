@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbnorm.calls.problem import wide_dtype
-from nbnorm.cuda import arrays, launch, layout, quick, sizes
+from nbnorm.cuda import arrays, launch, layout, plans, sizes
 from nbnorm.cuda.kernels import combine, strided, whole_rows
 from nbnorm.cuda.kernels.rows import MEANS, STATE
 
@@ -53,7 +53,7 @@ class Place(NamedTuple):
 def forward(problem, x, weight, bias, out, call):
     """Returns y, or None where there is an `out`, and mean and rstd, None unless asked for.
 
-    `call` has the arguments as they came, which `quick` will know such a call by.
+    `call` has the arguments as they came, by which `plans` will know one like it.
     """
     like, return_stats, stream = call[0], call[-2], call[-1]
     with _placed(like, x.device, stream) as place:
@@ -65,7 +65,7 @@ def forward(problem, x, weight, bias, out, call):
             statistics = [place.view(array) for array in (mean, rstd)]
             plan = _enqueue_forward(problem, x, weight, bias, out or place.view(y), statistics, place)
             if plan is not None:
-                quick.remember_forward(plan, call)
+                plans.keep_forward(plan, call)
         elif return_stats and problem.rows > 0:
             # a row of no columns has no mean
             for array in (mean, rstd):
@@ -87,7 +87,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out, call):
         if problem.rows > 0 and problem.cols > 0 and any(output_mask):
             plan = _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place)
             if plan is not None:
-                quick.remember_backward(plan, call)
+                plans.keep_backward(plan, call)
         elif problem.cols > 0:
             # sums over no rows
             for target in filter(None, targets[1:]):
@@ -141,7 +141,7 @@ def _enqueue_forward(problem, x, weight, bias, target, statistics, place):
         enqueue(place.stream, *inputs, *fixed, *results, 0)
         if not place.temporaries:
             input_sizes = [layout.extent(array) for array in (x, weight, bias)]
-            plan = quick.Forward(enqueue, fixed, problem, place.device, input_sizes, layout.extent(y))
+            plan = plans.Forward(enqueue, fixed, problem, place.device, input_sizes, layout.extent(y))
     else:
         blocks = problem.rows * segments.number
         parts, whole = place.workspace((blocks * STATE, problem.rows * STATE), dtype)
@@ -207,7 +207,7 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
     if not is_plain or results != wanted:
         return None
     extents = [[layout.extent(array) for array in views] for views in ((dy, x, weight, mean, rstd), targets)]
-    return quick.Backward(enqueue, fixed, add, problem, dtype, sums_size, place.device, *extents)
+    return plans.Backward(enqueue, fixed, add, problem, dtype, sums_size, place.device, *extents)
 
 
 def _add_groups(problem, dtype, groups, sums, results, place):

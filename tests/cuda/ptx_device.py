@@ -14,7 +14,7 @@ import offline
 import ptx_machine
 from nbnorm import cuda as nbnorm_cuda
 from nbnorm.calls import checks
-from nbnorm.cuda import arrays, launch, quick
+from nbnorm.cuda import arrays, launch, plans
 
 # of an allocation's address, as the driver gives them; and bytes around it that nothing may touch
 ALIGNMENT = 256
@@ -94,8 +94,8 @@ def install():
     launch.on = lambda device: nullcontext()
     launch.current_device = lambda: 0
     launch.is_captured = lambda handle: False
-    quick.forward = _in_a_call(quick.forward, _of_forward)
-    quick.backward = _in_a_call(quick.backward, _of_backward)
+    plans.forward = _in_a_call(plans.forward, _of_forward)
+    plans.backward = _in_a_call(plans.backward, _of_backward)
     nbnorm_cuda.forward = _in_a_call(nbnorm_cuda.forward, lambda *checked: _of_forward(*checked[-1]))
     nbnorm_cuda.backward = _in_a_call(nbnorm_cuda.backward, lambda *checked: _of_backward(*checked[-1]))
 

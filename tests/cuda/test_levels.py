@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 # two processes at a time, with about as much to do
-SHARES = (("test_backward.py", "test_quick.py"), ("test_[!bq]*.py", "test_quick_*.py"))
+SHARES = (("test_backward.py", "test_plans.py"), ("test_[!bp]*.py", "test_p[!l]*.py", "test_plans_*.py"))
 # a few seconds' worth
 PART = ("test_layer.py", "test_errors.py")
 # compilers and PTX, and blocks of 1024 threads, of which each takes it a minute

@@ -11,7 +11,7 @@ from numba import cuda
 import nbnorm
 from device import LEVEL, to_device, to_host
 from nbnorm.calls import checks
-from nbnorm.cuda import arrays, launch, quick
+from nbnorm.cuda import arrays, launch, plans
 
 pytestmark = pytest.mark.hardware
 
@@ -20,7 +20,7 @@ ROWS, COLS = 5, 24
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered(monkeypatch):
-    monkeypatch.setattr(quick, "BACKWARD", {})
+    monkeypatch.setattr(plans, "LAYER_NORM_BACKWARD", {})
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_the_same_bits(rng, checked, dtype, weight_dtype, options, is_given):
     call(*sets[0])
     grads = values(call(*sets[1]))
     assert len(checked) == 1
-    quick.BACKWARD.clear()
+    plans.LAYER_NORM_BACKWARD.clear()
     assert_same_bits(call(*sets[1]), grads)
     assert len(checked) == 2
 
@@ -87,7 +87,7 @@ def test_the_same_bits(rng, checked, dtype, weight_dtype, options, is_given):
 @pytest.mark.parametrize("place", ["new", "dy", "x"])
 def test_into_out_and_in_place(operands, checked, given, place):
     expected = values(nbnorm.layer_norm_backward(*operands[:2], COLS, operands[2]))
-    quick.BACKWARD.clear()
+    plans.LAYER_NORM_BACKWARD.clear()
     checked.clear()
     for _ in range(2):
         dy, x, weight = (cuda.to_device(array.copy_to_host()) for array in operands)
@@ -134,7 +134,7 @@ def test_an_out_that_overlaps(rng, checked):
     end = 4 * size
     apart = (0, size, end, 2 * size, end + COLS, end + 2 * COLS)
     for i, at in ((3, COLS), (3, size + COLS), (3, end - size + COLS), (4, 2 * size), (5, end + COLS)):
-        quick.BACKWARD.clear()
+        plans.LAYER_NORM_BACKWARD.clear()
         memory = cuda.to_device(host)
         places = [*apart]
         operands = rows(memory, 0), rows(memory, size), COLS, row(memory, end)
@@ -234,10 +234,10 @@ def test_another_device(operands, checked, monkeypatch):
 
 
 def test_what_is_remembered_stays_bounded(rng, monkeypatch):
-    monkeypatch.setattr(quick, "MOST", 3)
+    monkeypatch.setattr("nbnorm.calls.plans.MOST", 3)
     for rows in range(1, 9):
         x = cuda.to_device(rng.standard_normal((rows, 2), np.float32))
         for _ in range(2):
             nbnorm.layer_norm_backward(x, x, 2)
-        assert len(quick.BACKWARD) <= 3
-    assert quick.BACKWARD
+        assert len(plans.LAYER_NORM_BACKWARD) <= 3
+    assert plans.LAYER_NORM_BACKWARD

@@ -1,7 +1,7 @@
-"""Calls that were made before, without the cost of the checks: what they say depends on nothing but what is asked here.
+"""Calls on CUDA arrays that were made before: each enqueues its kernels at once, as `calls.plans` has it.
 
-A call is known by its arrays' shapes, strides, dtypes, devices and alignment, and its options. The checked path remembers it
-where its kernels work on the arrays as they are, each row whole. With `out` and without what the driver takes, a call is
+A call is known by its arrays' shapes, strides, dtypes, devices and alignment, and its options. It has a plan where its
+kernels work on the arrays as they are, each row whole. With `out` and without what the driver takes, a call is
 7 us of the host for Numba's and CuPy's arrays and 9 for torch's, backward 12, 15 and 19, of which `cuda.core.launch` takes 1
 each time; the checked path takes 250 (`benchmarks/host_cost.py`).
 """
@@ -9,12 +9,14 @@ each time; the checked path takes 250 (`benchmarks/host_cost.py`).
 import operator
 from typing import Any, NamedTuple
 
+from nbnorm.calls.plans import keep, sizes
 from nbnorm.cuda import arrays, launch
 
-# bounded, since a program may make calls of ever new shapes
-MOST = 1024
-FORWARD: dict[tuple, "Forward"] = {}
-BACKWARD: dict[tuple, "Backward"] = {}
+# of each public function its own
+LAYER_NORM: dict[tuple, "Forward"] = {}
+LAYER_NORM_BACKWARD: dict[tuple, "Backward"] = {}
+# of a call that has to be checked: its key, and the addresses of its arrays
+UNKNOWN = None, ()
 
 
 class Forward(NamedTuple):
@@ -42,19 +44,14 @@ class Backward(NamedTuple):
     result_sizes: list
 
 
-def remember_forward(plan, call):
-    _remember(FORWARD, plan, _known_forward(*call[:-1]))
+def keep_forward(plan, call):
+    key, _ = _known_forward(*call[:-1])
+    keep(LAYER_NORM, key, plan)
 
 
-def remember_backward(plan, call):
-    _remember(BACKWARD, plan, _known_backward(*call[:-1]))
-
-
-def _remember(plans, plan, known):
-    if known is not None:
-        if len(plans) >= MOST:
-            plans.clear()
-        plans[known[0]] = plan
+def keep_backward(plan, call):
+    key, _ = _known_backward(*call[:-1])
+    keep(LAYER_NORM_BACKWARD, key, plan)
 
 
 def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream):
@@ -62,13 +59,11 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
     # what is allocated for a stream other than the library's current one is the checked path's matter
     if stream is not None and (out is None or return_stats or arrays.handle_of(stream) is None):
         return None
-    known = _known_forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
-    if known is None:
-        return None
-    key, (*inputs, y_address) = known
-    plan = FORWARD.get(key)
+    key, addresses = _known_forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    plan = LAYER_NORM.get(key)
     if plan is None or launch.current_device() != plan.device:
         return None
+    *inputs, y_address = addresses
     problem = plan.problem
     kind = arrays.kind(x)
     handle = arrays.stream_handle(stream, x, kind, plan.device)
@@ -92,11 +87,8 @@ def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rs
     # temporary memory for a stream other than the library's current one is the checked path's matter
     if stream is not None:
         return None
-    known = _known_backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
-    if known is None:
-        return None
-    key, addresses = known
-    plan = BACKWARD.get(key)
+    key, addresses = _known_backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
+    plan = LAYER_NORM_BACKWARD.get(key)
     if plan is None or launch.current_device() != plan.device:
         return None
     inputs, results = addresses[:5], addresses[5:]
@@ -151,7 +143,7 @@ def _is_apart(result, result_size, inputs, input_sizes, in_place):
 
 
 def _known_forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats):
-    """What a plan is remembered by, and the addresses of x, weight, bias and out; None for what has to be checked."""
+    """The key of a call, and the addresses of x, weight, bias and out."""
     return _known(normalized_shape, eps, (use_diff_of_squares, return_stats), (x, weight, bias, out))
 
 
@@ -160,20 +152,17 @@ def _known_backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, m
     if out is None:
         out = (None, None, None)
     if type(output_mask) is not tuple or not isinstance(out, tuple) or len(output_mask) != 3 or len(out) != 3:
-        return None
+        return UNKNOWN
     return _known(normalized_shape, eps, (use_diff_of_squares, *output_mask), (dy, x, weight, mean, rstd, *out))
 
 
 def _known(normalized_shape, eps, flags, operands):
-    # equal keys must be equally right, which True and 1.0 for 1 are not
-    if type(eps) is not float:
-        return None
+    normalized_shape = sizes(normalized_shape)
+    if normalized_shape is None or type(eps) is not float:
+        return UNKNOWN
     for flag in flags:
         if type(flag) is not bool:
-            return None
-    for size in normalized_shape if isinstance(normalized_shape, tuple) else (normalized_shape,):
-        if type(size) is not int:
-            return None
+            return UNKNOWN
     key: list[Any] = [normalized_shape, eps, *flags]
     addresses = []
     is_torch = False
@@ -188,12 +177,12 @@ def _known(normalized_shape, eps, flags, operands):
             address, seen = arrays.signature(array, kind)
             if address == 0:
                 # without elements, or without the memory for them
-                return None
+                return UNKNOWN
             addresses.append(address)
             key += kind, address % 16, seen
     except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):
         # of what is no such array
-        return None
+        return UNKNOWN
     if is_torch and arrays.is_recording():
-        return None
+        return UNKNOWN
     return tuple(key), addresses

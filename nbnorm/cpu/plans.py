@@ -1,0 +1,287 @@
+"""Calls on NumPy arrays that were made before: each goes to its kernel at once, as `calls.plans` has it.
+
+A call is known by its options, by the dtypes and flags of its arrays, by the shape of a row, and by whether the arrays have
+x's shape. It has a plan where a kernel takes all of its rows at once, as they are. How many rows there are, who works, and
+whether results share memory with operands, a plan asks each time. It takes each call's own eps: 0.0 equals -0.0, and in a
+thread that takes subnormal numbers for 0, those as well.
+
+The keys are written out: a helper for each array would add a twentieth to a forward at (1, 64), which takes 2.2 us on an
+Intel Xeon, and 30 by way of the checks.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy import empty, may_share_memory, ndarray
+
+from nbnorm.calls.plans import sizes
+from nbnorm.calls.problem import given_dtype, wide_dtype
+from nbnorm.cpu import choice
+from nbnorm.cpu import sizes as limits
+from nbnorm.cpu.staging import is_ready, storage
+from nbnorm.cpu.workers import blocks, parallel, threads
+from nbnorm.cpu.workers.parallel import ONE
+
+# of each public function its own, since another one does something else for the same arrays
+LAYER_NORM: dict[tuple, Any] = {}
+LAYER_NORM_BACKWARD: dict[tuple, Any] = {}
+
+
+def forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats):
+    """What a forward is known by; None where an option is of another type than usual."""
+    if type(x) is not ndarray or type(eps) is not float:
+        return None
+    if type(use_diff_of_squares) is not bool or type(return_stats) is not bool:
+        return None
+    if type(normalized_shape) is not int:
+        if type(normalized_shape) is tuple and len(normalized_shape) == 1 and type(normalized_shape[0]) is int:
+            # a layer's, without a call
+            normalized_shape = normalized_shape[0]
+        elif (normalized_shape := sizes(normalized_shape)) is None:
+            return None
+    shape = x.shape
+    weight_shape = weight_dtype = weight_flags = bias_shape = bias_dtype = bias_flags = None
+    if weight is not None:
+        if type(weight) is not ndarray:
+            return None
+        weight_shape, weight_dtype, weight_flags = weight.shape, weight.dtype, weight.flags.num
+    if bias is not None:
+        if type(bias) is not ndarray:
+            return None
+        bias_shape, bias_dtype, bias_flags = bias.shape, bias.dtype, bias.flags.num
+    return (
+        normalized_shape,
+        eps,
+        use_diff_of_squares,
+        return_stats,
+        len(shape),
+        shape[-1:] if type(normalized_shape) is int else shape[-len(normalized_shape) :],
+        x.dtype,
+        x.flags.num,
+        weight_shape,
+        weight_dtype,
+        weight_flags,
+        bias_shape,
+        bias_dtype,
+        bias_flags,
+        None if out is None else _seen_with(out, shape),
+    )
+
+
+def backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out):
+    """The same of a backward."""
+    if type(x) is not ndarray or type(eps) is not float:
+        return None
+    if type(use_diff_of_squares) is not bool or type(output_mask) is not tuple:
+        return None
+    for wanted in output_mask:
+        if type(wanted) is not bool:
+            return None
+    if type(normalized_shape) is not int:
+        normalized_shape = sizes(normalized_shape)
+        if normalized_shape is None:
+            return None
+    shape = x.shape
+    ndim = len(shape) - (1 if type(normalized_shape) is int else len(normalized_shape))
+    return (
+        normalized_shape,
+        eps,
+        use_diff_of_squares,
+        output_mask,
+        len(shape),
+        shape[ndim:],
+        x.dtype,
+        x.flags.num,
+        _seen_with(dy, shape),
+        None if weight is None else _seen(weight),
+        None if mean is rstd is None else (_seen_of_rows(mean, shape, ndim), _seen_of_rows(rstd, shape, ndim)),
+        None if out is None else isinstance(out, tuple) and (*map(_seen_with, out[:1], (shape,)), *map(_seen, out[1:])),
+    )
+
+
+def _seen(array):
+    """What is known of an array, None of what is absent; False of anything else, for which no plan is kept."""
+    return None if array is None else type(array) is ndarray and (array.shape, array.dtype, array.flags.num)
+
+
+def _seen_with(array, shape):
+    """The same of an array that has to have x's shape."""
+    return None if array is None else type(array) is ndarray and (array.shape == shape, array.dtype, array.flags.num)
+
+
+def _seen_of_rows(array, shape, ndim):
+    """The same of mean or rstd, whose first `ndim` dimensions have to be x's."""
+    if type(array) is not ndarray:
+        return False
+    return array.shape[:ndim] == shape[:ndim], array.shape[ndim:], array.dtype, array.flags.num
+
+
+def forward(problem, x, weight, bias, out, return_stats):
+    """How a forward is done again, of which the checks made this problem: a function of its arrays and eps; None for none.
+
+    The function returns y, or y, mean and rstd; or None where the call goes the long way, since memory is shared, or there
+    are too few elements or too many.
+    """
+    dtype = problem.compute_dtype
+    if not _is_one_call(problem, x, out) or not _are_rows(dtype, weight, bias):
+        return None
+    kernels = _Kernels(choice.forward(problem, weight is not None, bias is not None), threads.forward)
+    y_dtype, cols, statistics_dtype = problem.dtype, problem.cols, problem.statistics_dtype
+    ndim, ones = len(problem.batch), (1,) * len(problem.normalized_shape)
+    is_shaped, is_deep = ndim != 1 or len(ones) != 1, len(ones) > 1
+    stored, weight_is_narrow, bias_is_narrow = _stored(y_dtype), _is_narrow(weight, dtype), _is_narrow(bias, dtype)
+    are_owners = _are_owners(x, weight, bias, out)
+    absent, no_statistics = np.empty(0, dtype), np.empty(0, statistics_dtype)
+
+    def run(x, weight, bias, eps, out):
+        shape, size = x.shape, x.size
+        if not 0 < size * 8 < limits.STREAMED_BYTES:
+            return None
+        if out is None:
+            y = empty(shape, y_dtype)
+        elif _shares_memory(out, (None if out is x else x, weight, bias), are_owners):
+            return None
+        else:
+            y = out
+        mean = rstd = no_statistics
+        if return_stats:
+            mean, rstd = empty(size // cols, statistics_dtype), empty(size // cols, statistics_dtype)
+        weight = absent if weight is None else weight.astype(dtype) if weight_is_narrow else weight
+        bias = absent if bias is None else bias.astype(dtype) if bias_is_narrow else bias
+        if is_deep:
+            weight, bias = weight.reshape(-1), bias.reshape(-1)
+        x_rows, y_rows = x, y
+        if is_shaped:
+            x_rows, y_rows = x.reshape(-1, cols), y.reshape(-1, cols)
+        if stored is not None:
+            x_rows, y_rows = x_rows.view(stored), y_rows.view(stored)
+        kernel = kernels[parallel.many if size >= parallel.from_elements else ONE]
+        kernel(x_rows, weight, bias, eps, False, y_rows, mean, rstd)
+        if not return_stats:
+            return y
+        statistics_shape = shape[:ndim] + ones
+        return y, mean.reshape(statistics_shape), rstd.reshape(statistics_shape)
+
+    return run
+
+
+def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
+    """The same of a backward that is asked for dx: the function returns dx, dweight and dbias, None where not asked for."""
+    with_dx, with_dweight, with_dbias = output_mask
+    dtype = problem.compute_dtype
+    if not with_dx or not _is_one_call(problem, dy, x, mean, rstd, *out) or not _are_rows(dtype, weight):
+        return None
+    given = given_dtype(mean, rstd)
+    if given is not None and not mean.dtype == rstd.dtype == given:
+        return None
+    kernels = _Kernels(choice.backward(problem, dy.dtype, weight is not None, given, output_mask), threads.backward)
+    row, cols, dx_dtype, sum_dtype = problem.normalized_shape, problem.cols, problem.dtype, problem.weight_dtype
+    is_shaped, is_deep = len(problem.batch) != 1 or len(row) != 1, len(row) > 1
+    weight_is_narrow, are_owners = _is_narrow(weight, dtype), _are_owners(dy, x, weight, mean, rstd, *out)
+    dy_stored, stored, sum_stored = _stored(dy.dtype), _stored(dx_dtype), _stored(sum_dtype)
+    absent, no_statistics = np.empty(0, dtype), np.empty(0, given or wide_dtype(dx_dtype))
+    no_sums = np.empty(0, storage(sum_dtype))
+    results = with_dweight + with_dbias
+
+    def run(dy, x, weight, eps, mean, rstd, out):
+        size = x.size
+        if not 0 < size * 8 < limits.STREAMED_BYTES:
+            return None
+        rows = size // cols
+        dx: Any = None
+        dweight = dbias = None
+        if out is not None:
+            dx, dweight, dbias = out
+            others = None if dx is dy else dy, None if dx is x else x, weight, mean, rstd, dweight, dbias
+            # dweight and dbias may overlap an input, which has been read when they are written
+            if _shares_memory(dx, others, are_owners) or _shares_memory(dweight, (dbias,), are_owners):
+                return None
+        if dx is None:
+            dx = empty(x.shape, dx_dtype)
+        if with_dweight and dweight is None:
+            dweight = empty(row, sum_dtype)
+        if with_dbias and dbias is None:
+            dbias = empty(row, sum_dtype)
+        weight = absent if weight is None else weight.astype(dtype) if weight_is_narrow else weight
+        dweight_row, dbias_row = no_sums if dweight is None else dweight, no_sums if dbias is None else dbias
+        if is_deep:
+            weight, dweight_row, dbias_row = weight.reshape(-1), dweight_row.reshape(-1), dbias_row.reshape(-1)
+        mean_row = rstd_row = no_statistics
+        if mean is not None:
+            mean_row, rstd_row = mean.reshape(rows), rstd.reshape(rows)
+        dx_rows = dx
+        if is_shaped:
+            dy, x, dx_rows = dy.reshape(rows, cols), x.reshape(rows, cols), dx.reshape(rows, cols)
+        if dy_stored is not None:
+            dy = dy.view(dy_stored)
+        if stored is not None:
+            x, dx_rows = x.view(stored), dx_rows.view(stored)
+        if sum_stored is not None:
+            dweight_row, dbias_row = dweight_row.view(sum_stored), dbias_row.view(sum_stored)
+        kernel = kernels[parallel.many if size >= parallel.from_elements else ONE]
+        block_rows = limits.block_rows(rows, cols)
+        sums = empty((results, -(-rows // block_rows), cols))
+        kernel(
+            dy, x, weight, eps, mean_row, rstd_row, 0, block_rows, True, False, dx_rows, sums, dweight_row, dbias_row
+        )  # fmt: skip
+        return dx, dweight, dbias
+
+    return run
+
+
+class _Kernels(dict):
+    """The kernel of a plan, by who works: asked for when they first do, since that changes."""
+
+    def __init__(self, chosen, share):
+        self.chosen, self.share = chosen, share
+
+    def __missing__(self, workers):
+        self[workers] = kernel = blocks.kernel_for(workers, self.chosen, self.share)
+        return kernel
+
+
+def _is_one_call(problem, *arrays):
+    """Whether a kernel takes all rows of the arrays, of those that there are, at once and as they are."""
+    size = problem.rows * problem.cols
+    # of no dtype would a result be written past the caches
+    is_usual = 0 < size * 8 < limits.STREAMED_BYTES and problem.cols <= limits.LONG_ROW
+    return is_usual and all(array is None or _is_plain(array) for array in arrays)
+
+
+def _are_rows(dtype, *parameters):
+    """Whether a kernel takes weight and bias, those that there are, as they are or once they are widened."""
+    return all(array is None or _is_row(array, dtype) or _is_narrow(array, dtype) for array in parameters)
+
+
+def _is_plain(array):
+    # a dtype's metadata is no part of what it equals
+    return type(array) is ndarray and is_ready(array) and array.dtype.metadata is None
+
+
+def _is_row(array, dtype):
+    return _is_plain(array) and array.dtype == dtype
+
+
+def _is_narrow(array, dtype):
+    """Whether a parameter's 16 bits become float32, which they do alike in every floating-point mode."""
+    return array is not None and _is_plain(array) and array.itemsize == 2 and dtype == np.float32
+
+
+def _stored(dtype):
+    """What a kernel takes elements of this dtype as, if not as they are."""
+    return storage(dtype) if dtype.itemsize == 2 else None
+
+
+def _are_owners(*arrays):
+    """Whether each array has memory of its own, which two of them share only where they are one array."""
+    return all(array is None or array.flags.owndata for array in arrays)
+
+
+def _shares_memory(result, others, are_owners):
+    """Whether a result that is given shares memory with another array."""
+    if result is None:
+        return False
+    for array in others:
+        if array is not None and (result is array if are_owners else may_share_memory(result, array)):
+            return True
+    return False
