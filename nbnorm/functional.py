@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 from nbnorm import cpu
 from nbnorm.calls import arrays, checks
-from nbnorm.calls.plans import keep
 from nbnorm.cpu import plans
 
 # an array of any of the supported libraries, or what numpy.asarray takes
@@ -110,7 +109,7 @@ def layer_norm(
            [15. ]])
     """
     key = plans.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
-    plan = plans.LAYER_NORM.get(key)
+    plan = plans.LAYER_NORM.get(key) or plans.of_other_rows(plans.LAYER_NORM, key)
     if plan is not None and stream is None:
         result = plan(x, weight, bias, eps, out)
         if result is not None:
@@ -130,7 +129,7 @@ def layer_norm(
         out_array = arrays.empty(problem.shape, problem.dtype, kind)
     y, mean, rstd = cpu.forward(problem, x_array, weight_array, bias_array, out_array, return_stats)
     if key is not None and plan is None:
-        keep(plans.LAYER_NORM, key, plans.forward(problem, x, weight, bias, out, return_stats))
+        plans.keep_for_any_rows(plans.LAYER_NORM, key, plans.forward(problem, x, weight, bias, out, return_stats))
     y = arrays.give_back(y, x, kind) if out is None else _written(out)
     if not return_stats:
         return y
@@ -221,7 +220,7 @@ def layer_norm_backward(
     array([1., 1., 0., 0.])
     """
     key = plans.backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
-    plan = plans.LAYER_NORM_BACKWARD.get(key)
+    plan = plans.LAYER_NORM_BACKWARD.get(key) or plans.of_other_rows(plans.LAYER_NORM_BACKWARD, key)
     if plan is not None and stream is None:
         grads = plan(dy, x, weight, eps, mean, rstd, out)
         if grads is not None:
@@ -241,7 +240,8 @@ def layer_norm_backward(
         out_arrays = (arrays.empty(problem.shape, problem.dtype, kind), *out_arrays[1:])
     grads = cpu.backward(problem, dy_array, x_array, weight_array, mean_array, rstd_array, mask, out_arrays)
     if key is not None and plan is None:
-        keep(plans.LAYER_NORM_BACKWARD, key, plans.backward(problem, dy, x, weight, mean, rstd, mask, outs))
+        plan = plans.backward(problem, dy, x, weight, mean, rstd, mask, outs)
+        plans.keep_for_any_rows(plans.LAYER_NORM_BACKWARD, key, plan)
     return LayerNormGrads(
         *(
             arrays.give_back(grad, x, kind) if given is None else _written(given)

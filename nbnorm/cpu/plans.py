@@ -1,20 +1,21 @@
 """Calls on NumPy arrays that were made before: each goes to its kernel at once, as `calls.plans` has it.
 
-A call is known by its options, by the dtypes and flags of its arrays, by the shape of a row, and by whether the arrays have
-x's shape. It has a plan where a kernel takes all of its rows at once, as they are. How many rows there are, who works, and
-whether results share memory with operands, a plan asks each time. It takes each call's own eps: 0.0 equals -0.0, and in a
-thread that takes subnormal numbers for 0, those as well.
+A call is known by its options and by the shapes, dtypes and flags of its arrays, and in the second place by the same for any
+number of rows, since a program may make calls of ever new ones. It has a plan where a kernel takes all of its rows at once,
+as they are. How many rows there are, who works, and whether results share memory with operands, a plan asks each time. It
+takes each call's own eps: 0.0 equals -0.0, and in a thread that takes subnormal numbers for 0, those as well.
 
 The keys are written out: a helper for each array would add a twentieth to a forward at (1, 64), which takes 2.2 us on an
 Intel Xeon, and 30 by way of the checks.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
 from numpy import empty, may_share_memory, ndarray
 
-from nbnorm.calls.plans import sizes
+from nbnorm.calls.plans import keep, sizes
 from nbnorm.calls.problem import given_dtype, wide_dtype
 from nbnorm.cpu import choice
 from nbnorm.cpu import sizes as limits
@@ -22,6 +23,8 @@ from nbnorm.cpu.staging import is_ready, storage
 from nbnorm.cpu.workers import blocks, parallel, threads
 from nbnorm.cpu.workers.parallel import ONE
 
+# where a key has the shape of x
+X_SHAPE = 4
 # of each public function its own, since another one does something else for the same arrays
 LAYER_NORM: dict[tuple, Any] = {}
 LAYER_NORM_BACKWARD: dict[tuple, Any] = {}
@@ -39,7 +42,6 @@ def forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out
             normalized_shape = normalized_shape[0]
         elif (normalized_shape := sizes(normalized_shape)) is None:
             return None
-    shape = x.shape
     weight_shape = weight_dtype = weight_flags = bias_shape = bias_dtype = bias_flags = None
     if weight is not None:
         if type(weight) is not ndarray:
@@ -54,8 +56,7 @@ def forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out
         eps,
         use_diff_of_squares,
         return_stats,
-        len(shape),
-        shape[-1:] if type(normalized_shape) is int else shape[-len(normalized_shape) :],
+        x.shape,
         x.dtype,
         x.flags.num,
         weight_shape,
@@ -64,7 +65,7 @@ def forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out
         bias_shape,
         bias_dtype,
         bias_flags,
-        None if out is None else _seen_with(out, shape),
+        None if out is None else _seen(out),
     )
 
 
@@ -81,21 +82,18 @@ def backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean
         normalized_shape = sizes(normalized_shape)
         if normalized_shape is None:
             return None
-    shape = x.shape
-    ndim = len(shape) - (1 if type(normalized_shape) is int else len(normalized_shape))
     return (
         normalized_shape,
         eps,
         use_diff_of_squares,
         output_mask,
-        len(shape),
-        shape[ndim:],
+        x.shape,
         x.dtype,
         x.flags.num,
-        _seen_with(dy, shape),
+        _seen(dy),
         None if weight is None else _seen(weight),
-        None if mean is rstd is None else (_seen_of_rows(mean, shape, ndim), _seen_of_rows(rstd, shape, ndim)),
-        None if out is None else isinstance(out, tuple) and (*map(_seen_with, out[:1], (shape,)), *map(_seen, out[1:])),
+        None if mean is rstd is None else (_seen(mean), _seen(rstd)),
+        None if out is None else isinstance(out, tuple) and (*map(_seen, out),),
     )
 
 
@@ -104,16 +102,32 @@ def _seen(array):
     return None if array is None else type(array) is ndarray and (array.shape, array.dtype, array.flags.num)
 
 
-def _seen_with(array, shape):
-    """The same of an array that has to have x's shape."""
-    return None if array is None else type(array) is ndarray and (array.shape == shape, array.dtype, array.flags.num)
+def of_other_rows(plans, key):
+    """The plan of a call that differs in the number of rows alone, if there is one, which is kept for this one too."""
+    plan = None if key is None else plans.get(_of_any_rows(key))
+    keep(plans, key, plan)
+    return plan
 
 
-def _seen_of_rows(array, shape, ndim):
-    """The same of mean or rstd, whose first `ndim` dimensions have to be x's."""
-    if type(array) is not ndarray:
-        return False
-    return array.shape[:ndim] == shape[:ndim], array.shape[ndim:], array.dtype, array.flags.num
+def keep_for_any_rows(plans, key, plan):
+    keep(plans, key, plan)
+    if key is not None:
+        keep(plans, _of_any_rows(key), plan)
+
+
+def _of_any_rows(key):
+    """A key without the batch's shape, but for which arrays have it."""
+    normalized_shape, shape = key[0], key[X_SHAPE]
+    batch_ndim = len(shape) - (1 if type(normalized_shape) is int else len(normalized_shape))
+    row = shape[batch_ndim:]
+    names = {shape[:batch_ndim] + (1,) * len(row): "the statistics'", shape: "x's"}
+    return batch_ndim, row, *(_renamed(part, names) for part in key)
+
+
+def _renamed(part, names):
+    if type(part) is tuple and part not in names:
+        return tuple(_renamed(inner, names) for inner in part)
+    return names.get(part, part)
 
 
 def forward(problem, x, weight, bias, out, return_stats):
@@ -128,14 +142,14 @@ def forward(problem, x, weight, bias, out, return_stats):
     kernels = _Kernels(choice.forward(problem, weight is not None, bias is not None), threads.forward)
     y_dtype, cols, statistics_dtype = problem.dtype, problem.cols, problem.statistics_dtype
     ndim, ones = len(problem.batch), (1,) * len(problem.normalized_shape)
-    is_shaped, is_deep = ndim != 1 or len(ones) != 1, len(ones) > 1
+    is_shaped, is_deep, most = ndim != 1 or len(ones) != 1, len(ones) > 1, limits.STREAMED_BYTES // 8
     stored, weight_is_narrow, bias_is_narrow = _stored(y_dtype), _is_narrow(weight, dtype), _is_narrow(bias, dtype)
     are_owners = _are_owners(x, weight, bias, out)
     absent, no_statistics = np.empty(0, dtype), np.empty(0, statistics_dtype)
 
     def run(x, weight, bias, eps, out):
         shape, size = x.shape, x.size
-        if not 0 < size * 8 < limits.STREAMED_BYTES:
+        if not 0 < size < most:
             return None
         if out is None:
             y = empty(shape, y_dtype)
@@ -176,7 +190,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         return None
     kernels = _Kernels(choice.backward(problem, dy.dtype, weight is not None, given, output_mask), threads.backward)
     row, cols, dx_dtype, sum_dtype = problem.normalized_shape, problem.cols, problem.dtype, problem.weight_dtype
-    is_shaped, is_deep = len(problem.batch) != 1 or len(row) != 1, len(row) > 1
+    is_shaped, is_deep, most = len(problem.batch) != 1 or len(row) != 1, len(row) > 1, limits.STREAMED_BYTES // 8
     weight_is_narrow, are_owners = _is_narrow(weight, dtype), _are_owners(dy, x, weight, mean, rstd, *out)
     dy_stored, stored, sum_stored = _stored(dy.dtype), _stored(dx_dtype), _stored(sum_dtype)
     absent, no_statistics = np.empty(0, dtype), np.empty(0, given or wide_dtype(dx_dtype))
@@ -185,9 +199,8 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
 
     def run(dy, x, weight, eps, mean, rstd, out):
         size = x.size
-        if not 0 < size * 8 < limits.STREAMED_BYTES:
+        if not 0 < size < most:
             return None
-        rows = size // cols
         dx: Any = None
         dweight = dbias = None
         if out is not None:
@@ -208,10 +221,10 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
             weight, dweight_row, dbias_row = weight.reshape(-1), dweight_row.reshape(-1), dbias_row.reshape(-1)
         mean_row = rstd_row = no_statistics
         if mean is not None:
-            mean_row, rstd_row = mean.reshape(rows), rstd.reshape(rows)
+            mean_row, rstd_row = mean.reshape(-1), rstd.reshape(-1)
         dx_rows = dx
         if is_shaped:
-            dy, x, dx_rows = dy.reshape(rows, cols), x.reshape(rows, cols), dx.reshape(rows, cols)
+            dy, x, dx_rows = dy.reshape(-1, cols), x.reshape(-1, cols), dx.reshape(-1, cols)
         if dy_stored is not None:
             dy = dy.view(dy_stored)
         if stored is not None:
@@ -219,14 +232,23 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         if sum_stored is not None:
             dweight_row, dbias_row = dweight_row.view(sum_stored), dbias_row.view(sum_stored)
         kernel = kernels[parallel.many if size >= parallel.from_elements else ONE]
-        block_rows = limits.block_rows(rows, cols)
-        sums = empty((results, -(-rows // block_rows), cols))
+        block_rows, sums_shape = _sums(size, cols, results)
+        sums = empty(sums_shape)
         kernel(
             dy, x, weight, eps, mean_row, rstd_row, 0, block_rows, True, False, dx_rows, sums, dweight_row, dbias_row
         )  # fmt: skip
         return dx, dweight, dbias
 
     return run
+
+
+# a tenth of a backward at (1, 64), uncached
+@functools.lru_cache
+def _sums(size, cols, results):
+    """The rows of a block, and the shape of the blocks' sums."""
+    rows = size // cols
+    block_rows = limits.block_rows(rows, cols)
+    return block_rows, (results, -(-rows // block_rows), cols)
 
 
 class _Kernels(dict):

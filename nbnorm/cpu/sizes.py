@@ -1,7 +1,5 @@
 """Where one way of working gives way to another: by the shape of a problem and its dtype alone, never by the machine."""
 
-import functools
-
 # of a row of fewer elements than these, what comes after its sums takes longer than they do
 SHORT_ROW = 1 << 7
 # and of one of 16 bits, which memory delivers in half the time: at 160 to 256 columns, forward is 1.2 to 1.3 times as fast
@@ -31,8 +29,6 @@ def is_short(cols, itemsize):
     return cols < SHORT_ROW or (cols < SHORT_16_BIT_ROW and itemsize == 2)
 
 
-# a tenth of a backward at (1, 64), uncached
-@functools.lru_cache
 def block_rows(rows, cols):
     """Rows whose dweight and dbias are summed in one go."""
     blocks = min(MAX_BLOCKS, max(1, MAX_BLOCK_SUMS // max(1, cols)))
