@@ -22,6 +22,10 @@ from nbnorm.cpu.workers import parallel
 DEEP_LEFT_OUT = "nbnorm: LEFT OUT: the deep level, which any -m of yours lets run: pytest -m ''"
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
 
+# OpenMP's threads wait in circles for others, which in a test run have no core: nine tenths of what parallel calls took.
+# They read this when the first of them starts
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 settings.register_profile("default", max_examples=100, deadline=None)
 # a kernel as plain Python takes milliseconds
 settings.register_profile("no-jit", max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])

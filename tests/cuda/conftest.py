@@ -40,7 +40,7 @@ if device.LEVEL == "simulator":
 
         def checked(values, k, memory, at, width, access, *rounds_pairs):
             itemsize = memory.array.itemsize
-            address = memory.array.ctypes.data + (memory.origin + at) * itemsize
+            address = memory.address + at * itemsize
             assert address % min(16, access * itemsize) == 0, f"{access} elements at {address:#x}"
             assert width % access == 0, f"{width} elements by {access}"
             access_memory(values, k, memory, at, width, access, *rounds_pairs)
@@ -57,6 +57,8 @@ if device.LEVEL == "simulator":
     launch.current_device = lambda: 0
     launch.fill = lambda view, byte, stream: ctypes.memset(view.address, byte, view.size * view.itemsize)
     checks.has_numba_cuda = lambda: True
+    # of a backward of few rows, most threads are those that add up the groups: two warps of a block do it as four would
+    sizes.MOST_ADDING_WARPS = 2
 
 if device.LEVEL != "device":
     from nbnorm.cuda import arrays

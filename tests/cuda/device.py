@@ -5,6 +5,7 @@ import os
 import ml_dtypes
 import numba
 import numpy as np
+import pytest
 
 from nbnorm.calls import arrays
 
@@ -17,6 +18,11 @@ DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
 # (rows, cols) and what there is one of: a single element; a team of two; rows that share warps, the last one not full; a
 # team of a whole warp; odd rows, read one by one; two warps, an odd one, three and a rest; a segment and a rest
 SHAPES = [(1, 1), (3, 5), (70, 9), (5, 64), (3, 1000), (2, 1001), (2, 2052), (2, 2500), (1, 4100)]
+
+
+def large(*values):
+    """These as a parameter of tests that are run as PTX too: the simulator leaves blocks of so many threads to that."""
+    return pytest.param(*values, marks=pytest.mark.large)
 
 
 def normal(rng, shape, dtype):

@@ -5,8 +5,10 @@ It is what a launch would build: LTO IR, of which nvJitLink makes PTX and then m
 
 import hashlib
 import importlib.util
+import itertools
 import re
 import shutil
+import struct
 import subprocess
 import sysconfig
 import tempfile
@@ -26,6 +28,7 @@ from nbnorm.disk import cache_folder
 INSTALL = "pip install '.[test,cuda13]' nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 TOOLS = ("cuobjdump", "nvdisasm")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
+INSTRUCTION_BYTES = 16
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 # of a multiprocessor, of any compute capability; a warp is given them in portions
 REGISTERS = 1 << 16
@@ -114,6 +117,14 @@ class Build(NamedTuple):
         return sizes
 
 
+class _Compiled(NamedTuple):
+    """The PTX, the machine code, and of `Build` what is behind the instructions."""
+
+    ptx: str
+    code: bytes
+    usage: tuple[int, int, int]
+
+
 def missing():
     """Why kernels cannot be built here; None where they can."""
     if numba.config.ENABLE_CUDASIM:
@@ -154,6 +165,19 @@ def kernel(capability, variant):
     return build(*source(capability, variant), capability)
 
 
+def kernels(capability, variants):
+    """The kernels that these variants are, built; what it raised for one that was not."""
+    compiled, errors = {}, {}
+    for variant in variants:
+        try:
+            compiled[variant] = _compiled(*source(capability, variant), capability)
+        except Exception as error:
+            errors[variant] = error
+    instructions = _disassembled([c.code for c in compiled.values()], capability)
+    builds = {v: Build(c.ptx, i, *c.usage) for (v, c), i in zip(compiled.items(), instructions, strict=True)}
+    return builds | errors
+
+
 def source(capability, variant):
     """The kernel that a variant is, and its signature."""
     from nbnorm.cuda.kernels import whole_rows
@@ -179,13 +203,39 @@ def registers_of_block(registers, threads):
 
 def build(kernel, signature, capability):
     """What a launch on a device of this compute capability would run."""
+    compiled = _compiled(kernel, signature, capability)
+    (instructions,) = _disassembled([compiled.code], capability)
+    return Build(compiled.ptx, instructions, *compiled.usage)
+
+
+def _compiled(kernel, signature, capability):
     with _library(kernel, signature, capability) as library, tempfile.TemporaryDirectory() as folder:
         ptx = _keep(kernel, signature, library)
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(bytes(library.get_cubin().code))
         ((registers, stack, shared, local),) = USAGE.findall(_output("cuobjdump", "--dump-resource-usage", cubin))
-        instructions = INSTRUCTION.findall(_output("nvdisasm", "--print-code", cubin))
-    return Build(ptx, Counter(instructions), int(registers), int(stack) + int(local), int(shared))
+        return _Compiled(ptx, _code(cubin.read_bytes()), (int(registers), int(stack) + int(local), int(shared)))
+
+
+def _code(cubin):
+    """The instructions of an ELF file's one function: the section .text.NAME."""
+    at, size, count, of_names = struct.unpack_from("<Q10xHHH", cubin, 40)
+    sections = [struct.unpack_from("<I20xQQ", cubin, at + size * i) for i in range(count)]
+    names = sections[of_names][1]
+    ((first, length),) = (section[1:] for section in sections if cubin.startswith(b".text.", names + section[0]))
+    return cubin[first : first + length]
+
+
+def _disassembled(codes, capability):
+    """How many there are of each instruction, by kernels: nvdisasm takes 0.2 s to start, and 0.01 for each of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernels.bin"
+        binary.write_bytes(b"".join(codes))
+        found = iter(INSTRUCTION.findall(_output("nvdisasm", "--binary", "SM{}{}".format(*capability), binary)))
+    counts = [Counter(itertools.islice(found, len(code) // INSTRUCTION_BYTES)) for code in codes]
+    assert [c.total() * INSTRUCTION_BYTES for c in counts] == list(map(len, codes))
+    assert next(found, None) is None
+    return counts
 
 
 def ptx(kernel, signature, capability):

@@ -3,7 +3,9 @@
 The arrays are those of Numba's own simulator, which has a thread of the system for each CUDA thread, and no warps.
 """
 
+import contextvars
 import ctypes
+import functools
 import heapq
 import inspect
 import random
@@ -32,6 +34,9 @@ FLOATS_OF_16_BITS = {types.uint16: np.dtype(np.float16), types.int16: np.dtype(m
 order = "forward"
 # start, end and array; the array keeps the memory
 allocations: list[tuple[int, int, Any]] = []
+# a context in which NumPy does not warn: to copy it takes a tenth of what np.errstate does
+IGNORING = contextvars.copy_context()
+IGNORING.run(np.seterr, all="ignore")
 
 
 class Deadlock(RuntimeError):  # noqa: N818  the usual word
@@ -39,11 +44,15 @@ class Deadlock(RuntimeError):  # noqa: N818  the usual word
 
 
 class Memory:
-    """A pointer to element `origin` of a flat array: indices count from there, and none is outside the array."""
+    """A pointer to element `origin` of a flat array: indices count from there, and none is outside the array.
 
-    __slots__ = ("array", "origin", "size")
+    `address` is the pointer, where it is one to what was allocated.
+    """
 
-    def __init__(self, array, origin=0):
+    __slots__ = ("address", "array", "origin", "size")
+
+    def __init__(self, array, origin=0, address=None):
+        self.address = address
         self.array = array
         self.origin = origin
         self.size = array.size
@@ -69,13 +78,13 @@ class Thread(greenlet):
 
     def __init__(self, block, number):
         super().__init__()
+        # NumPy's setting is that of one greenlet
+        self.gr_context = IGNORING.copy()
         self.block = block
         self.number = number
 
     def run(self, kernel, arguments):
-        # NumPy's setting is that of one greenlet
-        with np.errstate(all="ignore"):
-            kernel(*arguments)
+        kernel(*arguments)
 
     def place(self):
         """The lines where it waits, the kernel's own first."""
@@ -220,7 +229,7 @@ def shared_array(shape, dtype):
 
 
 def local_array(shape, dtype):
-    return Memory(_unwritten(np.empty(shape, dtype)))
+    return Memory(_unwritten_of(shape, dtype).copy())
 
 
 def syncthreads():
@@ -277,7 +286,7 @@ def _memory(address, element):
     before, shift = divmod(address - start, dtype.itemsize)
     size = (end - start - shift) // dtype.itemsize
     content = (ctypes.c_byte * (size * dtype.itemsize)).from_address(start + shift)
-    return Memory(np.ndarray(size, dtype, content), before)
+    return Memory(np.ndarray(size, dtype, content), before, address)
 
 
 def _known(array):
@@ -285,6 +294,11 @@ def _known(array):
     if array is not None:
         allocations.append((*np.lib.array_utils.byte_bounds(array._ary), array))
     return array
+
+
+@functools.cache
+def _unwritten_of(shape, dtype):
+    return _unwritten(np.empty(shape, dtype))
 
 
 def _unwritten(array):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from device import DTYPES, LEVEL, SHAPES, normal, to_device, to_host
+from device import DTYPES, LEVEL, SHAPES, large, normal, to_device, to_host
 from nbnorm.cuda import sizes
 from tolerances import CUDA_GRADIENT_EPS, assert_grads
 
@@ -171,7 +171,7 @@ def test_many_rows_of_a_block(rng, order, few_groups, options, rows, cols, dtype
     assert_right(grads, dy, x, weight, use_diff_of_squares=options["use_diff_of_squares"])
 
 
-@pytest.mark.parametrize(("cols", "mean"), [(5, 0), (5, 1e3), (768, 0), (768, 1e3), (8200, 1e3)])
+@pytest.mark.parametrize(("cols", "mean"), [(5, 0), (5, 1e3), (768, 0), (768, 1e3), large(8200, 1e3)])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_magnitudes_and_means(rng, cols, scale, mean):
     x = ((rng.standard_normal((2, cols)) + mean) * scale).astype(np.float32)
@@ -180,7 +180,7 @@ def test_magnitudes_and_means(rng, cols, scale, mean):
     assert_right(backward(dy, x, cols, eps=eps), dy, x, eps=eps, cancels=cols < 10)
 
 
-@pytest.mark.parametrize("cols", [64, 2500, 8200])
+@pytest.mark.parametrize("cols", [64, 2500, large(8200)])
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_magnitudes_of_dy(rng, cols, scale):
     dy, x = normal(rng, (2, 2, cols), np.float32)
@@ -196,7 +196,7 @@ def test_a_large_mean_of_dy_costs_dx_no_digits(rng, cols):
     assert_right(backward(dy, x, cols, output_mask=(True, False, False)), dy, x, cancels=False)
 
 
-@pytest.mark.parametrize("cols", [5, 64, 2500, 8200])
+@pytest.mark.parametrize("cols", [5, 64, 2500, large(8200)])
 def test_nan_and_inf_stay_in_their_rows(rng, cols):
     dy, x = normal(rng, (2, 5, cols), np.float32)
     expected = backward(dy[[0, 3]], x[[0, 3]], cols).dx

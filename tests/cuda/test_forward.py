@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from device import DTYPES, SHAPES, normal, to_device, to_host
+from device import DTYPES, SHAPES, large, normal, to_device, to_host
 from tolerances import CUDA_STATISTICS_EPS, CUDA_Y_EPS, assert_statistics, assert_y
 
 pytestmark = pytest.mark.hardware
@@ -71,7 +71,7 @@ def test_rows_that_no_block_holds(rng, dtype, use_diff_of_squares, rows, cols):
     assert_statistics(mean, rstd, x, 1, 1e-3, use_diff_of_squares, **sums)
 
 
-@pytest.mark.parametrize("cols", [7, 768, 2500, 32776])
+@pytest.mark.parametrize("cols", [7, 768, 2500, large(32776)])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e3, 1e30])
 @pytest.mark.parametrize("mean", [0, 1, 1e3])
 def test_magnitudes_and_means(rng, cols, scale, mean):
@@ -104,7 +104,7 @@ def test_finite_rows_are_never_nan(dtype, cols, use_diff_of_squares):
         assert np.isfinite(y.astype(np.float64)).all()
 
 
-@pytest.mark.parametrize("cols", [5, 64, 2500, 32776])
+@pytest.mark.parametrize("cols", [5, 64, 2500, large(32776)])
 def test_nan_and_inf_stay_in_their_rows(rng, cols):
     x = rng.standard_normal((5, cols)).astype(np.float32)
     (expected,) = layer_norm(x, cols)
@@ -129,6 +129,7 @@ def test_a_row_is_the_same_in_any_batch(rng, order, cols):
     np.testing.assert_array_equal(layer_norm(backwards, cols, weight)[0], y[::-1])
 
 
+@pytest.mark.large
 def test_a_long_row_is_the_same_in_any_batch(rng):
     x = rng.standard_normal((2, 32776)).astype(np.float32)
     x[1] *= np.float32(1e30)

@@ -15,8 +15,8 @@ from variants import FULL, OTHERS
 HERE = Path(__file__).parent
 
 
-# two processes at a time, with about as much to do
-SHARES = (("test_backward.py", "test_plans.py"), ("test_[!bp]*.py", "test_p[!l]*.py", "test_plans_*.py"))
+# of two processes at a time, the one's, which takes about as long as all others
+SHARE = ("test_forward.py", "test_equal.py")
 # a few seconds' worth
 PART = ("test_layer.py", "test_errors.py")
 # compilers and PTX, and blocks of 1024 threads, of which each takes it a minute
@@ -102,9 +102,8 @@ def test_a_part_in_the_simulator(run):
 @pytest.mark.deep
 def test_in_the_simulator(run):
     # of which nothing runs there, and which needs what only compiling does
-    files = set(HERE.glob("test_*.py")) - {HERE / name for name in NOT_SIMULATED}
-    shares = [sorted(file for pattern in patterns for file in files.intersection(HERE.glob(pattern))) for patterns in SHARES]
-    assert sorted(file for share in shares for file in share) == sorted(files)
+    files = {file.name for file in HERE.glob("test_*.py")}.difference(NOT_SIMULATED)
+    shares = SHARE, sorted(files.difference(SHARE))
     with ThreadPoolExecutor(len(shares)) as pool:
         list(pool.map(lambda files: run(SIMULATOR, " and not large", files, 250), shares))
 
