@@ -77,15 +77,15 @@ def arrow(panel, start, end, label="", color=GREY, offset=(0, 0), **style):
 def architecture(path):
     figure, panel = canvas(92, 66, 13)
     box(panel, 26, 1.5, 40, 6, "layer_norm(x, ...)", ["functional.py, layers.py"])
-    box(panel, 31, 16, 30, 7, "checks.py", ["every raise; returns a Problem"], ORANGE)
-    box(panel, 31, 29, 30, 7, "arrays.py", ["array type: device and library"], ORANGE)
-    box(panel, 7, 42, 34, 7.5, "cpu/__init__.py", ["into rows (staging.py);", "whose threads? (parallel.py)"], BLUE)
-    box(panel, 51, 42, 34, 7.5, "cuda/__init__.py", ["into rows (layout.py, strided.py);", "launch.py"], GREEN)
-    lines = ["short_rows.py, long_rows.py; @njit,", "serial and parallel: the same bits"]
-    box(panel, 7, 56.5, 34, 8, "cpu/kernels.py", lines, BLUE)
-    box(panel, 51, 56.5, 34, 8, "cuda/kernels.py, combine.py", ["@cuda.jit: enqueued,", "not waited for"], GREEN)
-    box(panel, 2, 24, 17, 9, "cpu/quick.py", ["fast path of", "common calls"], BLUE)
-    box(panel, 73, 24, 17, 9, "cuda/quick.py", ["fast path of", "repeated calls"], GREEN)
+    box(panel, 31, 16, 30, 7, "calls/checks.py", ["every raise; returns a Problem"], ORANGE)
+    box(panel, 31, 29, 30, 7, "calls/arrays.py", ["array type: device and library"], ORANGE)
+    box(panel, 7, 42, 34, 7.5, "cpu/__init__.py", ["into rows (staging.py);", "whose threads? (workers/)"], BLUE)
+    box(panel, 51, 42, 34, 7.5, "cuda/__init__.py", ["into rows (layout.py);", "launch.py"], GREEN)
+    lines = ["whole, short and long rows; @njit,", "serial and parallel: the same bits"]
+    box(panel, 7, 56.5, 34, 8, "cpu/kernels/", lines, BLUE)
+    box(panel, 51, 56.5, 34, 8, "cuda/kernels/", ["@cuda.jit: enqueued,", "not waited for"], GREEN)
+    box(panel, 2, 24, 17, 9, "cpu/plans.py", ["fast path of", "repeated calls"], BLUE)
+    box(panel, 73, 24, 17, 9, "cuda/plans.py", ["fast path of", "repeated calls"], GREEN)
 
     arrow(panel, (46, 7.5), (46, 16), "any other call", offset=(7, 0))
     arrow(panel, (46, 23), (46, 29), "Problem", offset=(4.6, 0))
