@@ -122,11 +122,10 @@ def _enqueue_forward(problem, x, weight, bias, target, statistics, place):
     names = _names(x, weight, bias)
     access = layout.access(itemsize, tile.width, x.address, x_pitch, y.address, y_pitch)
     parameter_access = min(layout.access(p.itemsize, tile.piece, p.address) for p in (weight, bias, ABSENT) if p is not None)
+    accesses = access, parameter_access
 
     def prepare(step, blocks):
-        kernel = whole_rows.forward(
-            place.capability, names, dtype.name, problem.variance, tile, access, parameter_access, step
-        )
+        kernel = whole_rows.forward(place.capability, names, dtype.name, problem.variance, tile, accesses, step)
         signature = whole_rows.forward_signature(names, dtype.name)
         return launch.prepare(kernel, signature, place.device, blocks, tile.threads)
 
@@ -170,9 +169,10 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
     groups = sizes.groups(problem.rows, segments.number, tile)
     names = _names(dy, x, weight, mean, rstd)
     access = layout.access(x.itemsize, tile.width, x.address, x_pitch, _address(dx), dx_pitch)
-    accesses = layout.access(dy.itemsize, tile.width, dy.address, dy_pitch), access
+    dy_access = layout.access(dy.itemsize, tile.width, dy.address, dy_pitch)
     parameter_access = tile.piece if weight is None else layout.access(weight.itemsize, tile.piece, weight.address)
-    options = dtype.name, "given" if is_given else problem.variance, output_mask, tile, accesses, parameter_access
+    accesses = dy_access, access, parameter_access
+    options = dtype.name, "given" if is_given else problem.variance, output_mask, tile, accesses
 
     def prepare(step):
         kernel = whole_rows.backward(place.capability, names, *options, step)

@@ -52,6 +52,11 @@ class Tile(NamedTuple):
         return self.team * self.teams
 
     @property
+    def size(self):
+        """Elements that a thread holds."""
+        return self.held * self.width
+
+    @property
     def piece(self):
         return min(self.width, PIECE)
 

@@ -30,7 +30,7 @@ if device.LEVEL == "simulator":
 
     from nbnorm.calls import checks
     from nbnorm.cuda import launch, sizes
-    from nbnorm.cuda.kernels import combine, rows, whole_rows
+    from nbnorm.cuda.kernels import combine, gradients, rows, statistics, whole_rows
 
     def prepare(kernel, signature, device, blocks, threads):
         return lambda stream, *arguments: level.run(kernel, signature, blocks, threads, *arguments)
@@ -47,7 +47,7 @@ if device.LEVEL == "simulator":
 
         return checked
 
-    for module, name in itertools.product((combine, whole_rows, rows), ("load", "fetch", "store")):
+    for module, name in itertools.product((combine, gradients, rows, statistics, whole_rows), ("load", "fetch", "store")):
         if hasattr(module, name):
             setattr(module, name, aligned(getattr(module, name)))
     launch.prepare = prepare

@@ -159,16 +159,15 @@ def source(capability, variant):
     from nbnorm.cuda.kernels import whole_rows
 
     tile, operands, dtype = variant.tile, variant.operands, variant.dtype
-    *dy_and_x, of_parameters = variant.accesses
     if variant.direction == "forward":
-        choices = variant.variance, tile, dy_and_x[1]
+        choices = variant.variance, tile, variant.accesses[1:]
         signature = whole_rows.forward_signature(operands, dtype)
     else:
         statistics_from = "given" if variant.is_given else variant.variance
-        choices = statistics_from, variant.output_mask, tile, tuple(dy_and_x)
+        choices = statistics_from, variant.output_mask, tile, variant.accesses
         signature = whole_rows.backward_signature(operands, dtype)
     make = getattr(whole_rows, variant.direction)
-    return make(capability, operands, dtype, *choices, of_parameters, variant.step), signature
+    return make(capability, operands, dtype, *choices, variant.step), signature
 
 
 def registers_of_block(registers, threads):

@@ -7,7 +7,16 @@ import functools
 
 from llvmlite import ir
 from numba.cuda import types
-from numba.cuda.extending import lower_builtin, type_callable
+from numba.cuda.extending import (
+    infer_getattr,
+    lower_builtin,
+    lower_getattr_generic,
+    register_model,
+    type_callable,
+    typeof_impl,
+)
+from numba.cuda.models import models
+from numba.cuda.typing.templates import AttributeTemplate
 
 from nbnorm.cuda.instructions import meaning
 
@@ -17,6 +26,40 @@ FLOAT16, BFLOAT16 = types.uint16, types.int16
 LLVM_TYPES = {types.float32: F32, types.float64: F64, FLOAT16: I16, BFLOAT16: I16}
 # the place of the data pointer in Numba's structure of an array: after meminfo, parent, size and itemsize
 ARRAY_DATA = 4
+
+
+class ConstantsType(types.Dummy):
+    """The type of `Constants`, which knows their values: there is nothing to hand over when a kernel runs."""
+
+    def __init__(self, constants):
+        self.constants = constants
+        super().__init__(repr(constants))
+
+
+register_model(ConstantsType)(models.OpaqueModel)
+
+
+@typeof_impl.register(meaning.Constants)
+def _type_of_constants(constants, context):
+    return ConstantsType(constants)
+
+
+@infer_getattr
+class _Constant(AttributeTemplate):
+    key = ConstantsType
+
+    def generic_resolve(self, kind, name):
+        value = getattr(kind.constants, name)
+        if isinstance(value, tuple):
+            # a tile, whose numbers have names too
+            return ConstantsType(value)
+        return types.maybe_literal(value) or self.context.resolve_value_type(value)
+
+
+@lower_getattr_generic(ConstantsType)
+def _constant(context, builder, kind, value, name):
+    constant = getattr(kind.constants, name)
+    return context.get_constant_generic(builder, context.typing_context.resolve_getattr(kind, name), constant)
 
 
 def accesses(function):

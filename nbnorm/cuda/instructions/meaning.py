@@ -6,8 +6,13 @@ element may be of another type; float16 arrives as uint16 and bfloat16 as int16,
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
+
+
+class Constants(SimpleNamespace):
+    """What a kernel is compiled for: a value of it is a constant also in the helpers that it is handed to."""
 
 
 def load(values, k, source, at, width, access):

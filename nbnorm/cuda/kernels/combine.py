@@ -7,8 +7,10 @@ from numba import cuda, types
 
 from nbnorm.cuda.compiled import compiled
 from nbnorm.cuda.instructions.meaning import inverse, inverse_power_of_two, store
-from nbnorm.cuda.kernels.reduce import team_sum, team_sums, thread_index
-from nbnorm.cuda.kernels.rows import keep_means, keep_state, means_of, not_negative, state_of
+from nbnorm.cuda.kernels.known import Means, Room, Statistics
+from nbnorm.cuda.kernels.reduce import inlined, team_sum, team_sums, thread_index
+from nbnorm.cuda.kernels.rows import keep_means, keep_statistics, means_of, statistics_of
+from nbnorm.cuda.kernels.statistics import not_negative
 from nbnorm.cuda.kernels.whole_rows import ROUNDS_PAIRS, pointer
 from nbnorm.cuda.sizes import WARP
 
@@ -31,6 +33,18 @@ def merge_signature(dtype):
 def add_groups_signature(dtype, result_dtype):
     result = pointer(result_dtype)
     return types.void(types.CPointer(pointer(dtype).dtype), types.int64, types.int64, result, result)
+
+
+@inlined
+def ratio_of(factor, statistics):
+    """What a segment's numbers are multiplied by where the row is by `factor`."""
+    return factor * inverse_power_of_two(statistics.factor)
+
+
+@inlined
+def distance_of(statistics, ratio, origin):
+    """How far a segment's mean is from the origin."""
+    return statistics.hi * ratio - origin + statistics.lo * ratio
 
 
 @functools.cache
@@ -60,33 +74,32 @@ def merge(compute_capability, dtype, has_states=True, has_means=False):
             per_segment = inverse_power_of_two(element(segments))
             total = element(0)
             for s in range(lane, segments, team):
-                segment_factor, _, _, _ = state_of(segment_states, start + s)
-                total += per_segment * inverse_power_of_two(segment_factor)
-            factor = inverse_power_of_two(team_sum(total, team, shared, 0, element))
+                total += per_segment * inverse_power_of_two(statistics_of(segment_states, start + s).factor)
+            factor = inverse_power_of_two(team_sum(total, team, Room(shared, 0), element))
 
             # the mean, as its distance from the first segment's
             per_element = inverse(element(cols))
-            segment_factor, origin, _, _ = state_of(segment_states, start)
-            origin *= factor * inverse_power_of_two(segment_factor)
+            segment = statistics_of(segment_states, start)
+            origin = segment.hi * ratio_of(factor, segment)
             total = element(0)
             for s in range(lane, segments, team):
-                segment_factor, hi, lo, _ = state_of(segment_states, start + s)
-                ratio = factor * inverse_power_of_two(segment_factor)
+                segment = statistics_of(segment_states, start + s)
+                ratio = ratio_of(factor, segment)
                 count = element(min(segment_cols, cols - s * segment_cols))
-                total += count * per_element * (hi * ratio - origin + lo * ratio)
-            distance = team_sum(total, team, shared, WARP, element)
+                total += count * per_element * distance_of(segment, ratio, origin)
+            distance = team_sum(total, team, Room(shared, WARP), element)
 
             # the variance
             total = element(0)
             for s in range(lane, segments, team):
-                segment_factor, hi, lo, squares = state_of(segment_states, start + s)
-                ratio = factor * inverse_power_of_two(segment_factor)
+                segment = statistics_of(segment_states, start + s)
+                ratio = ratio_of(factor, segment)
                 count = element(min(segment_cols, cols - s * segment_cols))
-                d = hi * ratio - origin + lo * ratio - distance
-                total += (squares * ratio * ratio + count * d * d) * per_element
-            var = team_sum(total, team, shared, 2 * WARP, element)
+                d = distance_of(segment, ratio, origin) - distance
+                total += (segment.var * ratio * ratio + count * d * d) * per_element
+            var = not_negative(team_sum(total, team, Room(shared, 2 * WARP), element), element)
             if lane == 0:
-                keep_state(states, row, factor, origin, distance, not_negative(var, element))
+                keep_statistics(states, row, Statistics(factor, origin, distance, var))
 
         # the means of g, and of g times the deviation
         if has_means:
@@ -94,17 +107,17 @@ def merge(compute_capability, dtype, has_states=True, has_means=False):
             mean_gd = element(0)
             shift = element(0)
             for s in range(lane, segments, team):
-                segment_g, segment_gd, shift = means_of(segment_means, start + s)
+                g, gd, shift = means_of(segment_means, start + s)
                 if has_states:
-                    segment_factor, hi, lo, _ = state_of(segment_states, start + s)
-                    ratio = factor * inverse_power_of_two(segment_factor)
-                    segment_gd = segment_gd * ratio + segment_g * (hi * ratio - origin + lo * ratio - distance)
-                mean_g += segment_g
-                mean_gd += segment_gd
-            mean_g, mean_gd = team_sums(mean_g, mean_gd, team, shared, 3 * WARP, element)
+                    segment = statistics_of(segment_states, start + s)
+                    ratio = ratio_of(factor, segment)
+                    gd = gd * ratio + g * (distance_of(segment, ratio, origin) - distance)
+                mean_g += g
+                mean_gd += gd
+            mean_g, mean_gd = team_sums(mean_g, mean_gd, team, Room(shared, 3 * WARP), element)
             if lane == 0:
                 # thread 0 has read a segment, and the shift is the same in each
-                keep_means(means, row, mean_g, mean_gd, shift)
+                keep_means(means, row, Means(mean_g, mean_gd, shift))
 
     return kernel
 

@@ -21,33 +21,39 @@ def thread_index():
 
 
 @inlined
-def team_sum(value, team, shared, at, element):
-    """The sum of the team's values. A team of several warps uses shared[at : at + WARP], which no other sum may use."""
+def teams_before(team):
+    """Of the thread's warp, those before its own."""
+    return thread_index() % WARP // team
+
+
+@inlined
+def team_sum(value, team, room, element):
+    """The sum of the team's values. A team of several warps uses WARP elements of the room, which no other sum may use."""
     if team <= WARP:
         return warp_sum(value, team)
     value = warp_sum(value, WARP)
     lane = thread_index() % WARP
     if lane == 0:
-        shared[at + thread_index() // WARP] = value
+        room.shared[room.at + thread_index() // WARP] = value
     cuda.syncthreads()
-    return warp_sum(shared[at + lane] if lane < cuda.blockDim.x // WARP else element(0), WARP)
+    return warp_sum(room.shared[room.at + lane] if lane < cuda.blockDim.x // WARP else element(0), WARP)
 
 
 @inlined
-def team_sums(first, second, team, shared, at, element):
-    """The sums of two values, as two of `team_sum` with one barrier: shared[at : at + 2 * WARP]."""
+def team_sums(first, second, team, room, element):
+    """The sums of two values, as two of `team_sum` with one barrier and twice the room."""
     if team <= WARP:
         return warp_sum(first, team), warp_sum(second, team)
     first = warp_sum(first, WARP)
     second = warp_sum(second, WARP)
     lane = thread_index() % WARP
     if lane == 0:
-        shared[at + thread_index() // WARP] = first
-        shared[at + WARP + thread_index() // WARP] = second
+        room.shared[room.at + thread_index() // WARP] = first
+        room.shared[room.at + WARP + thread_index() // WARP] = second
     cuda.syncthreads()
     is_warp = lane < cuda.blockDim.x // WARP
-    first = warp_sum(shared[at + lane] if is_warp else element(0), WARP)
-    return first, warp_sum(shared[at + WARP + lane] if is_warp else element(0), WARP)
+    first = warp_sum(room.shared[room.at + lane] if is_warp else element(0), WARP)
+    return first, warp_sum(room.shared[room.at + WARP + lane] if is_warp else element(0), WARP)
 
 
 @inlined
@@ -62,14 +68,15 @@ def warp_sum(value, team):
 
 
 @inlined
-def add_teams(values, size, team, threads, shared):
+def add_teams(values, tile, shared):
     """Add to the values of a block's first team those of the others, half of them to the other half again and again.
 
     Several warps use shared[: threads // 2 * size].
     """
+    size = tile.size
     thread = thread_index()
-    step = threads // 2
-    while step >= max(team, WARP):
+    step = tile.threads // 2
+    while step >= max(tile.team, WARP):
         cuda.syncthreads()
         if step <= thread < 2 * step:
             for i in range(size):
@@ -80,7 +87,7 @@ def add_teams(values, size, team, threads, shared):
                 values[i] += shared[i * step + thread]
         step //= 2
     cuda.syncwarp()
-    while step >= team:
+    while step >= tile.team:
         for i in range(size):
             values[i] += cuda.shfl_xor_sync(ALL_LANES, values[i], step)
         step //= 2

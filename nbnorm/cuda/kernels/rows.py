@@ -1,265 +1,167 @@
-"""The steps of a kernel on one row, which a team of threads holds in registers: `values` is one thread's part of it.
+"""A row between memory and the registers of a team of threads: `values` is one thread's share of it.
 
-Vector k of a thread is vector lane + k * team of the row, of `width` elements. Those beyond the row's end are its first
-element where statistics are computed, else 0; only from vector `complete` on can there be any.
+What is beyond the row's end is its first element where statistics are computed, else 0. Only from vector `made.complete` on
+can there be any.
 """
 
 from numba import cuda
 
-from nbnorm.cuda.instructions.meaning import fetch, inverse, inverse_power_of_two, inverse_root, load, store, unpack
-from nbnorm.cuda.kernels.reduce import ALL_LANES, inlined, team_sum, team_sums
-from nbnorm.cuda.sizes import WARP
+from nbnorm.cuda.instructions.meaning import fetch, load, store, unpack
+from nbnorm.cuda.kernels.known import Means, Segment, Start, Statistics
+from nbnorm.cuda.kernels.reduce import inlined
 
-# elements of shared memory that `statistics` takes, and `row_statistics`
-SHARED = 3 * WARP
-ROW_SHARED = 2 * SHARED + WARP
-# numbers of a state, which a segment of a long row is known by: a power of two that x was multiplied by, the mean in two
-# parts, and the sum of squared deviations. The row's own has the variance instead
-STATE = 4
-# numbers of the means of a segment, as parts of the row's, or of a row: of g without its shift, of that times the deviation,
-# and the shift
-MEANS = 3
+# numbers of a state, which are `Statistics`, and of means in memory, which are `Means`
+STATE = len(Statistics._fields)
+MEANS = len(Means._fields)
 
 
 @inlined
-def load_row(values, x, at, lane, team, held, width, complete, cols, access, beyond):
-    """The row that starts at x[at], and what is to be beyond its end."""
-    for k in range(held):
-        j = (lane + k * team) * width
-        if k < complete or j < cols:
-            load(values, k * width, x, at + j, width, access)
+def row_of(first, before, rows, made):
+    """A team's row, where its warp's first one is that and the teams before it in the warp have the next ones.
+
+    A team without a row does the last one's work, since all of a warp must take part in a sum, and stores nothing.
+    """
+    return min(first + before, rows - 1) if made.shares_warp else first
+
+
+@inlined
+def segment_of(number, cols, segments, segment_cols):
+    """The segment of that number, where all of a row follow each other, and then those of the next one."""
+    # next to each other, the two are one division
+    part = number % segments
+    row = number // segments
+    first = part * segment_cols
+    # the mask tells the compiler that it is small, which spares 64-bit work
+    return Segment(row, part, first, min(segment_cols, cols - first) & 0xFFFF)
+
+
+@inlined
+def column(share, k):
+    """The first column of vector k."""
+    return (share.lane + k * share.made.tile.team) * share.made.tile.width
+
+
+@inlined
+def has(share, k):
+    """Whether vector k is one of the row's."""
+    return k < share.made.complete or column(share, k) < share.cols
+
+
+@inlined
+def start_of(rows, row):
+    return Start(rows.memory, row * rows.pitch + rows.first)
+
+
+@inlined
+def element_at(start, element):
+    value = cuda.local.array(1, element)
+    load(value, 0, start.memory, start.at, 1, 1)
+    return value[0]
+
+
+@inlined
+def load_row(values, start, share, access, beyond):
+    """The row that starts there, and what is to be beyond its end."""
+    tile = share.made.tile
+    for k in range(tile.held):
+        if has(share, k):
+            load(values, k * tile.width, start.memory, start.at + column(share, k), tile.width, access)
         else:
-            for i in range(width):
-                values[k * width + i] = beyond
+            fill(values, k, share, beyond)
 
 
 @inlined
-def fetch_row(ahead, x, at, lane, team, held, width, complete, cols, access):
+def fetch_row(ahead, start, share, access):
     """Begin to load a row, of which `unpack_row` is the end."""
-    for k in range(held):
-        j = (lane + k * team) * width
-        if k < complete or j < cols:
-            fetch(ahead, k * width, x, at + j, width, access)
+    tile = share.made.tile
+    for k in range(tile.held):
+        if has(share, k):
+            fetch(ahead, k * tile.width, start.memory, start.at + column(share, k), tile.width, access)
 
 
 @inlined
-def unpack_row(values, x, ahead, lane, team, held, width, complete, cols, access, beyond):
-    for k in range(held):
-        if k < complete or (lane + k * team) * width < cols:
-            unpack(values, k * width, x, ahead, width, access)
+def fetch_rows(ahead, x, dy, row, share):
+    """Of x and of dy, if they are needed."""
+    if share.made.has_x:
+        fetch_row(ahead.x, start_of(x, row), share, share.made.access)
+    if share.made.has_dy:
+        fetch_row(ahead.dy, start_of(dy, row), share, share.made.dy_access)
+
+
+@inlined
+def unpack_row(values, memory, ahead, share, access, beyond):
+    tile = share.made.tile
+    for k in range(tile.held):
+        if has(share, k):
+            unpack(values, k * tile.width, memory, ahead, tile.width, access)
         else:
-            for i in range(width):
-                values[k * width + i] = beyond
+            fill(values, k, share, beyond)
 
 
 @inlined
-def store_row(values, y, at, lane, team, held, width, complete, cols, access, rounds_pairs):
-    """Write the row to y[at] and on."""
-    for k in range(held):
-        j = (lane + k * team) * width
-        if k < complete or j < cols:
-            store(values, k * width, y, at + j, width, access, rounds_pairs)
+def unpack_rows(values, ahead, x, dy, origin, share):
+    """Of x, with its first element beyond the end, and of dy."""
+    made = share.made
+    if made.has_x:
+        unpack_row(values.x, x.memory, ahead.x, share, made.access, origin)
+    if made.has_dy:
+        unpack_row(values.dy, dy.memory, ahead.dy, share, made.dy_access, made.element(0))
 
 
 @inlined
-def add_row(values, before, y, at, is_begun, lane, team, held, width, complete, cols, access, element):
-    """Add the row to what is at y[at] and on, in the type that it is computed in, where something is."""
+def fill(values, k, share, value):
+    """All of vector k."""
+    width = share.made.tile.width
+    for i in range(width):
+        values[k * width + i] = value
+
+
+@inlined
+def store_row(values, start, share, access, rounds_pairs):
+    tile = share.made.tile
+    for k in range(tile.held):
+        if has(share, k):
+            store(values, k * tile.width, start.memory, start.at + column(share, k), tile.width, access, rounds_pairs)
+
+
+@inlined
+def add_row(values, before, start, is_begun, share):
+    """Add the row to what starts there, in the type that it is computed in, where something does."""
+    made = share.made
     if is_begun:
-        load_row(before, y, at, lane, team, held, width, complete, cols, access, element(0))
-        for i in range(held * width):
+        load_row(before, start, share, made.sums_access, made.element(0))
+        for i in range(made.tile.size):
             values[i] += before[i]
-    store_row(values, y, at, lane, team, held, width, complete, cols, access, 0)
+    store_row(values, start, share, made.sums_access, 0)
 
 
 @inlined
-def row_statistics(
-    values, origin, x, at, cols, eps, lane, team, held, width, complete, access, is_centred,
-    smallest, largest, shared, shared_at, element,
-):  # fmt: skip
-    """The power of two by which the row was scaled, the mean in two parts, of which the first is subtracted, the variance.
-
-    A row whose squares overflow or vanish is read once more, and scaled. The origin is its first element.
-    """
-    hi, lo, var = statistics(values, origin, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element)
-    factor = element(1)
-    # of a segment, the square of the mean is a part of the row's variance. NaN fails the comparisons too
-    is_extreme = not (smallest <= var + eps and hi * hi + var + eps <= largest)
-    if cuda.any_sync(ALL_LANES, is_extreme):
-        load_row(values, x, at, lane, team, held, width, complete, cols, access, origin)
-        power = rescaling(values, cols, team, held * width, shared, shared_at + SHARED, element)
-        # the other rows of a warp are not changed by one that is extreme
-        factor = power if is_extreme else element(1)
-        for i in range(held * width):
-            values[i] *= factor
-        shared_at += SHARED + WARP
-        hi, lo, var = statistics(
-            values, origin * factor, cols, lane, team, held, width, complete, is_centred, shared, shared_at, element
-        )
-    return factor, hi, lo, var
+def keep_segment(states, at, statistics, cols):
+    """Of so many columns; of which the sum of squared deviations is kept."""
+    factor, hi, lo, var = statistics
+    keep_statistics(states, at, Statistics(factor, hi, lo, var * cols))
 
 
 @inlined
-def statistics(values, origin, cols, lane, team, held, width, complete, is_centred, shared, at, element):
-    """The mean in two parts, of which the first is subtracted from the values, and the variance.
-
-    The origin is an element of the row: where all are equal, what they have beyond it is exactly 0, and so are its sums.
-    """
-    per_element = inverse(element(cols))
-    if is_centred:
-        return centred(values, origin, cols, lane, team, held, width, complete, per_element, shared, at, element)
-    return diff_of_squares(values, origin, cols, lane, team, held, width, complete, per_element, shared, at, element)
+def keep_statistics(states, at, statistics):
+    states[at * STATE] = statistics.factor
+    states[at * STATE + 1] = statistics.hi
+    states[at * STATE + 2] = statistics.lo
+    states[at * STATE + 3] = statistics.var
 
 
 @inlined
-def centred(values, origin, cols, lane, team, held, width, complete, per_element, shared, at, element):
-    """From the deviations from a first, rounded mean, whose own mean corrects both results.
-
-    Formula: Chan, Golub and LeVeque 1983, eq. 1.7.
-    """
-    total = element(0)
-    for i in range(held * width):
-        # a sum that overflows makes the row an extreme one
-        total += values[i] - origin
-    hi = origin + team_sum(total, team, shared, at, element) * per_element
-    total = element(0)
-    squares = element(0)
-    for k in range(held):
-        if k < complete or (lane + k * team) * width < cols:
-            for i in range(width):
-                d = values[k * width + i] - hi
-                values[k * width + i] = d
-                total += d
-                squares += d * d
-    total, squares = team_sums(total, squares, team, shared, at + WARP, element)
-    lo = total * per_element
-    return hi, lo, not_negative(squares * per_element - lo * lo, element)
+def statistics_of(states, at):
+    return Statistics(states[at * STATE], states[at * STATE + 1], states[at * STATE + 2], states[at * STATE + 3])
 
 
 @inlined
-def diff_of_squares(values, origin, cols, lane, team, held, width, complete, per_element, shared, at, element):
-    """From one sweep over the row: the squares of its elements, or of what they have beyond the origin.
-
-    Those with the smaller mean lose fewer digits, and never more than sqrt(cols) deviations cost.
-    """
-    total = element(0)
-    squares = element(0)
-    shifted_squares = element(0)
-    for k in range(held):
-        if k < complete or (lane + k * team) * width < cols:
-            for i in range(width):
-                x = values[k * width + i]
-                d = x - origin
-                total += d
-                squares += x * x
-                shifted_squares += d * d
-    total, squares = team_sums(total, squares, team, shared, at, element)
-    shifted_squares = team_sum(shifted_squares, team, shared, at + 2 * WARP, element)
-    distance = total * per_element
-    hi = origin + distance
-    lo = distance - (hi - origin)
-    subtract(values, held * width, element(1), hi)
-    is_shifted = abs(distance) <= abs(hi)
-    mean = distance if is_shifted else hi
-    squares = shifted_squares if is_shifted else squares
-    return hi, lo, not_negative(squares * per_element - mean * mean, element)
+def keep_means(memory, at, means):
+    memory[at * MEANS] = means.g
+    memory[at * MEANS + 1] = means.gx
+    memory[at * MEANS + 2] = means.shift
 
 
 @inlined
-def subtract(values, size, factor, hi):
-    for i in range(size):
-        values[i] = values[i] * factor - hi
-
-
-@inlined
-def not_negative(var, element):
-    """The variance clamped at 0; a NaN stays one, as it would not in max."""
-    return element(0) if var < element(0) else var
-
-
-@inlined
-def rescaling(values, cols, team, size, shared, at, element):
-    """A power of two by which the row neither overflows nor vanishes when it is squared."""
-    per_element = inverse(element(cols))
-    total = element(0)
-    for i in range(size):
-        # divided before it is added, so that no sum overflows
-        total += abs(values[i]) * per_element
-    return inverse_power_of_two(team_sum(total, team, shared, at, element))
-
-
-@inlined
-def inverse_deviation(var, eps, eps_power, eps_rest, factor, smallest, element):
-    """What brings deviations, which were multiplied by `factor`, to a variance of 1; and rstd, as two numbers' product."""
-    scale = inverse_root(var + eps)
-    # a row that was scaled by 1 has a sum that vanishes, or overflows where eps does, whose root is Inf or 0
-    if factor == element(1) and var + eps >= smallest and scale > element(0):
-        return scale, scale, element(1)
-    root = inverse(eps_rest) * (eps_power * factor)
-    if var == element(0) or root > element(1 << 40):
-        # eps alone counts, and its root may be a number that the type holds only so
-        larger = inverse_power_of_two(eps_power)
-        scale = eps_rest if var == element(0) else eps_rest * larger * inverse_power_of_two(factor)
-        return scale, eps_rest, larger
-    scale = inverse_root(var + root * root)
-    return scale, scale, factor
-
-
-@inlined
-def gradient_sums(
-    values, dys, dweights, dbiases, weight, scales, first, lo, scale, shift, per_element,
-    is_mine, lane, team, held, width, piece, complete, cols, access, with_weight, with_dweight, with_dbias, element,
-):  # fmt: skip
-    """Make x_hat of the deviations, and of dy what g = dy * weight has beyond the shift, and return a thread's part of the
-    means of that and of that times x_hat. The row's part of dweight and dbias is added to them.
-    """
-    mean_g = element(0)
-    mean_gx = element(0)
-    for k in range(held):
-        j = (lane + k * team) * width
-        if is_mine and (k < complete or j < cols):
-            for i in range(0, width, piece):
-                if with_weight:
-                    load(scales, 0, weight, first + j + i, piece, access)
-                for n in range(piece):
-                    at = k * width + i + n
-                    x_hat = (values[at] - lo) * scale
-                    g = dys[at]
-                    if with_dweight:
-                        dweights[at] += g * x_hat
-                    if with_dbias:
-                        dbiases[at] += g
-                    if with_weight:
-                        g *= scales[n]
-                    g -= shift
-                    values[at] = x_hat
-                    dys[at] = g
-                    # divided before it is added, so that no sum overflows
-                    g *= per_element
-                    mean_g += g
-                    mean_gx += g * x_hat
-    return mean_g, mean_gx
-
-
-@inlined
-def keep_means(means, at, mean_g, mean_gx, shift):
-    means[at * MEANS] = mean_g
-    means[at * MEANS + 1] = mean_gx
-    means[at * MEANS + 2] = shift
-
-
-@inlined
-def means_of(means, at):
-    return means[at * MEANS], means[at * MEANS + 1], means[at * MEANS + 2]
-
-
-@inlined
-def keep_state(states, at, factor, hi, lo, squares):
-    states[at * STATE] = factor
-    states[at * STATE + 1] = hi
-    states[at * STATE + 2] = lo
-    states[at * STATE + 3] = squares
-
-
-@inlined
-def state_of(states, at):
-    return states[at * STATE], states[at * STATE + 1], states[at * STATE + 2], states[at * STATE + 3]
+def means_of(memory, at):
+    return Means(memory[at * MEANS], memory[at * MEANS + 1], memory[at * MEANS + 2])

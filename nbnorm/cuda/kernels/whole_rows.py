@@ -12,24 +12,32 @@ import numpy as np
 from numba import cuda, types
 
 from nbnorm.cuda.compiled import compiled
-from nbnorm.cuda.instructions.meaning import inverse, inverse_power_of_two, load, store
-from nbnorm.cuda.kernels.reduce import add_teams, team_sums, thread_index
-from nbnorm.cuda.kernels.rows import (
-    ROW_SHARED,
-    add_row,
-    fetch_row,
+from nbnorm.cuda.instructions.meaning import Constants, inverse, inverse_power_of_two, store
+from nbnorm.cuda.kernels.gradients import (
+    add_sums,
+    clear,
+    given_normaliser,
     gradient_sums,
-    inverse_deviation,
-    keep_means,
-    keep_state,
-    load_row,
-    means_of,
-    row_statistics,
-    state_of,
-    store_row,
-    subtract,
-    unpack_row,
+    means_before,
+    store_dx,
+    team_means,
 )
+from nbnorm.cuda.kernels.known import Eps, Held, Normaliser, Room, Rows, Segment, Share, Start, Sums
+from nbnorm.cuda.kernels.reduce import teams_before, thread_index
+from nbnorm.cuda.kernels.rows import (
+    column,
+    element_at,
+    fetch_rows,
+    has,
+    keep_means,
+    keep_segment,
+    load_row,
+    row_of,
+    segment_of,
+    start_of,
+    unpack_rows,
+)
+from nbnorm.cuda.kernels.statistics import ROW_SHARED, merged_statistics, normalise, normaliser_of, row_statistics
 from nbnorm.cuda.sizes import WARP
 
 # what an element is in memory; numba-cuda has no bfloat16 that its arrays or pointers could be of
@@ -100,280 +108,206 @@ def backward_signature(operand_dtypes, dtype):
     )
 
 
+def made_of(dtype, tile, is_whole, **choices):
+    """What a kernel is compiled for, as constants of its helpers too.
+
+    Of a whole row only the last vector of a thread can be beyond its end, of a segment each: `complete` never are.
+    """
+    element = getattr(np, dtype)
+    smallest, largest = map(element, VARIANCE_BOUNDS[dtype])
+    complete = tile.held - 1 if is_whole else 0
+    choices |= {"tile": tile, "complete": complete, "shares_warp": tile.team < WARP}
+    return Constants(element=element, smallest=smallest, largest=largest, **choices)
+
+
 @functools.cache
-def forward(compute_capability, operand_dtypes, dtype, variance, tile, access, parameter_access, step="whole"):
+def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses, step="whole"):
     """One team owns a row, and writes y[row] and, where asked for, mean[row] and rstd[row].
 
     Of a long row it owns a segment, in two steps: "states" writes states[row, segment], from which `merge` makes
-    states[row] for "normalise".
+    states[row] for "normalise". `accesses` are those of x and y, and of weight and bias.
     Formula: Ba, Kiros and Hinton 2016, eq. 4; `variance` is "centred" or "diff_of_squares".
     """
     x_dtype, weight_dtype, bias_dtype = operand_dtypes
     element = getattr(np, dtype)
     statistic = np.float64 if x_dtype == "float64" else np.float32
-    width, team, held, teams = tile[:4]
-    size = held * width
-    piece = tile.piece
-    bounds = tile.launch_bounds
-    rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
+    access, parameter_access = accesses
     is_whole, is_states, is_normalise = (step == name for name in ("whole", "states", "normalise"))
-    complete = held - 1 if is_whole else 0
-    is_centred = variance == "centred"
+    width, team, held, teams = tile[:4]
+    size, shares_warp = tile.size, team < WARP
+    rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
     has_weight, has_bias = weight_dtype is not None, bias_dtype is not None
-    smallest, largest = map(element, VARIANCE_BOUNDS[dtype])
+    made = made_of(
+        dtype, tile, is_whole, is_centred=variance == "centred",
+        access=access, parameter_access=parameter_access, has_weight=has_weight, has_bias=has_bias,
+    )  # fmt: skip
 
-    @compiled(compute_capability, bounds)
+    @compiled(compute_capability, tile.launch_bounds)
     def kernel(
         x, weight, bias, rows, cols, segments, segment_cols, x_pitch, y_pitch, eps, eps_power, eps_rest, has_statistics,
         y, mean, rstd, states,
     ):  # fmt: skip
         values = cuda.local.array(size, element)
-        scales = cuda.local.array(piece, element)
-        shifts = cuda.local.array(piece, element)
-        shared = cuda.shared.array(ROW_SHARED, element)
+        room = Room(cuda.shared.array(ROW_SHARED, element), 0)
+        eps_parts = Eps(eps, eps_power, eps_rest)
         lane = thread_index() % team
-        row = np.int64(cuda.blockIdx.x) * teams + thread_index() // team
-        first = np.int64(0)
-        count = cols
+        before = teams_before(team) if shares_warp else 0
+        # the first row of the warp, or segment; a warp without one must not read a row that another may write over
+        number = np.int64(cuda.blockIdx.x) * teams + thread_index() // team - before
+        if teams > 1 and number >= rows:
+            return
+        is_mine = not shares_warp or number + before < rows
+        segment = Segment(row_of(number, before, rows, made), np.int64(0), np.int64(0), cols)
         if not is_whole:
-            segment = row % segments
-            row = row // segments
-            first = segment * segment_cols
-            # the mask tells the compiler that it is small, which spares 64-bit work
-            count = min(segment_cols, cols - first) & 0xFFFF
-        # threads without a row do the last one's work, since all of a warp must take part in a sum, and store nothing
-        is_mine = teams == 1 or row < rows
-        if teams > 1:
-            row = min(row, rows - 1)
+            segment = segment_of(number, cols, segments, segment_cols)
+        row, share = segment.row, Share(made, lane, segment.cols)
 
         # load
-        x_at = row * x_pitch + first
-        origin = element(0)
-        if not is_normalise:
-            load(scales, 0, x, x_at, 1, 1)
-            origin = scales[0]
-        load_row(values, x, x_at, lane, team, held, width, complete, count, access, origin)
+        start = start_of(Rows(x, x_pitch, segment.first), row)
+        origin = element(0) if is_normalise else element_at(start, element)
+        load_row(values, start, share, access, origin)
 
         # statistics
         if is_normalise:
-            factor, hi, lo, var = state_of(states, row)
-            subtract(values, size, factor, hi)
+            statistics = merged_statistics(values, states, row, share)
         else:
-            factor, hi, lo, var = row_statistics(
-                values, origin, x, x_at, count, eps, lane, team, held, width, complete, access, is_centred,
-                smallest, largest, shared, 0, element,
-            )  # fmt: skip
+            statistics = row_statistics(values, origin, start, share, eps_parts, room)
         if is_states:
             if lane == 0:
-                keep_state(states, row * segments + segment, factor, hi, lo, var * element(count))
+                keep_segment(states, number, statistics, element(segment.cols))
             return
-        scale, rstd_part, larger = inverse_deviation(var, eps, eps_power, eps_rest, factor, smallest, element)
-        if has_statistics and is_mine and lane == 0 and first == 0:
-            mean[row] = statistic((hi + lo) * inverse_power_of_two(factor))
-            rstd[row] = statistic(rstd_part * larger)
+        normaliser = normaliser_of(statistics, eps_parts, made)
+        if has_statistics and is_mine and lane == 0 and segment.first == 0:
+            mean[row] = statistic((statistics.hi + statistics.lo) * inverse_power_of_two(statistics.factor))
+            rstd[row] = statistic(normaliser.part * normaliser.larger)
 
         # normalise and store
-        y_at = row * y_pitch + first
+        y_at = row * y_pitch + segment.first
         for k in range(held):
-            j = (lane + k * team) * width
-            if is_mine and (k < complete or j < count):
-                for i in range(0, width, piece):
-                    if has_weight:
-                        load(scales, 0, weight, first + j + i, piece, parameter_access)
-                    if has_bias:
-                        load(shifts, 0, bias, first + j + i, piece, parameter_access)
-                    for n in range(piece):
-                        at = k * width + i + n
-                        normalised = (values[at] - lo) * scale
-                        if has_weight:
-                            normalised *= scales[n]
-                        if has_bias:
-                            normalised += shifts[n]
-                        values[at] = normalised
-                store(values, k * width, y, y_at + j, width, access, rounds_pairs)
+            if is_mine and has(share, k):
+                normalise(values, k, normaliser, weight, bias, segment.first, share)
+                store(values, k * width, y, y_at + column(share, k), width, access, rounds_pairs)
 
     return kernel
 
 
 @functools.cache
-def backward(
-    compute_capability, operand_dtypes, dtype, statistics_from, output_mask, tile, accesses, parameter_access, step="whole"
-):
+def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_mask, tile, accesses, step="whole"):
     """Gradients of layer norm: a block takes row after row of its group, while the next one is on its way from memory.
 
-    `statistics_from` is "given" or the variance to recompute them by; `accesses` are those of dy, and of x and dx. A team
-    writes dx[row], and adds dy * x_hat and dy to sums of its own. In the end the block adds up those of its teams, and
-    writes sums[0, group] and sums[1, group], of which there is only the one that is asked for where the other is not. Row r
-    is of group r // teams % groups.
+    `statistics_from` is "given" or the variance to recompute them by; `accesses` are those of dy, x and dx, and weight.
+    A team writes dx[row], and adds dy * x_hat and dy to sums of its own. In the end the block adds up those of its teams,
+    and writes sums[0, group] and sums[1, group], of which there is only the one that is asked for where the other is not.
+    Row r is of group r // teams % groups.
     Of a long row a block owns a segment, in two steps: "means" writes states[row, segment] and means[row, segment], from
     which `merge` makes states[row] and means[row] for "gradients".
     Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
     """
     element = getattr(np, dtype)
-    width, team, held, teams = tile[:4]
-    size = held * width
-    piece = tile.piece
-    bounds = tile.launch_bounds
-    threads = tile.threads
-    dy_access, access = accesses
-    rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
+    dy_access, access, parameter_access = accesses
     is_whole, is_means, is_gradients = (step == name for name in ("whole", "means", "gradients"))
-    complete = held - 1 if is_whole else 0
     is_given = statistics_from == "given"
-    is_centred = statistics_from == "centred"
     with_dx = output_mask[0]
     with_dweight, with_dbias = (wanted and not is_means for wanted in output_mask[1:])
-    has_x = with_dx or output_mask[1]
-    has_dy = with_dx or not is_means
-    with_weight = with_dx and operand_dtypes[2] is not None
-    has_shift = with_dx and not is_given
+    has_x, has_dy = with_dx or output_mask[1], with_dx or not is_means
+    # whose statistics and means are those of its segments
+    is_merged = has_x and is_gradients and not is_given
+    has_means = with_dx and is_gradients
     has_statistics = has_x and not is_given and not is_gradients
-    smallest, largest = map(element, VARIANCE_BOUNDS[dtype])
+    team, teams, size, shares_warp = tile.team, tile.teams, tile.size, tile.team < WARP
     # every other row has the sums of its team elsewhere, so that none overwrites what another warp still reads
     row_shared = ROW_SHARED + 2 * WARP
-    shared_size = 2 * row_shared if teams == 1 else threads // 2 * size
-    sums_access = min(width, 16 // np.dtype(dtype).itemsize)
+    shared_size = 2 * row_shared if teams == 1 else tile.threads // 2 * size
+    made = made_of(
+        dtype, tile, is_whole, is_centred=statistics_from == "centred", rounds_pairs=int(compute_capability >= ROUNDS_PAIRS),
+        access=access, dy_access=dy_access, parameter_access=parameter_access,
+        sums_access=min(tile.width, 16 // np.dtype(dtype).itemsize),
+        has_x=has_x, has_dy=has_dy, is_given=is_given, has_means=has_means, has_shift=with_dx and not is_given,
+        with_weight=with_dx and operand_dtypes[2] is not None, with_dweight=with_dweight, with_dbias=with_dbias,
+    )  # fmt: skip
 
-    @compiled(compute_capability, bounds)
+    @compiled(compute_capability, tile.launch_bounds)
     def kernel(
         dy, x, weight, mean, rstd, rows, cols, groups, segments, segment_cols, dy_pitch, x_pitch, dx_pitch,
         eps, eps_power, eps_rest, dx, states, means, sums,
     ):  # fmt: skip
-        values = cuda.local.array(size, element)
-        dys = cuda.local.array(size, element)
-        next_values = cuda.local.array(size, element)
-        next_dys = cuda.local.array(size, element)
-        dweights = cuda.local.array(size, element)
-        dbiases = cuda.local.array(size, element)
-        scales = cuda.local.array(piece, element)
-        pair = cuda.local.array(2, element)
+        now = Held(cuda.local.array(size, element), cuda.local.array(size, element))
+        ahead = Held(cuda.local.array(size, element), cuda.local.array(size, element))
+        totals = Sums(cuda.local.array(size, element), cuda.local.array(size, element))
         shared = cuda.shared.array(shared_size, element)
+        eps_parts = Eps(eps, eps_power, eps_rest)
         # a block's only team is not told so by its numbers of threads, which the compiler does not know
         lane = thread_index() if teams == 1 else thread_index() % team
         member = 0 if teams == 1 else thread_index() // team
-        group = np.int64(cuda.blockIdx.x)
-        first = np.int64(0)
-        count = cols
+        before = teams_before(team) if shares_warp else 0
+        number = np.int64(cuda.blockIdx.x)
+        segment = Segment(number, np.int64(0), np.int64(0), cols)
         if not is_whole:
-            segment = group % segments
-            group = group // segments
-            first = segment * segment_cols
-            # the mask tells the compiler that it is small, which spares 64-bit work
-            count = min(segment_cols, cols - first) & 0xFFFF
+            segment = segment_of(number, cols, segments, segment_cols)
+        group, first = segment.row, segment.first
+        share = Share(made, lane, segment.cols)
+        x_rows, dy_rows, dx_rows = Rows(x, x_pitch, first), Rows(dy, dy_pitch, first), Rows(dx, dx_pitch, first)
         per_element = inverse(element(cols))
-        start = group * teams
+        begin = group * teams
         shared_at = 0
-        while start < rows:
-            turn = np.int32(0)
-            for i in range(size):
-                dweights[i] = element(0)
-                dbiases[i] = element(0)
+        while begin < rows:
+            clear(totals, share)
 
-            # the first row
-            row = min(start + member, rows - 1)
-            if has_x:
-                fetch_row(next_values, x, row * x_pitch + first, lane, team, held, width, complete, count, access)
-            if has_dy:
-                fetch_row(next_dys, dy, row * dy_pitch + first, lane, team, held, width, complete, count, dy_access)
-            while start < rows and turn < CHUNK:
-                row = min(start + member, rows - 1)
-                is_mine = teams == 1 or start + member < rows
+            # the first row of the warp; one without a row must not read what another warp may write over
+            start = begin + member - before
+            end = min(rows, begin + CHUNK * groups * teams)
+            is_done = teams > 1 and start >= rows
+            if not is_done:
+                fetch_rows(ahead, x_rows, dy_rows, row_of(start, before, rows, made), share)
+            while not is_done:
+                row = row_of(start, before, rows, made)
+                is_mine = not shares_warp or start + before < rows
+                x_start = start_of(x_rows, row)
 
                 # load, while the next row comes
-                origin = element(0)
-                if has_statistics:
-                    load(pair, 0, x, row * x_pitch + first, 1, 1)
-                    origin = pair[0]
-                if has_x:
-                    unpack_row(values, x, next_values, lane, team, held, width, complete, count, access, origin)
-                if has_dy:
-                    unpack_row(dys, dy, next_dys, lane, team, held, width, complete, count, dy_access, element(0))
+                origin = element_at(x_start, element) if has_statistics else element(0)
+                unpack_rows(now, ahead, x_rows, dy_rows, origin, share)
                 start += groups * teams
-                turn += np.int32(1)
-                if start < rows and turn < CHUNK:
-                    at = min(start + member, rows - 1)
-                    if has_x:
-                        fetch_row(next_values, x, at * x_pitch + first, lane, team, held, width, complete, count, access)
-                    if has_dy:
-                        fetch_row(next_dys, dy, at * dy_pitch + first, lane, team, held, width, complete, count, dy_access)
+                is_done = start >= end
+                if not is_done:
+                    fetch_rows(ahead, x_rows, dy_rows, row_of(start, before, rows, made), share)
 
                 # statistics
-                lo = element(0)
-                scale = element(1)
-                rstd_part = element(1)
-                larger = element(1)
-                if has_x:
-                    if is_given:
-                        load(pair, 0, mean, row, 1, 1)
-                        load(pair, 1, rstd, row, 1, 1)
-                        subtract(values, size, element(1), pair[0])
-                        scale = pair[1]
-                        rstd_part = scale
-                    else:
-                        if is_gradients:
-                            factor, hi, lo, var = state_of(states, row)
-                            subtract(values, size, factor, hi)
-                        else:
-                            factor, hi, lo, var = row_statistics(
-                                values, origin, x, row * x_pitch + first, count, eps, lane, team, held, width, complete,
-                                access, is_centred, smallest, largest, shared, shared_at, element,
-                            )  # fmt: skip
-                        if not is_means:
-                            scale, rstd_part, larger = inverse_deviation(
-                                var, eps, eps_power, eps_rest, factor, smallest, element
-                            )
+                normaliser = Normaliser(element(0), element(1), element(1), element(1))
+                if is_given:
+                    normaliser = given_normaliser(now.x, mean, rstd, row, share)
+                elif is_merged:
+                    statistics = merged_statistics(now.x, states, row, share)
+                elif has_statistics:
+                    statistics = row_statistics(now.x, origin, x_start, share, eps_parts, Room(shared, shared_at))
+                if has_statistics and is_means:
+                    # a segment has no deviation of its own to be divided by
+                    normaliser = Normaliser(statistics.lo, element(1), element(1), element(1))
+                elif is_merged or has_statistics:
+                    normaliser = normaliser_of(statistics, eps_parts, made)
 
                 # x_hat, g, their means over the row, and the sums over rows
-                shift = element(0)
-                if is_gradients and with_dx:
-                    mean_g, mean_gx, shift = means_of(means, row)
-                    if not is_given:
-                        mean_gx *= scale
-                elif has_shift:
-                    # the mean of x_hat is 0: what g has beyond its first element has the same gradient, and keeps its digits
-                    load(pair, 0, dy, row * dy_pitch, 1, 1)
-                    shift = pair[0]
-                    if with_weight:
-                        load(pair, 1, weight, 0, 1, 1)
-                        shift *= pair[1]
-                part_g, part_gx = gradient_sums(
-                    values, dys, dweights, dbiases, weight, scales, first, lo, scale, shift, per_element,
-                    is_mine, lane, team, held, width, piece, complete, count, parameter_access,
-                    with_weight, with_dweight, with_dbias, element,
-                )  # fmt: skip
-                if with_dx and not is_gradients:
-                    mean_g, mean_gx = team_sums(part_g, part_gx, team, shared, shared_at + ROW_SHARED, element)
+                row_means = means_before(means, dy_rows, weight, row, normaliser, made)
+                parts = gradient_sums(
+                    now, totals, Start(weight, first), normaliser, row_means.shift, per_element, share, is_mine
+                )
+                if with_dx and not has_means:
+                    row_means = team_means(parts, share, Room(shared, shared_at + ROW_SHARED))
                 if is_means and lane == 0:
-                    at = row * segments + segment
-                    if not is_given:
-                        keep_state(states, at, factor, hi, lo, var * element(count))
+                    at = row * segments + segment.part
+                    if has_statistics:
+                        keep_segment(states, at, statistics, element(segment.cols))
                     if with_dx:
-                        keep_means(means, at, mean_g, mean_gx, shift)
+                        keep_means(means, at, row_means)
 
                 # dx
-                if with_dx and not is_means:
-                    for i in range(size):
-                        dys[i] = (dys[i] - mean_g - values[i] * mean_gx) * rstd_part * larger
-                    if is_mine:
-                        at = row * dx_pitch + first
-                        store_row(dys, dx, at, lane, team, held, width, complete, count, access, rounds_pairs)
+                if with_dx and not is_means and is_mine:
+                    store_dx(now, row_means, normaliser, start_of(dx_rows, row), share)
                 shared_at = row_shared - shared_at
 
             # the sums of the block's teams
-            is_begun = start > (group + CHUNK * groups) * teams
-            if with_dweight:
-                at = group * cols + first
-                add_teams(dweights, size, team, threads, shared)
-                if member == 0:
-                    add_row(
-                        dweights, values, sums, at, is_begun, lane, team, held, width, complete, count, sums_access, element
-                    )
-            if with_dbias:
-                at = (groups + group if with_dweight else group) * cols + first
-                add_teams(dbiases, size, team, threads, shared)
-                if member == 0:
-                    add_row(
-                        dbiases, values, sums, at, is_begun, lane, team, held, width, complete, count, sums_access, element
-                    )
+            of_group = Rows(sums, groups * cols, group * cols + first)
+            add_sums(totals, now, of_group, begin > group * teams, share, shared)
+            begin += CHUNK * groups * teams
 
     return kernel
