@@ -81,8 +81,11 @@ def test_many_groups(rng, rows, cols):
     assert_backward(rng, np.float32, rows, cols)
 
 
-# as many rows as blocks have teams: none is read by two of them
-@pytest.mark.parametrize(("rows", "cols"), [(32, 64), (8, 500), (3, 2048), (3, 4096)])
+# as many rows as blocks have teams; fewer, so that teams of a warp are left without one, or whole warps; and 97 rows, of
+# which some groups have two turns and some warps one
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(32, 64), (21, 64), (97, 64), (8, 500), (5, 500), (97, 500), (3, 2048), (3, 4096)]
+)
 def test_in_place(rng, rows, cols):
     dy, x = normal(rng, (2, rows, cols), np.float32)
     weight = normal(rng, cols, np.float32)

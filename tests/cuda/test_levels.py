@@ -21,9 +21,11 @@ SHARES = (("test_backward.py", "test_quick.py"), ("test_[!bq]*.py", "test_quick_
 PART = ("test_layer.py", "test_errors.py")
 # compilers and PTX, and blocks of 1024 threads, of which each takes it a minute
 NOT_SIMULATED = ("test_compiled.py", "test_variants.py", "test_broken.py", "test_ends.py")
-# few kernels, and numbers, orders and places of all kinds; what the simulator leaves out. In place, threads that have no row
-# read the last one while another warp writes it: nothing is made of what they read, but it is a race, and a fault
-VALUES = "magnitudes or nan_and_inf or any_batch or alignment or overlaps or no_block_holds or squares_overflow"
+# few kernels, and numbers, orders and places of all kinds; what the simulator leaves out
+VALUES = (
+    "magnitudes or nan_and_inf or any_batch or alignment or overlaps or no_block_holds or squares_overflow"
+    " or in_place or gradients_into_out"
+)
 # (compute capability, arguments, fewest tests): all kernels for one, a tenth for the others, which differ in how they round.
 # The rest of the tests choose kernels by the thousand, which differ in dtypes alone, and take an hour to compile
 AS_PTX = [
