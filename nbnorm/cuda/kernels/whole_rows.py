@@ -280,7 +280,10 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
                     statistics = merged_statistics(now.x, states, row, share)
                 elif has_statistics:
                     statistics = row_statistics(now.x, origin, x_start, share, eps_parts, Room(shared, shared_at))
-                if is_merged or (has_statistics and is_whole):
+                if has_statistics and is_means:
+                    # a segment has no deviation of its own to be divided by
+                    normaliser = Normaliser(statistics.lo, element(1), element(1), element(1))
+                elif is_merged or has_statistics:
                     normaliser = normaliser_of(statistics, eps_parts, made)
 
                 # x_hat, g, their means over the row, and the sums over rows
