@@ -143,7 +143,7 @@ def no_plans(monkeypatch):
 @pytest.fixture
 def the_long_way(monkeypatch):
     """No call goes past the checks."""
-    monkeypatch.setattr("nbnorm.functional.keep", lambda *_: None)
+    monkeypatch.setattr("nbnorm.cpu.plans.keep", lambda *_: None)
 
 
 @pytest.fixture

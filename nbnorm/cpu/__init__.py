@@ -70,52 +70,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     dbias = _parameter_like(with_dbias, problem, dbias_out, inputs)
 
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
-        x_dtype = storage(x.dtype)
-        dtype = problem.compute_dtype
-        given = given_dtype(mean, rstd)
-        statistics_dtype = given or wide_dtype(x.dtype)
-        sum_dtype = storage(problem.weight_dtype)
-        weight_row = _flat(weight, dtype, dx)
-        mean_row = _flat(mean, statistics_dtype, dx)
-        rstd_row = _flat(rstd, statistics_dtype, dx)
-        dweight_row = dweight.reshape(-1).view(sum_dtype)
-        dbias_row = dbias.reshape(-1).view(sum_dtype)
-        # a kernel for long rows writes dweight and dbias past the caches too
-        streaming = with_dx and _is_streamed(dx, dy, x) and dweight.ctypes.data % 16 == dbias.ctypes.data % 16 == 0
-        absent_dx = np.empty((0, problem.cols), x_dtype)
-        limit = block_limit(problem, order, dy, x, dx)
-        has_sums = with_dweight or with_dbias
-        is_long = problem.cols > sizes.LONG_ROW
-        block_rows = sizes.block_rows(problem.rows, problem.cols)
-        blocks_of_sums = -(-problem.rows // block_rows)
-        if is_long:
-            # a kernel for long rows has sums of its own, unless there are several calls to add up
-            blocks_of_sums = int(limit < problem.rows)
-        sums = np.empty((with_dweight + with_dbias, blocks_of_sums, problem.cols))
-
-        def new_buffers(limit):
-            dx_buffer = buffer_for(dx, problem, limit) if with_dx else None
-            return buffer_for(dy, problem, limit, order), buffer_for(x, problem, limit, order), dx_buffer
-
-        def work(kernel, buffers, index, rows, last):
-            dy_buffer, x_buffer, dx_buffer = buffers
-            dy_rows, x_rows = load(dy[index], dy_buffer, problem.cols), load(x[index], x_buffer, problem.cols)
-            dx_rows = rows_of(dx[index], dx_buffer, problem.cols) if with_dx else absent_dx
-            kernel(
-                dy_rows, x_rows, weight_row, problem.eps, mean_row[rows], rstd_row[rows], rows.start, block_rows, last,
-                streaming, dx_rows, sums, dweight_row, dbias_row,
-            )  # fmt: skip
-            if with_dx:
-                store(dx_rows, dx[index], dx_buffer)
-
-        chosen = choice.backward(problem, dy.dtype, weight is not None, given, output_mask)
-        _, kernel = blocks.run(problem, order, limit, has_sums, chosen, threads.backward, new_buffers, work)
-        if kernel is None and has_sums:
-            # no rows, only the sums of the blocks
-            blocks.kernel_for(ONE, chosen, None)(
-                np.empty((0, problem.cols), storage(dy.dtype)), absent_dx, weight_row, problem.eps, mean_row[:0],
-                rstd_row[:0], 0, block_rows, True, False, absent_dx, sums, dweight_row, dbias_row,
-            )  # fmt: skip
+        _gradients(problem, order, (dy, x, weight, mean, rstd), output_mask, (dx, dweight, dbias))
     else:
         dweight.fill(0)
         dbias.fill(0)
@@ -125,6 +80,61 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         _delivered(dweight, dweight_out) if with_dweight else None,
         _delivered(dbias, dbias_out) if with_dbias else None,
     )
+
+
+def _gradients(problem, order, operands, output_mask, results):
+    """Write the results, of which those that are not asked for are never touched."""
+    dy, x, weight, mean, rstd = operands
+    dx, dweight, dbias = results
+    with_dx, with_dweight, with_dbias = output_mask
+    x_dtype = storage(x.dtype)
+    dtype = problem.compute_dtype
+    given = given_dtype(mean, rstd)
+    statistics_dtype = given or wide_dtype(x.dtype)
+    sum_dtype = storage(problem.weight_dtype)
+    weight_row = _flat(weight, dtype, dx)
+    mean_row = _flat(mean, statistics_dtype, dx)
+    rstd_row = _flat(rstd, statistics_dtype, dx)
+    dweight_row = dweight.reshape(-1).view(sum_dtype)
+    dbias_row = dbias.reshape(-1).view(sum_dtype)
+    # a kernel for long rows writes dweight and dbias past the caches too
+    streaming = with_dx and _is_streamed(dx, dy, x) and dweight.ctypes.data % 16 == dbias.ctypes.data % 16 == 0
+    absent_dx = np.empty((0, problem.cols), x_dtype)
+    limit = block_limit(problem, order, dy, x, dx)
+    has_sums = with_dweight or with_dbias
+    block_rows = sizes.block_rows(problem.rows, problem.cols)
+    sums = np.empty((with_dweight + with_dbias, _blocks_of_sums(problem, block_rows, limit), problem.cols))
+
+    def new_buffers(limit):
+        dx_buffer = buffer_for(dx, problem, limit) if with_dx else None
+        return buffer_for(dy, problem, limit, order), buffer_for(x, problem, limit, order), dx_buffer
+
+    def work(kernel, buffers, index, rows, last):
+        dy_buffer, x_buffer, dx_buffer = buffers
+        dy_rows, x_rows = load(dy[index], dy_buffer, problem.cols), load(x[index], x_buffer, problem.cols)
+        dx_rows = rows_of(dx[index], dx_buffer, problem.cols) if with_dx else absent_dx
+        kernel(
+            dy_rows, x_rows, weight_row, problem.eps, mean_row[rows], rstd_row[rows], rows.start, block_rows, last,
+            streaming, dx_rows, sums, dweight_row, dbias_row,
+        )  # fmt: skip
+        if with_dx:
+            store(dx_rows, dx[index], dx_buffer)
+
+    chosen = choice.backward(problem, dy.dtype, weight is not None, given, output_mask)
+    _, kernel = blocks.run(problem, order, limit, has_sums, chosen, threads.backward, new_buffers, work)
+    if kernel is None and has_sums:
+        # no rows, only the sums of the blocks
+        blocks.kernel_for(ONE, chosen, None)(
+            np.empty((0, problem.cols), storage(dy.dtype)), absent_dx, weight_row, problem.eps, mean_row[:0],
+            rstd_row[:0], 0, block_rows, True, False, absent_dx, sums, dweight_row, dbias_row,
+        )  # fmt: skip
+
+
+def _blocks_of_sums(problem, block_rows, limit):
+    if problem.cols > sizes.LONG_ROW:
+        # a kernel for long rows has sums of its own, unless there are several calls to add up
+        return int(limit < problem.rows)
+    return -(-problem.rows // block_rows)
 
 
 def _is_streamed(result, *inputs):

@@ -74,15 +74,17 @@ def fault_of_writing(folder):
 def read(name):
     """A kernel's file; empty where there is none."""
     folder, distrust = place()
-    if distrust is None:
-        with suppress(OSError):
-            with (folder / name).open("rb", buffering=0) as file:
-                content = file.readall()
-                # also of a clock that was wrong
-                if abs(time.time() - os.fstat(file.fileno()).st_mtime) > DAY:
-                    with suppress(OSError):
-                        os.utime(folder / name)
-            return content
+    if distrust is not None:
+        return b""
+    with suppress(OSError):
+        with (folder / name).open("rb", buffering=0) as file:
+            content = file.readall()
+            age = time.time() - os.fstat(file.fileno()).st_mtime
+        # also of a clock that was wrong
+        if abs(age) > DAY:
+            with suppress(OSError):
+                os.utime(folder / name)
+        return content
     return b""
 
 
