@@ -170,9 +170,9 @@ def run(dtypes=DTYPES, whose=(parallel.ONE, parallel.NUMBAS), modes=(False, True
 def run_with_bounds_checked():
     """The serial kernels, in which Numba checks each index of an array that is none of a pointer."""
     run([np.float32], [parallel.ONE], [False])
-    # which it does silently not do in a parallel build
-    assert compiled._dispatchers
-    assert all("IndexError" in ir for kernel in compiled._dispatchers.values() for ir in kernel.inspect_llvm().values())
+    # those that have such an index, of the sums over rows; in a parallel build Numba silently does not check it
+    code = [ir for kernel in compiled._dispatchers.values() for ir in kernel.inspect_llvm().values()]
+    assert any("IndexError" in ir for ir in code)
 
 
 @njit

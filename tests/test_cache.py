@@ -389,9 +389,9 @@ def test_another_processor_numba_or_setting(site, run):
 @pytest.mark.deep
 def test_a_helper_that_is_edited(site, run):
     assert run(site, LAYER_NORM) == run(site, LAYER_NORM) == "[[-1.0, 1.0]]"
-    helper = site / "nbnorm" / "cpu" / "rows.py"
+    helper = site / "nbnorm" / "cpu" / "kernels" / "normalise.py"
     source = helper.read_text()
-    edited = source.replace("fill(rstd), fill(rest)), weights", "fill(rstd + rstd), fill(rest)), weights")
+    edited = source.replace("statistics.rstd, statistics.rest)", "statistics.rstd + statistics.rstd, statistics.rest)")
     assert edited != source
     # as old as before
     age = helper.stat()

@@ -169,7 +169,7 @@ def forward(problem, x, weight, bias, out, return_stats):
             x_rows, y_rows = x.reshape(-1, cols), y.reshape(-1, cols)
         if stored is not None:
             x_rows, y_rows = x_rows.view(stored), y_rows.view(stored)
-        kernel = kernels[parallel.many if size >= parallel.from_elements else ONE]
+        kernel = kernels[ONE if size < parallel.from_elements else parallel.workers(size)]
         kernel(x_rows, weight, bias, eps, False, y_rows, mean, rstd)
         if not return_stats:
             return y
@@ -231,7 +231,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
             x, dx_rows = x.view(stored), dx_rows.view(stored)
         if sum_stored is not None:
             dweight_row, dbias_row = dweight_row.view(sum_stored), dbias_row.view(sum_stored)
-        kernel = kernels[parallel.many if size >= parallel.from_elements else ONE]
+        kernel = kernels[ONE if size < parallel.from_elements else parallel.workers(size)]
         block_rows, sums_shape = _sums(size, cols, results)
         sums = empty(sums_shape)
         kernel(
