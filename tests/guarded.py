@@ -2,6 +2,8 @@
 
 Each array ends, or begins, at a page without any access, and so does what the package allocates itself. The rest of its last
 page holds NaN in every dtype: reading it would change the results, which are compared bit for bit, and writing it is seen.
+After what kernels allocate for themselves NumPy looks, where they run as plain Python: they know arrays by their elements
+alone, so that Numba has no index to check.
 """
 
 import ctypes
@@ -16,7 +18,7 @@ import numpy as np
 from numba import njit
 
 import nbnorm
-from nbnorm.cpu import compiled, plans, sizes, staging
+from nbnorm.cpu import plans, sizes, staging
 from nbnorm.cpu.kernels import long_rows
 from nbnorm.cpu.lanes import lowering, meaning  # noqa: F401
 from nbnorm.cpu.workers import parallel
@@ -167,14 +169,6 @@ def run(dtypes=DTYPES, whose=(parallel.ONE, parallel.NUMBAS), modes=(False, True
     print(count, "checked")
 
 
-def run_with_bounds_checked():
-    """The serial kernels, in which Numba checks each index of an array that is none of a pointer."""
-    run([np.float32], [parallel.ONE], [False])
-    # those that have such an index, of the sums over rows; in a parallel build Numba silently does not check it
-    code = [ir for kernel in compiled._dispatchers.values() for ir in kernel.inspect_llvm().values()]
-    assert any("IndexError" in ir for ir in code)
-
-
 @njit
 def read_and_write(array, k, start):
     meaning.store(meaning.pointer(array), start, meaning.load(meaning.pointer(array), k))
@@ -186,4 +180,4 @@ def touch(at, k, start):
 
 
 if __name__ == "__main__":
-    {"run": run, "bounds": run_with_bounds_checked, "touch": touch}[sys.argv[1]](*sys.argv[2:])
+    {"run": run, "touch": touch}[sys.argv[1]](*sys.argv[2:])

@@ -42,9 +42,3 @@ def test_one_element_too_far_ends_the_process(python_environment, at, k, start, 
 def test_nothing_outside_an_array_is_touched(python_environment):
     result = guarded(python_environment, "run")
     assert (result.returncode, result.stderr, result.stdout) == (0, "", "1880 checked\n")
-
-
-def test_nor_where_numba_checks_each_index(python_environment, tmp_path):
-    environment = python_environment | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
-    result = guarded(environment, "bounds")
-    assert (result.returncode, result.stderr, result.stdout) == (0, "", "272 checked\n")
