@@ -32,6 +32,23 @@ def test_every_eps(rng, dtype, weight_dtype, cols, use_diff_of_squares):
         assert_right(rng, rows(rng, dtype, cols, eps), weight_dtype, eps, use_diff_of_squares)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("cols", [24, 300])
+def test_minus_zero_is_zero(rng, dtype, cols):
+    """Of a constant row rstd was -Inf."""
+    x = rows(rng, dtype, cols, 0.0)
+    x[0] = 7
+    with np.errstate(all="ignore"):
+        results = []
+        for eps in (0.0, -0.0):
+            results.append(
+                nbnorm.layer_norm(x, cols, eps=eps, return_stats=True) + nbnorm.layer_norm_backward(x, x, cols, eps=eps)
+            )
+    for array, expected in zip(*results, strict=True):
+        np.testing.assert_array_equal(array, expected)
+    assert (results[0][2] > 0).all()
+
+
 @pytest.mark.deep
 @pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -46,7 +46,8 @@ NOT_RESCALED = 0.0
 def rescaled(x, at, cols, eps):
     """A row whose squares leave the range of its type; the factor brings its largest element near 1."""
     first = load_one(x, at)
-    root_eps = np.sqrt(eps)
+    # -0.0 is no other eps than 0.0
+    root_eps = np.sqrt(abs(eps))
     is_constant = True
     largest = plain_mean = 0.0
     for k in range(at, at + cols):
