@@ -3,6 +3,7 @@
 It is what a launch would build: LTO IR, of which nvJitLink makes PTX and then machine code, for all features of the device.
 """
 
+import gc
 import hashlib
 import importlib.util
 import itertools
@@ -176,6 +177,15 @@ def kernels(capability, variants):
     instructions = _disassembled([c.code for c in compiled.values()], capability)
     builds = {v: Build(c.ptx, i, *c.usage) for (v, c), i in zip(compiled.items(), instructions, strict=True)}
     return builds | errors
+
+
+def kernels_together(capability, variants):
+    """As `kernels`, with one search for garbage behind them: those that Numba sets off take 0.15 of a kernel's time."""
+    gc.disable()
+    try:
+        return kernels(capability, variants)
+    finally:
+        gc.collect()
 
 
 def source(capability, variant):

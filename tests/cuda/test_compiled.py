@@ -1,7 +1,6 @@
 """Are the CUDA kernels compiled to what they were written for? Machine code is looked at, which no device is needed for."""
 
 import ctypes
-import gc
 import os
 import platform
 import re
@@ -54,19 +53,10 @@ def builds(request):
         for capability, variants in of_capability.items():
             for first in range(0, len(variants), TOGETHER):
                 together = variants[first : first + TOGETHER]
-                results = pool.submit(build_together, capability, together)
+                results = pool.submit(offline.kernels_together, capability, together)
                 built |= {(capability, variant): results for variant in together}
         yield built
         pool.shutdown(cancel_futures=True)
-
-
-def build_together(capability, variants):
-    """With one search for garbage behind them: of those that Numba's objects set off, a kernel takes 0.15 of its time."""
-    gc.disable()
-    try:
-        return offline.kernels(capability, variants)
-    finally:
-        gc.collect()
 
 
 @pytest.fixture
