@@ -104,15 +104,16 @@ def _seen(array):
 
 def of_other_rows(plans, key):
     """The plan of a call that differs in the number of rows alone, if there is one, which is kept for this one too."""
-    plan = None if key is None else plans.get(_of_any_rows(key))
+    if key is None:
+        return None
+    plan = plans.get(_of_any_rows(key))
     keep(plans, key, plan)
     return plan
 
 
 def keep_for_any_rows(plans, key, plan):
     keep(plans, key, plan)
-    if key is not None:
-        keep(plans, _of_any_rows(key), plan)
+    keep(plans, _of_any_rows(key), plan)
 
 
 def _of_any_rows(key):

@@ -8,7 +8,8 @@ import platform
 from llvmlite import ir
 from numba.core import cgutils
 
-I8, I32, I64 = (ir.IntType(bits) for bits in (8, 32, 64))
+from nbnorm.cpu.lanes.vectors import I8, I32, I64, call
+
 VOID = ir.VoidType()
 MACHINE = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm", "ARM64": "arm"}.get(platform.machine())
 # to nearest even, with subnormal numbers, no exception trapped: what a process begins with
@@ -21,18 +22,18 @@ def read(builder):
     """All bits, as an int64."""
     if MACHINE == "x86":
         room = cgutils.alloca_once(builder, I32)
-        _call(builder, "llvm.x86.sse.stmxcsr", VOID, builder.bitcast(room, I8.as_pointer()))
+        call(builder, "llvm.x86.sse.stmxcsr", VOID, [builder.bitcast(room, I8.as_pointer())])
         return builder.zext(builder.load(room), I64)
-    return _call(builder, "llvm.aarch64.get.fpcr", I64) if MACHINE else I64(0)
+    return call(builder, "llvm.aarch64.get.fpcr", I64, []) if MACHINE else I64(0)
 
 
 def write(builder, bits):
     if MACHINE == "x86":
         room = cgutils.alloca_once(builder, I32)
         builder.store(builder.trunc(bits, I32), room)
-        _call(builder, "llvm.x86.sse.ldmxcsr", VOID, builder.bitcast(room, I8.as_pointer()))
+        call(builder, "llvm.x86.sse.ldmxcsr", VOID, [builder.bitcast(room, I8.as_pointer())])
     elif MACHINE:
-        _call(builder, "llvm.aarch64.set.fpcr", VOID, bits)
+        call(builder, "llvm.aarch64.set.fpcr", VOID, [bits])
 
 
 def is_other(builder, bits):
@@ -52,8 +53,3 @@ def pinned(builder, value):
 def finish(builder):
     """Have all that is stored stored, before a mode is restored."""
     builder.asm(ir.FunctionType(VOID, []), "", "~{memory}", [], side_effect=True)
-
-
-def _call(builder, name, result, *arguments):
-    function_type = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
