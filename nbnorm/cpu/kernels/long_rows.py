@@ -35,39 +35,37 @@ from nbnorm.cpu.kernels.rescaled import (
     store_rescaled_means,
 )
 from nbnorm.cpu.kernels.row import (
-    Moments,
+    KNOWN_NUMBERS,
     Placed,
     Rows,
     Span,
     Sums,
+    given_moments,
     is_ordinary,
     known_in,
     means_of,
-    split,
+    moments_of,
+    rstd_of,
     store_row,
     usable,
     with_rstd,
 )
 from nbnorm.cpu.kernels.statistics import (
     AHEAD,
-    TWO_SWEEPS,
-    VARIANCE_BOUNDS,
-    compensated,
+    SEGMENT_NUMBERS,
+    finds_moments,
+    in_one_sweep,
     merged,
-    mode_of,
-    moments,
     moments_and_sums,
     segments_in,
     store_segment,
 )
 from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba the operations on lanes
 from nbnorm.cpu.lanes.inlined import inlined
-from nbnorm.cpu.lanes.meaning import fence, larger, operand, pointer, restore_mode, smaller, standard_mode, store
+from nbnorm.cpu.lanes.meaning import fence, larger, operand, pointer, restore_mode, smaller, standard_mode, store, widen
 from nbnorm.cpu.sizes import LONG_GROUP_ELEMENTS, STREAMED_TASK_ELEMENTS
 
 SEGMENT = 1 << 14
-# numbers that are kept of a segment, and of all rows for their gradients
-SEGMENT_NUMBERS, KNOWN_NUMBERS = 5, 6
 # columns whose dweight and dbias a thread sums over all rows: their float64 sums take 32 KiB of the first-level cache, and a
 # backward at (16, 2^20) 0.9 of the time that it takes with twice as many
 COLUMNS = 1 << 11
@@ -121,9 +119,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance):
 @functools.cache
 def _forward_steps(x_dtype, dtype, variance):
     element = dtype.type
-    mode = mode_of(variance, x_dtype, dtype)
-    find = compensated if mode == TWO_SWEEPS else moments
-    bounds = VARIANCE_BOUNDS[dtype.name]
+    mode, find, bounds = finds_moments(variance, x_dtype, dtype)
 
     @inlined
     def find_moments(operands, r, start, parts, task):
@@ -136,7 +132,7 @@ def _forward_steps(x_dtype, dtype, variance):
         """Those of row r, from its segments, of which the first is `first`."""
         found, _ = merged(parts, first, SEGMENT, operands.cols)
         if is_ordinary(found.variance, operands.eps, bounds):
-            rstd = np.float64(element(1.0 / np.sqrt(found.variance + operands.eps)))
+            rstd = widen(rstd_of(found.variance, operands.eps, element))
             row = Rescaled(NOT_RESCALED, found.hi, found.lo, rstd, found.hi + found.lo, rstd)
         else:
             row = rescaled(operands.x, r * operands.cols, operands.cols, operands.eps)
@@ -150,8 +146,7 @@ def _forward_steps(x_dtype, dtype, variance):
         at = r * operands.cols + start
         row = kept_rescaled(kept, i)
         if row.factor == NOT_RESCALED:
-            hi, lo = split(row.hi, row.lo, element)
-            statistics = with_rstd(Moments(hi, lo, 0.0), element(row.rstd))
+            statistics = with_rstd(moments_of(row.hi, row.lo, 0.0, element), element(row.rstd))
             normalise(operands, (Placed(at, statistics),), start, width, streaming)
         else:
             normalise_rescaled(operands, Span(at, start, width), row)
@@ -242,11 +237,9 @@ def _statistics_steps(x_dtype, dtype, statistics_from, output_mask):
     """What finds the sums of a segment, and what is known of a row from them."""
     element = dtype.type
     is_given = statistics_from == "given"
-    mode = mode_of(statistics_from, x_dtype, dtype)
-    find = compensated if mode == TWO_SWEEPS else moments
-    bounds = VARIANCE_BOUNDS[dtype.name]
+    mode, find, bounds = finds_moments(statistics_from, x_dtype, dtype)
     with_dx = output_mask[0]
-    in_one_sweep = with_dx and not is_given and dtype == np.float32
+    has_sums = in_one_sweep(statistics_from, dtype, output_mask)
 
     @inlined
     def shift_of(operands, r):
@@ -259,15 +252,14 @@ def _statistics_steps(x_dtype, dtype, statistics_from, output_mask):
         span = Span(r * operands.cols + start, start, smaller(SEGMENT, operands.cols - start))
         sums = Sums(0.0, 0.0)
         if is_given:
-            hi, lo = split(np.float64(operands.mean[r]), 0.0, element)
-            found = Moments(hi, lo, 0.0)
+            found = given_moments(operands.mean[r], element)
             rstd = element(operands.rstd[r])
-        elif in_one_sweep:
+        elif has_sums:
             found, sums = moments_and_sums(dy, x, weight, span, shift_of(operands, r), mode, AHEAD)
         else:
             found = find(x, span, mode, AHEAD)
-            rstd = element(1.0 / np.sqrt(found.variance + operands.eps))
-        if with_dx and not in_one_sweep:
+            rstd = rstd_of(found.variance, operands.eps, element)
+        if with_dx and not has_sums:
             # a segment may be constant where its row is not
             near_one = with_rstd(found, usable(rstd, element))
             sums = gradient_sums(dy, x, weight, span, near_one, shift_of(operands, r), AHEAD, is_given)
@@ -278,9 +270,8 @@ def _statistics_steps(x_dtype, dtype, statistics_from, output_mask):
         """The statistics and the means of row r, from its segments, of which the first is `first`."""
         found, sums = merged(parts, first, SEGMENT, operands.cols)
         if is_given or is_ordinary(found.variance, operands.eps, bounds):
-            hi, lo = split(found.hi, found.lo, element)
-            rstd = element(operands.rstd[r]) if is_given else element(1.0 / np.sqrt(found.variance + operands.eps))
-            store_row(known.statistics, r, with_rstd(Moments(hi, lo, 0.0), rstd))
+            rstd = element(operands.rstd[r]) if is_given else rstd_of(found.variance, operands.eps, element)
+            store_row(known.statistics, r, with_rstd(moments_of(found.hi, found.lo, 0.0, element), rstd))
             if with_dx:
                 store_row(known.means, r, means_of(shift_of(operands, r), sums, rstd, operands.cols, element))
             store(kept, r * KEPT, NOT_RESCALED)

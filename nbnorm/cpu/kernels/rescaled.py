@@ -37,7 +37,8 @@ class RescaledMeans(NamedTuple):
 
 
 # numbers that are kept of a row: both
-KEPT = 9
+OF_ROW = len(Rescaled._fields)
+KEPT = OF_ROW + len(RescaledMeans._fields)
 # the factor of a row that needs no rescaling
 NOT_RESCALED = 0.0
 
@@ -104,7 +105,7 @@ def kept_rescaled(kept, r):
 
 @inlined
 def store_rescaled_means(kept, r, means):
-    at = r * KEPT + 6
+    at = r * KEPT + OF_ROW
     store(kept, at, means.hi)
     store(kept, at + 1, means.lo)
     store(kept, at + 2, means.projected)
@@ -112,7 +113,7 @@ def store_rescaled_means(kept, r, means):
 
 @inlined
 def kept_rescaled_means(kept, r):
-    at = r * KEPT + 6
+    at = r * KEPT + OF_ROW
     return RescaledMeans(kept[at], kept[at + 1], kept[at + 2])
 
 

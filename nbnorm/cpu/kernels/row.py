@@ -77,6 +77,10 @@ class Known(NamedTuple):
     means: Any
 
 
+# numbers that are known of a row
+KNOWN_NUMBERS = len(Statistics._fields) + len(Means._fields)
+
+
 class Placed(NamedTuple):
     """What is known of a row, and where it, or a part of it, starts."""
 
@@ -100,16 +104,21 @@ def split(value, rest, element):
 
 
 @inlined
-def moments_of(shift, rest, variance, element):
-    """The moments of a row whose mean is the shift and the rest."""
-    mean, lost = two_sum(shift, 0.0, rest)
-    hi, lo = split(mean, lost, element)
+def moments_of(mean, rest, variance, element):
+    """The moments of a row whose mean is the sum of two float64."""
+    hi, lo = split(mean, rest, element)
     return Moments(hi, lo, variance)
 
 
 @inlined
-def statistics_of(moments, eps, element):
-    return with_rstd(moments, cast(1.0 / root(moments.variance + eps), element))
+def given_moments(mean, element):
+    """Those of a row of which only the mean is known, as it was given."""
+    return moments_of(np.float64(mean), 0.0, 0.0, element)
+
+
+@inlined
+def rstd_of(variance, eps, element):
+    return cast(1.0 / root(variance + eps), element)
 
 
 @inlined
@@ -118,10 +127,8 @@ def with_rstd(moments, rstd):
 
 
 @inlined
-def given_statistics(mean, rstd, element):
-    """The statistics of a row of which mean and rstd are given."""
-    hi, lo = split(np.float64(mean), 0.0, element)
-    return with_rstd(Moments(hi, lo, 0.0), element(rstd))
+def statistics_of(moments, eps, element):
+    return with_rstd(moments, rstd_of(moments.variance, eps, element))
 
 
 @inlined
@@ -148,16 +155,13 @@ def is_ordinary(variance, eps, bounds):
 
 
 @inlined
-def statistics_in(room, count):
-    """Room for the statistics of `count` rows."""
-    return Statistics(room, behind(room, count), behind(room, 2 * count))
-
-
-@inlined
 def known_in(room, count):
-    """Room for all that is known of `count` rows."""
+    """Room for all that is known of `count` rows, of KNOWN_NUMBERS for each."""
     means = behind(room, 3 * count)
-    return Known(statistics_in(room, count), Means(means, behind(means, count), behind(means, 2 * count)))
+    return Known(
+        Statistics(room, behind(room, count), behind(room, 2 * count)),
+        Means(means, behind(means, count), behind(means, 2 * count)),
+    )
 
 
 @inlined

@@ -11,7 +11,7 @@ from nbnorm.cpu.kernels import loops
 from nbnorm.cpu.kernels.gradients import GROUP_ROWS, gradients_of_rows
 from nbnorm.cpu.kernels.normalise import normalise, normalise_rows, store_statistics
 from nbnorm.cpu.kernels.rescaled import row_gradients_rescaled, row_rescaled
-from nbnorm.cpu.kernels.row import Placed, Rows, given_statistics, is_ordinary, kept_statistics, store_row
+from nbnorm.cpu.kernels.row import Placed, Rows, given_moments, is_ordinary, kept_statistics, store_row, with_rstd
 from nbnorm.cpu.kernels.sixteen_rows import (
     KNOWN_SIZE,
     ROWS,
@@ -24,7 +24,7 @@ from nbnorm.cpu.kernels.sixteen_rows import (
     statistics_of_rows,
     sums_of,
 )
-from nbnorm.cpu.kernels.statistics import AHEAD, TWO_SWEEPS, VARIANCE_BOUNDS, mode_of
+from nbnorm.cpu.kernels.statistics import AHEAD, TWO_SWEEPS, VARIANCE_BOUNDS, in_one_sweep, mode_of
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.cpu.lanes.meaning import scratch, smaller, until_aligned
 from nbnorm.cpu.sizes import STREAMED_BYTES
@@ -104,8 +104,8 @@ def normalise_ordinary(operands, rows, statistics, is_by_columns, streaming):
 
 
 @functools.cache
-def _find_statistics(x_dtype, dtype, statistics_from, in_one_sweep):
-    """What finds the statistics of a group, and in one sweep their means."""
+def _find_statistics(x_dtype, dtype, statistics_from, has_sums):
+    """What finds the statistics of a group, and with `has_sums` their means."""
     mode = mode_of(statistics_from, x_dtype, dtype)
     sum_type, is_near, limits = sums_of(mode, x_dtype, dtype)
 
@@ -114,7 +114,7 @@ def _find_statistics(x_dtype, dtype, statistics_from, in_one_sweep):
         if mode == TWO_SWEEPS:
             compensated_of_rows(operands.x, group, operands.eps, ahead, sixteen)
         else:
-            dy = operands.dy if in_one_sweep else None
+            dy = operands.dy if has_sums else None
             statistics_of_rows(operands, dy, group, SumsOf(sum_type, is_near, limits), mode, ahead, sixteen)
 
     return find_statistics
@@ -126,8 +126,8 @@ def _backward(x_dtype, dtype, statistics_from, output_mask):
     is_given = statistics_from == "given"
     with_dx, with_dweight, _ = output_mask
     needs_statistics = with_dx or with_dweight
-    in_one_sweep = with_dx and not is_given and dtype == np.float32
-    find_statistics = _find_statistics(x_dtype, dtype, statistics_from, in_one_sweep)
+    has_sums = in_one_sweep(statistics_from, dtype, output_mask)
+    find_statistics = _find_statistics(x_dtype, dtype, statistics_from, has_sums)
     ordinary_from = _ordinary_from(VARIANCE_BOUNDS[dtype.name])
     # sixteen elements are a line
     has_lines = x_dtype.itemsize == 4
@@ -147,13 +147,13 @@ def _backward(x_dtype, dtype, statistics_from, output_mask):
             group = Group(r * cols, smaller(ROWS, end - r), cols)
             if needs_statistics and is_given:
                 for i in range(group.count):
-                    row = given_statistics(operands.mean[r + i], operands.rstd[r + i], element)
-                    store_row(sixteen.known.statistics, i, row)
+                    row = given_moments(operands.mean[r + i], element)
+                    store_row(sixteen.known.statistics, i, with_rstd(row, element(operands.rstd[r + i])))
             elif needs_statistics:
                 find_statistics(operands, group, ahead, sixteen)
 
             # their means
-            if with_dx and not in_one_sweep:
+            if with_dx and not has_sums:
                 means_of_rows(operands, group, is_given, ahead, sixteen)
 
             # the gradients of the rows up to one that needs another arithmetic, then of that

@@ -10,6 +10,7 @@ import numpy as np
 
 from nbnorm.cpu.kernels.gradients import first_gradient, gradient_block_sums
 from nbnorm.cpu.kernels.row import (
+    KNOWN_NUMBERS,
     Moments,
     Span,
     Statistics,
@@ -20,6 +21,7 @@ from nbnorm.cpu.kernels.row import (
     moments_of,
     statistics_of,
     store_row,
+    two_sum,
     usable,
 )
 from nbnorm.cpu.kernels.statistics import (
@@ -57,7 +59,7 @@ SHIFTS, G_SHIFTS, SCALES, FIRST_SUMS = 0, ROWS, 2 * ROWS, 3 * ROWS
 SECOND_SUMS, THIRD_SUMS, FOURTH_SUMS, MEANS = (FIRST_SUMS + ROWS * FOLDED * sums for sums in (1, 2, 3, 4))
 VARIANCES, SUMS_SIZE = MEANS + ROWS, MEANS + 2 * ROWS
 # numbers that are known of them
-KNOWN_SIZE = 6 * ROWS
+KNOWN_SIZE = KNOWN_NUMBERS * ROWS
 
 
 class Sixteen(NamedTuple):
@@ -132,7 +134,8 @@ def statistics_of_rows(operands, dy, group, how, mode, ahead, sixteen):
     rests, variances = enough(operands, dy, group, how.limits, sixteen)
     element = element_of(x)
     store(sixteen.variances, 0, variances)
-    store_moments(sixteen, moments_of(load(sums, SHIFTS), rests, variances, element), operands.eps, element)
+    means, lost = two_sum(load(sums, SHIFTS), 0.0, rests)
+    store_moments(sixteen, moments_of(means, lost, variances, element), operands.eps, element)
     store_means_of_g(dy, rests, cols, element, sixteen)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm.cpu.kernels.row import Moments, Span, Sums, moments_of, split, two_sum
+from nbnorm.cpu.kernels.row import Moments, Span, Sums, moments_of, two_sum
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.cpu.lanes.meaning import (
     at_least_zero,
@@ -48,15 +48,26 @@ BLOCK = 128
 AHEAD = 2048
 
 
-def mode_of(variance, x_dtype, dtype):
-    """How a kernel that computes in `dtype` finds the variance; `variance` is "centred" or "diff_of_squares"."""
-    is_diff_of_squares = variance == "diff_of_squares"
+def mode_of(statistics_from, x_dtype, dtype):
+    """How a kernel that computes in `dtype` finds the variance: as "centred" or "diff_of_squares" says, any if "given"."""
+    is_diff_of_squares = statistics_from == "diff_of_squares"
     if x_dtype == np.float64:
         return DIFF_OF_SQUARES_64 if is_diff_of_squares else TWO_SWEEPS
     if dtype == np.float64:
         # so much wider than its elements, one sweep is as good as the squares of all
         return ONE_SWEEP_64
     return DIFF_OF_SQUARES if is_diff_of_squares else ONE_SWEEP
+
+
+def finds_moments(statistics_from, x_dtype, dtype):
+    """The mode, the function that finds the moments in it, and the bounds of the variance of ordinary rows."""
+    mode = mode_of(statistics_from, x_dtype, dtype)
+    return mode, compensated if mode == TWO_SWEEPS else moments, VARIANCE_BOUNDS[dtype.name]
+
+
+def in_one_sweep(statistics_from, dtype, output_mask):
+    """Whether a backward finds the sums of g with the statistics."""
+    return output_mask[0] and statistics_from != "given" and dtype == np.float32
 
 
 @inlined
@@ -91,7 +102,8 @@ def moments_and_sums(dy, x, weight, span, g_shift, mode, ahead):
             # in float64 it is enough whatever the shift is, since an element is at most sqrt(cols - 1) standard deviations
             # from the mean (Samuelson 1968)
             shift, rest, variance = wide_shift, wide_rest, wide_variance
-    return moments_of(shift, rest, variance, element_of(x)), sums
+    mean, lost = two_sum(shift, 0.0, rest)
+    return moments_of(mean, lost, variance, element_of(x)), sums
 
 
 @inlined
@@ -248,8 +260,7 @@ def compensated(x, span, mode, ahead):
     # what rounding left of the mean in the deviations
     rest = (total(totals) + total(lost)) * per_element
     variance = (total(squares) + total(lost_squares)) * per_element - rest * rest
-    hi, lo = split(mean, rest, element_of(x))
-    return Moments(hi, lo, at_least_zero(variance))
+    return moments_of(mean, rest, at_least_zero(variance), element_of(x))
 
 
 class Segments(NamedTuple):
@@ -262,9 +273,13 @@ class Segments(NamedTuple):
     projected: Any
 
 
+# numbers that are known of a segment
+SEGMENT_NUMBERS = len(Segments._fields)
+
+
 @inlined
 def segments_in(room, count):
-    """Room for `count` segments."""
+    """Room for `count` segments, of SEGMENT_NUMBERS for each."""
     return Segments(room, behind(room, count), behind(room, 2 * count), behind(room, 3 * count), behind(room, 4 * count))
 
 

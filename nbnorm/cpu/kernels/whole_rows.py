@@ -9,12 +9,13 @@ from nbnorm.cpu.kernels.gradients import GROUP_ELEMENTS, GROUP_ROWS, first_gradi
 from nbnorm.cpu.kernels.normalise import normalise, store_statistics
 from nbnorm.cpu.kernels.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.kernels.row import (
+    KNOWN_NUMBERS,
     Placed,
     Rows,
     Span,
     Statistics,
     Sums,
-    given_statistics,
+    given_moments,
     is_ordinary,
     kept_statistics,
     known_in,
@@ -22,16 +23,9 @@ from nbnorm.cpu.kernels.row import (
     statistics_of,
     store_row,
     usable,
+    with_rstd,
 )
-from nbnorm.cpu.kernels.statistics import (
-    AHEAD,
-    TWO_SWEEPS,
-    VARIANCE_BOUNDS,
-    compensated,
-    mode_of,
-    moments,
-    moments_and_sums,
-)
+from nbnorm.cpu.kernels.statistics import AHEAD, finds_moments, in_one_sweep, moments_and_sums
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.cpu.lanes.meaning import larger, scratch, smaller, store, widen
 
@@ -39,7 +33,7 @@ from nbnorm.cpu.lanes.meaning import larger, scratch, smaller, store, widen
 # would not be fetched ahead: float16 at (8192, 768) takes 1.15 to 1.3 times as long
 PAIRED_COLS = 1 << 8
 # numbers that are known of a group's rows
-KNOWN_SIZE = 6 * GROUP_ROWS
+KNOWN_SIZE = KNOWN_NUMBERS * GROUP_ROWS
 
 
 def forward(x_dtype, dtype, has_weight, has_bias, variance):
@@ -63,9 +57,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
 @functools.cache
 def _forward(x_dtype, dtype, variance):
     element = dtype.type
-    mode = mode_of(variance, x_dtype, dtype)
-    find = compensated if mode == TWO_SWEEPS else moments
-    bounds = VARIANCE_BOUNDS[dtype.name]
+    mode, find, bounds = finds_moments(variance, x_dtype, dtype)
 
     @inlined
     def rows_from(operands, begin, end, streaming):
@@ -134,13 +126,9 @@ def _steps(x_dtype, dtype, statistics_from, output_mask):
     """What finds the statistics of a group's rows, and what finds their means."""
     element = dtype.type
     is_given = statistics_from == "given"
-    mode = mode_of(statistics_from, x_dtype, dtype)
-    find = compensated if mode == TWO_SWEEPS else moments
-    bounds = VARIANCE_BOUNDS[dtype.name]
-    with_dx, with_dweight, _ = output_mask
-    needs_statistics = with_dx or with_dweight
-    # the sums of g are found with the statistics
-    in_one_sweep = with_dx and not is_given and dtype == np.float32
+    mode, find, bounds = finds_moments(statistics_from, x_dtype, dtype)
+    needs_statistics = output_mask[0] or output_mask[1]
+    has_sums = in_one_sweep(statistics_from, dtype, output_mask)
 
     @inlined
     def find_statistics(operands, begin, end, kept, sums):
@@ -148,10 +136,10 @@ def _steps(x_dtype, dtype, statistics_from, output_mask):
         for r in range(begin, end if needs_statistics else begin):
             i = r - begin
             if is_given:
-                store_row(kept, i, given_statistics(operands.mean[r], operands.rstd[r], element))
+                store_row(kept, i, with_rstd(given_moments(operands.mean[r], element), element(operands.rstd[r])))
                 continue
             span = Span(r * operands.cols, 0, operands.cols)
-            if in_one_sweep:
+            if has_sums:
                 shift = first_gradient(operands.dy, operands.weight, span.at, element)
                 found, of_g = moments_and_sums(operands.dy, operands.x, operands.weight, span, shift, mode, None)
                 store(sums.g, i, of_g.g)
@@ -170,7 +158,7 @@ def _steps(x_dtype, dtype, statistics_from, output_mask):
             span = Span((begin + i) * cols, 0, cols)
             row = kept_statistics(known.statistics, i)
             shift = element(0) if is_given else first_gradient(operands.dy, operands.weight, span.at, element)
-            if in_one_sweep:
+            if has_sums:
                 of_g = Sums(sums.g[i], sums.projected[i])
             else:
                 scaled = Statistics(row.hi, row.rest, usable(row.rstd, element))
