@@ -41,7 +41,9 @@ def backward(problem, dy_dtype, has_weight, statistics_dtype, output_mask):
         statistics_dtype or wide_dtype(problem.dtype),
         storage(problem.weight_dtype),
     )
-    statistics_from = "given" if statistics_dtype else problem.variance
+    statistics_from = problem.variance
+    if statistics_dtype:
+        statistics_from = "given rstd" if problem.variance == "mean_square" else "given"
     return Kernel(_module(problem), "backward", (*dtypes, has_weight, statistics_from, output_mask))
 
 

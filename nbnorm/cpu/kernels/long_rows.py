@@ -20,6 +20,7 @@ from nbnorm.cpu.kernels.gradients import (
     gradients,
     with_sums,
 )
+from nbnorm.cpu.kernels.modes import are_given, in_one_sweep, is_centred
 from nbnorm.cpu.kernels.normalise import ForwardOperands, normalise, store_statistics
 from nbnorm.cpu.kernels.rescaled import (
     KEPT,
@@ -53,10 +54,9 @@ from nbnorm.cpu.kernels.row import (
 from nbnorm.cpu.kernels.statistics import (
     AHEAD,
     SEGMENT_NUMBERS,
+    finds_both,
     finds_moments,
-    in_one_sweep,
     merged,
-    moments_and_sums,
     segments_in,
     store_segment,
 )
@@ -75,6 +75,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance):
     """One iteration owns a segment: of its statistics in the first loop, of y in the second."""
     element = dtype.type
     find_moments, find_statistics, normalise_part = _forward_steps(x_dtype, dtype, variance)
+    has_mean = is_centred(variance)
 
     def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
         rows, cols = x.shape
@@ -82,8 +83,9 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance):
         group_rows = smaller(rows, larger(1, LONG_GROUP_ELEMENTS // cols))
         weight_or_none = pointer(weight) if has_weight else None
         bias_or_none = pointer(bias) if has_bias else None
+        mean_or_none = pointer(mean) if has_mean else None
         operands = ForwardOperands(
-            operand(x, element), weight_or_none, bias_or_none, pointer(y), pointer(mean), pointer(rstd), mean.size > 0,
+            operand(x, element), weight_or_none, bias_or_none, pointer(y), mean_or_none, pointer(rstd), rstd.size > 0,
             rows, cols, eps,
         )  # fmt: skip
         of_segments = np.empty(SEGMENT_NUMBERS * group_rows * segments)
@@ -120,6 +122,7 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance):
 def _forward_steps(x_dtype, dtype, variance):
     element = dtype.type
     mode, find, bounds = finds_moments(variance, x_dtype, dtype)
+    has_mean = is_centred(variance)
 
     @inlined
     def find_moments(operands, r, start, parts, task):
@@ -135,7 +138,7 @@ def _forward_steps(x_dtype, dtype, variance):
             rstd = widen(rstd_of(found.variance, operands.eps, element))
             row = Rescaled(NOT_RESCALED, found.hi, found.lo, rstd, found.hi + found.lo, rstd)
         else:
-            row = rescaled(operands.x, r * operands.cols, operands.cols, operands.eps)
+            row = rescaled(operands.x, r * operands.cols, operands.cols, operands.eps, has_mean)
         store_rescaled(kept, i, row)
         store_statistics(operands, r, row.mean, row.rstd)
 
@@ -162,7 +165,7 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
     """
     element = dtype.type
     with_dx, with_dweight, with_dbias = output_mask
-    needs_statistics = with_dx or with_dweight
+    needs_statistics, has_mean = with_dx or with_dweight, is_centred(statistics_from)
     find_sums, find_known = _statistics_steps(x_dtype, dtype, statistics_from, output_mask)
     find_gradients = _gradients_step(needs_statistics)
 
@@ -172,8 +175,9 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         group_rows = smaller(rows, larger(1, LONG_GROUP_ELEMENTS // cols))
         weight_or_none = pointer(weight) if has_weight else None
         dx_or_none = pointer(dx) if with_dx else None
+        mean_or_none = pointer(mean) if has_mean else None
         operands = BackwardOperands(
-            operand(dy, element), operand(x, element), weight_or_none, dx_or_none, None, None, pointer(mean), pointer(rstd),
+            operand(dy, element), operand(x, element), weight_or_none, dx_or_none, None, None, mean_or_none, pointer(rstd),
             cols, eps,
         )  # fmt: skip
         of_segments = np.empty(SEGMENT_NUMBERS * group_rows * segments)
@@ -236,14 +240,15 @@ def store_sums(operands, columns, dweight, dbias, streaming):
 def _statistics_steps(x_dtype, dtype, statistics_from, output_mask):
     """What finds the sums of a segment, and what is known of a row from them."""
     element = dtype.type
-    is_given = statistics_from == "given"
+    is_given, has_mean = are_given(statistics_from), is_centred(statistics_from)
     mode, find, bounds = finds_moments(statistics_from, x_dtype, dtype)
     with_dx = output_mask[0]
-    has_sums = in_one_sweep(statistics_from, dtype, output_mask)
+    has_sums, find_both = in_one_sweep(statistics_from, dtype, output_mask), finds_both(statistics_from)
+    has_shift = has_mean and not is_given
 
     @inlined
     def shift_of(operands, r):
-        return element(0) if is_given else first_gradient(operands.dy, operands.weight, r * operands.cols, element)
+        return first_gradient(operands.dy, operands.weight, r * operands.cols, element) if has_shift else element(0)
 
     @inlined
     def find_sums(operands, r, start, parts, task):
@@ -252,10 +257,10 @@ def _statistics_steps(x_dtype, dtype, statistics_from, output_mask):
         span = Span(r * operands.cols + start, start, smaller(SEGMENT, operands.cols - start))
         sums = Sums(0.0, 0.0)
         if is_given:
-            found = given_moments(operands.mean[r], element)
+            found = given_moments(operands.mean, r, element)
             rstd = element(operands.rstd[r])
         elif has_sums:
-            found, sums = moments_and_sums(dy, x, weight, span, shift_of(operands, r), mode, AHEAD)
+            found, sums = find_both(dy, x, weight, span, shift_of(operands, r), mode, AHEAD)
         else:
             found = find(x, span, mode, AHEAD)
             rstd = rstd_of(found.variance, operands.eps, element)
@@ -263,6 +268,7 @@ def _statistics_steps(x_dtype, dtype, statistics_from, output_mask):
             # a segment may be constant where its row is not
             near_one = with_rstd(found, usable(rstd, element))
             sums = gradient_sums(dy, x, weight, span, near_one, shift_of(operands, r), AHEAD, is_given)
+            sums = Sums(sums.g if has_mean else 0.0, sums.projected)
         store_segment(parts, task, found, sums)
 
     @inlined
@@ -277,9 +283,9 @@ def _statistics_steps(x_dtype, dtype, statistics_from, output_mask):
             store(kept, r * KEPT, NOT_RESCALED)
         else:
             at = r * operands.cols
-            row = rescaled(operands.x, at, operands.cols, operands.eps)
+            row = rescaled(operands.x, at, operands.cols, operands.eps, has_mean)
             store_rescaled(kept, r, row)
-            store_rescaled_means(kept, r, means_rescaled(operands, at, row))
+            store_rescaled_means(kept, r, means_rescaled(operands, at, row, has_mean))
 
     return find_sums, find_known
 

@@ -22,15 +22,16 @@ from nbnorm.cpu.lanes.meaning import fence, larger, operand, pointer, restore_mo
 from nbnorm.cpu.sizes import STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
 
 
-def forward(rows_from, element, has_weight, has_bias):
+def forward(rows_from, element, has_weight, has_bias, has_mean):
     """One iteration owns some rows, for which it calls `rows_from(operands, begin, end, streaming)`."""
 
     def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
         rows, cols = x.shape
         weight_or_none = pointer(weight) if has_weight else None
         bias_or_none = pointer(bias) if has_bias else None
+        mean_or_none = pointer(mean) if has_mean else None
         operands = ForwardOperands(
-            operand(x, element), weight_or_none, bias_or_none, pointer(y), pointer(mean), pointer(rstd), mean.size > 0,
+            operand(x, element), weight_or_none, bias_or_none, pointer(y), mean_or_none, pointer(rstd), rstd.size > 0,
             rows, cols, eps,
         )  # fmt: skip
         task_rows = larger(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // cols)
@@ -44,7 +45,7 @@ def forward(rows_from, element, has_weight, has_bias):
     return kernel
 
 
-def backward(rows_from, element, has_weight, output_mask):
+def backward(rows_from, element, has_weight, output_mask, has_mean):
     """One iteration owns a block of rows, for which it calls `rows_from(operands, begin, end, columns, streaming)`.
 
     Block b owns rows b * block_rows to (b + 1) * block_rows of the whole problem, of which x holds those from `first` on. It
@@ -62,9 +63,10 @@ def backward(rows_from, element, has_weight, output_mask):
         dx_or_none = pointer(dx) if with_dx else None
         dweight_sums = pointer(sums[0]) if with_dweight else None
         dbias_sums = pointer(sums[-1]) if with_dbias else None
+        mean_or_none = pointer(mean) if has_mean else None
         operands = BackwardOperands(
             operand(dy, element), operand(x, element), weight_or_none, dx_or_none, dweight_sums, dbias_sums,
-            pointer(mean), pointer(rstd), cols, eps,
+            mean_or_none, pointer(rstd), cols, eps,
         )  # fmt: skip
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
             thread_mode, pinned = standard_mode(operands)

@@ -72,7 +72,7 @@ def normalised(xs, statistics, weights, biases):
 
 @inlined
 def store_statistics(operands, r, mean, rstd):
-    """Write mean and rstd of row r, where they are asked for."""
+    """Write mean and rstd of row r, where they are asked for; no mean where the operands have none."""
     if operands.has_statistics:
         store(operands.mean, r, mean)
         store(operands.rstd, r, rstd)

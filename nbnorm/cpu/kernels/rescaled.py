@@ -44,9 +44,10 @@ NOT_RESCALED = 0.0
 
 
 @inlined
-def rescaled(x, at, cols, eps):
+def rescaled(x, at, cols, eps, has_mean):
     """A row whose squares leave the range of its type; the factor brings its largest element near 1."""
-    first = load_one(x, at)
+    # what a row without deviations has everywhere
+    first = load_one(x, at) if has_mean else 0.0
     # -0.0 is no other eps than 0.0
     root_eps = np.sqrt(abs(eps))
     is_constant = True
@@ -55,7 +56,7 @@ def rescaled(x, at, cols, eps):
         value = load_one(x, k)
         largest = larger(largest, abs(value))
         is_constant = is_constant and value == first
-        plain_mean += value / cols
+        plain_mean += (value if has_mean else abs(value)) / cols
     # within what a float64 holds, so that the product is exact
     exponent = smaller(larger(math.frexp(largest)[1], -1000), 1000)
     factor = math.ldexp(1.0, -exponent)
@@ -65,18 +66,21 @@ def rescaled(x, at, cols, eps):
         total, lost = two_sum(total, lost, load_one(x, k) * factor - first * factor)
     is_finite = abs(total) < np.inf
     if not is_finite:
+        if not has_mean:
+            # 0 of a row with Inf, as the formula has it
+            return Rescaled(factor, 0.0, 0.0, 1.0 / plain_mean, 0.0, 1.0 / plain_mean)
         # of a row with Inf the mean is Inf, although what rounding lost, and the deviations, are NaN
         return Rescaled(factor, np.nan, np.nan, np.nan, plain_mean, np.nan)
     if is_constant:
         # eps may vanish beside the row's scale, and 0 / 0 is not what the formula says
         return Rescaled(factor, first * factor, 0.0, 0.0 if eps > 0.0 else np.inf, first, 1.0 / root_eps)
-    mean = first * factor + (total + lost) / cols
+    mean = first * factor + (total + lost) / cols if has_mean else 0.0
     rest = lost = squares = lost_squares = 0.0
     for k in range(at, at + cols):
         d = load_one(x, k) * factor - mean
         rest, lost = two_sum(rest, lost, d)
         squares, lost_squares = two_sum(squares, lost_squares, d * d)
-    rest = (rest + lost) / cols
+    rest = (rest + lost) / cols if has_mean else 0.0
     if root_eps * factor > EPS_ALONE:
         return Rescaled(factor, mean, rest, 1.0 / root_eps / factor, (mean + rest) / factor, 1.0 / root_eps)
     variance = larger((squares + lost_squares) / cols - rest * rest, 0.0)
@@ -141,9 +145,9 @@ def with_weight(dy, weight, j):
 
 
 @inlined
-def means_rescaled(operands, at, row):
+def means_rescaled(operands, at, row, has_mean):
     """The means of a row that is `rescaled`."""
-    shift = first_gradient(operands.dy, operands.weight, at, np.float64)
+    shift = first_gradient(operands.dy, operands.weight, at, np.float64) if has_mean else 0.0
     cols = operands.cols
     mean_g = mean_gx = mean_x_hat = 0.0
     for j in range(cols):
@@ -152,6 +156,8 @@ def means_rescaled(operands, at, row):
         mean_g += (g - shift) / cols
         mean_gx += (g - shift) * x_hat / cols
         mean_x_hat += x_hat / cols
+    if not has_mean:
+        return RescaledMeans(0.0, 0.0, mean_gx)
     g_hi, g_lo = two_sum(shift, 0.0, mean_g)
     # the last is 0 but for rounding
     return RescaledMeans(g_hi, g_lo, mean_gx - mean_g * mean_x_hat)
@@ -183,15 +189,15 @@ def put_one(dx, k, g, row):
 
 
 @inlined
-def row_rescaled(operands, at):
+def row_rescaled(operands, at, has_mean):
     """Statistics and y of a whole row: writes y, and returns the mean and rstd of the row as it is."""
-    row = rescaled(operands.x, at, operands.cols, operands.eps)
+    row = rescaled(operands.x, at, operands.cols, operands.eps, has_mean)
     normalise_rescaled(operands, Span(at, at - at, operands.cols), row)
     return row.mean, row.rstd
 
 
 @inlined
-def row_gradients_rescaled(operands, at, columns):
+def row_gradients_rescaled(operands, at, columns, has_mean):
     """Statistics, means and gradients of a whole row."""
-    row = rescaled(operands.x, at, operands.cols, operands.eps)
-    gradients_rescaled(operands, at, columns, row, means_rescaled(operands, at, row))
+    row = rescaled(operands.x, at, operands.cols, operands.eps, has_mean)
+    gradients_rescaled(operands, at, columns, row, means_rescaled(operands, at, row, has_mean))

@@ -111,9 +111,9 @@ def moments_of(mean, rest, variance, element):
 
 
 @inlined
-def given_moments(mean, element):
-    """Those of a row of which only the mean is known, as it was given."""
-    return moments_of(np.float64(mean), 0.0, 0.0, element)
+def given_moments(means, r, element):
+    """Those of a row of which only the mean is known, as it was given, or 0 where means are None."""
+    return moments_of(0.0 if means is None else np.float64(means[r]), 0.0, 0.0, element)
 
 
 @inlined

@@ -9,6 +9,14 @@ import numpy as np
 
 from nbnorm.cpu.kernels import loops
 from nbnorm.cpu.kernels.gradients import GROUP_ROWS, gradients_of_rows
+from nbnorm.cpu.kernels.modes import (
+    MEAN_SQUARE_COMPENSATED,
+    TWO_SWEEPS,
+    VARIANCE_BOUNDS,
+    are_given,
+    in_one_sweep,
+    is_centred,
+)
 from nbnorm.cpu.kernels.normalise import normalise, normalise_rows, store_statistics
 from nbnorm.cpu.kernels.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.kernels.row import Placed, Rows, given_moments, is_ordinary, kept_statistics, store_row, with_rstd
@@ -24,7 +32,7 @@ from nbnorm.cpu.kernels.sixteen_rows import (
     statistics_of_rows,
     sums_of,
 )
-from nbnorm.cpu.kernels.statistics import AHEAD, TWO_SWEEPS, VARIANCE_BOUNDS, in_one_sweep, mode_of
+from nbnorm.cpu.kernels.statistics import AHEAD, finds_moments
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.cpu.lanes.meaning import scratch, smaller, until_aligned
 from nbnorm.cpu.sizes import STREAMED_BYTES
@@ -32,19 +40,19 @@ from nbnorm.cpu.sizes import STREAMED_BYTES
 
 def forward(x_dtype, dtype, has_weight, has_bias, variance):
     """One iteration owns some rows, of which it takes sixteen at a time."""
-    return loops.forward(_forward(x_dtype, dtype, variance), dtype.type, has_weight, has_bias)
+    return loops.forward(_forward(x_dtype, dtype, variance), dtype.type, has_weight, has_bias, is_centred(variance))
 
 
 def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask):
     """One iteration owns a block of rows, of which it takes sixteen at a time, and adds to the block's own sums."""
     rows_from = _backward(x_dtype, dtype, statistics_from, output_mask)
-    return loops.backward(rows_from, dtype.type, has_weight, output_mask)
+    return loops.backward(rows_from, dtype.type, has_weight, output_mask, is_centred(statistics_from))
 
 
 @functools.cache
 def _forward(x_dtype, dtype, variance):
     element = dtype.type
-    itemsize = x_dtype.itemsize
+    itemsize, has_mean = x_dtype.itemsize, is_centred(variance)
     find_statistics = _find_statistics(x_dtype, dtype, variance, False)
     ordinary_from = _ordinary_from(VARIANCE_BOUNDS[dtype.name])
 
@@ -72,7 +80,7 @@ def _forward(x_dtype, dtype, variance):
                     store_statistics(operands, r + k, sixteen.means[k], sixteen.known.statistics.rstd[k])
                 i = stop
                 if i < group.count:
-                    row_mean, row_rstd = row_rescaled(operands, group.at + i * cols)
+                    row_mean, row_rstd = row_rescaled(operands, group.at + i * cols, has_mean)
                     store_statistics(operands, r + i, row_mean, row_rstd)
                     i += 1
 
@@ -106,13 +114,14 @@ def normalise_ordinary(operands, rows, statistics, is_by_columns, streaming):
 @functools.cache
 def _find_statistics(x_dtype, dtype, statistics_from, has_sums):
     """What finds the statistics of a group, and with `has_sums` their means."""
-    mode = mode_of(statistics_from, x_dtype, dtype)
+    mode, find, _ = finds_moments(statistics_from, x_dtype, dtype)
     sum_type, is_near, limits = sums_of(mode, x_dtype, dtype)
+    is_compensated = mode == TWO_SWEEPS or mode == MEAN_SQUARE_COMPENSATED
 
     @inlined
     def find_statistics(operands, group, ahead, sixteen):
-        if mode == TWO_SWEEPS:
-            compensated_of_rows(operands.x, group, operands.eps, ahead, sixteen)
+        if is_compensated:
+            compensated_of_rows(find, operands.x, group, operands.eps, ahead, sixteen)
         else:
             dy = operands.dy if has_sums else None
             statistics_of_rows(operands, dy, group, SumsOf(sum_type, is_near, limits), mode, ahead, sixteen)
@@ -123,7 +132,7 @@ def _find_statistics(x_dtype, dtype, statistics_from, has_sums):
 @functools.cache
 def _backward(x_dtype, dtype, statistics_from, output_mask):
     element = dtype.type
-    is_given = statistics_from == "given"
+    is_given, has_mean = are_given(statistics_from), is_centred(statistics_from)
     with_dx, with_dweight, _ = output_mask
     needs_statistics = with_dx or with_dweight
     has_sums = in_one_sweep(statistics_from, dtype, output_mask)
@@ -147,14 +156,14 @@ def _backward(x_dtype, dtype, statistics_from, output_mask):
             group = Group(r * cols, smaller(ROWS, end - r), cols)
             if needs_statistics and is_given:
                 for i in range(group.count):
-                    row = given_moments(operands.mean[r + i], element)
+                    row = given_moments(operands.mean, r + i, element)
                     store_row(sixteen.known.statistics, i, with_rstd(row, element(operands.rstd[r + i])))
             elif needs_statistics:
                 find_statistics(operands, group, ahead, sixteen)
 
             # their means
             if with_dx and not has_sums:
-                means_of_rows(operands, group, is_given, ahead, sixteen)
+                means_of_rows(operands, group, has_mean, is_given, ahead, sixteen)
 
             # the gradients of the rows up to one that needs another arithmetic, then of that
             i = 0
@@ -167,7 +176,7 @@ def _backward(x_dtype, dtype, statistics_from, output_mask):
                     gradients_of_rows(operands, rows, columns, sixteen.known, None, streaming, 0, 0)
                 i = stop
                 if i < group.count:
-                    row_gradients_rescaled(operands, group.at + i * cols, columns)
+                    row_gradients_rescaled(operands, group.at + i * cols, columns, has_mean)
                     i += 1
 
     return rows_from

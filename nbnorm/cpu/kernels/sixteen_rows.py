@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbnorm.cpu.kernels.gradients import first_gradient, gradient_block_sums
+from nbnorm.cpu.kernels.modes import DIFF_OF_SQUARES, DIFF_OF_SQUARES_64, MEAN_SQUARE, ONE_SWEEP, ONE_SWEEP_64, TWO_SWEEPS
 from nbnorm.cpu.kernels.row import (
     KNOWN_NUMBERS,
     Moments,
@@ -24,24 +25,14 @@ from nbnorm.cpu.kernels.row import (
     two_sum,
     usable,
 )
-from nbnorm.cpu.kernels.statistics import (
-    DIFF_OF_SQUARES,
-    DIFF_OF_SQUARES_64,
-    FLOAT32_SUMS,
-    FLOAT64_SUMS,
-    FLOAT64_SUMS_64,
-    TWO_SWEEPS,
-    compensated,
-    is_enough,
-    near_mean,
-    sums_over,
-)
+from nbnorm.cpu.kernels.statistics import FLOAT32_SUMS, FLOAT64_SUMS, FLOAT64_SUMS_64, is_enough, near_mean, sums_over
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.cpu.lanes.meaning import (
     COUNT,
     at_least_zero,
     behind,
     element_of,
+    fill,
     load,
     load_one,
     store,
@@ -97,7 +88,7 @@ def sums_of(mode, x_dtype, dtype):
     lose the last bit of rstd.
     """
     if x_dtype.itemsize == 2 and dtype == np.float32:
-        return np.float32, None if mode == DIFF_OF_SQUARES else True, FLOAT32_SUMS
+        return np.float32, True if mode == ONE_SWEEP else None, FLOAT32_SUMS
     return np.float64, None, {DIFF_OF_SQUARES: FLOAT64_SUMS, DIFF_OF_SQUARES_64: FLOAT64_SUMS_64}.get(mode)
 
 
@@ -108,11 +99,11 @@ def sixteen_in(sums, room):
 
 
 @inlined
-def compensated_of_rows(x, group, eps, ahead, sixteen):
+def compensated_of_rows(find, x, group, eps, ahead, sixteen):
     """Write the statistics of each row, and its mean and variance."""
     his, los, _ = sixteen.known.statistics
     for i in range(group.count):
-        row = compensated(x, row_of(group, i), TWO_SWEEPS, ahead)
+        row = find(x, row_of(group, i), TWO_SWEEPS, ahead)
         store(his, i, row.hi)
         store(los, i, row.lo)
         store(sixteen.variances, i, row.variance)
@@ -129,14 +120,14 @@ def statistics_of_rows(operands, dy, group, how, mode, ahead, sixteen):
     x, cols, sums = operands.x, group.cols, sixteen.sums
     for i in range(group.count):
         span = row_of(group, i)
-        shift = shift_of(x, span, how.is_near, mode)
-        sums_of_row(operands, dy, span, i, shift, how.type, ahead, sums)
-    rests, variances = enough(operands, dy, group, how.limits, sixteen)
+        shifts = shift_of(x, span, how.is_near, mode), g_shift_of(dy, operands.weight, span.at, element_of(x), mode)
+        sums_of_row(operands, dy, span, i, shifts, how.type, ahead, sums)
+    rests, variances = enough(operands, dy, group, how.limits, mode, sixteen)
     element = element_of(x)
     store(sixteen.variances, 0, variances)
     means, lost = two_sum(load(sums, SHIFTS), 0.0, rests)
     store_moments(sixteen, moments_of(means, lost, variances, element), operands.eps, element)
-    store_means_of_g(dy, rests, cols, element, sixteen)
+    store_means_of_g(dy, rests, cols, mode, element, sixteen)
 
 
 @inlined
@@ -150,13 +141,13 @@ def shift_of(x, span, is_near, mode):
     """What the sums of a row are about."""
     if is_near is not None:
         return near_mean(x, span)
-    return 0.0 if mode == DIFF_OF_SQUARES or mode == DIFF_OF_SQUARES_64 else load_one(x, span.at)
+    return load_one(x, span.at) if mode == ONE_SWEEP or mode == ONE_SWEEP_64 else 0.0
 
 
 @inlined
-def sums_of_row(operands, dy, span, i, shift, sum_type, ahead, sums):
-    """Write the sums over row i, and what they are about."""
-    g_shift = g_shift_of(dy, operands.weight, span.at, element_of(operands.x))
+def sums_of_row(operands, dy, span, i, shifts, sum_type, ahead, sums):
+    """Write the sums over row i, and what they are about: the shifts of x and of g."""
+    shift, g_shift = shifts
     row_totals, row_squares, of_g = sums_over(dy, operands.x, operands.weight, span, shift, g_shift, sum_type, ahead)
     store(sums, SHIFTS + i, shift)
     store_folded(sums, FIRST_SUMS + FOLDED * i, row_totals)
@@ -168,23 +159,25 @@ def sums_of_row(operands, dy, span, i, shift, sum_type, ahead, sums):
 
 
 @inlined
-def g_shift_of(dy, weight, at, element):
-    return 0.0 if dy is None else np.float64(first_gradient(dy, weight, at, element))
+def g_shift_of(dy, weight, at, element, mode):
+    if dy is None:
+        return 0.0
+    return np.float64(first_gradient(dy, weight, at, element)) if mode < MEAN_SQUARE else 0.0
 
 
 @inlined
-def moments_of_rows(sums, cols):
+def moments_of_rows(sums, cols, mode):
     """The means of sixteen rows less their shifts, and the variances, from what `sums_of_row` wrote."""
     per_element = 1.0 / np.float64(cols)
-    rests = totals(sums, FIRST_SUMS) * per_element
+    rests = totals(sums, FIRST_SUMS) * per_element if mode < MEAN_SQUARE else fill(0.0)
     return rests, at_least_zero(totals(sums, SECOND_SUMS) * per_element - rests * rests)
 
 
 @inlined
-def enough(operands, dy, group, limits, sixteen):
+def enough(operands, dy, group, limits, mode, sixteen):
     """As `moments_of_rows`, with the sums of rows taken again where they are not enough."""
     sums, means, variances = sixteen.sums, sixteen.means, sixteen.variances
-    row_rests, row_variances = moments_of_rows(sums, group.cols)
+    row_rests, row_variances = moments_of_rows(sums, group.cols, mode)
     if limits is None:
         return row_rests, row_variances
     if is_enough(row_rests, row_variances, limits):
@@ -195,8 +188,10 @@ def enough(operands, dy, group, limits, sixteen):
     for i in range(group.count):
         if not is_enough(means[i], variances[i], limits):
             span = row_of(group, i)
-            sums_of_row(operands, dy, span, i, load_one(operands.x, span.at), np.float64, None, sums)
-    return moments_of_rows(sums, group.cols)
+            shift = load_one(operands.x, span.at) if mode < MEAN_SQUARE else 0.0
+            shifts = shift, g_shift_of(dy, operands.weight, span.at, element_of(operands.x), mode)
+            sums_of_row(operands, dy, span, i, shifts, np.float64, None, sums)
+    return moments_of_rows(sums, group.cols, mode)
 
 
 @inlined
@@ -207,25 +202,27 @@ def store_moments(sixteen, moments, eps, element):
 
 
 @inlined
-def store_means_of_g(dy, rests, cols, element, sixteen):
+def store_means_of_g(dy, rests, cols, mode, element, sixteen):
     """Write the means of sixteen rows, from what `sums_of_row` wrote; nothing where dy is None."""
     if dy is None:
         return
     sums = sixteen.sums
-    g = totals(sums, THIRD_SUMS)
-    of_g = Sums(g, totals(sums, FOURTH_SUMS) - rests * g)
+    projected = totals(sums, FOURTH_SUMS)
+    g = totals(sums, THIRD_SUMS) if mode < MEAN_SQUARE else fill(0.0)
+    of_g = Sums(g, projected - rests * g)
     rstds = load(sixteen.known.statistics.rstd, 0)
     store_row(sixteen.known.means, 0, means_of(load(sums, G_SHIFTS), of_g, rstds, cols, element))
 
 
 @inlined
-def means_of_rows(operands, group, is_given, ahead, sixteen):
+def means_of_rows(operands, group, has_mean, is_given, ahead, sixteen):
     """Write the means of each row, from sums that are now taken."""
     sums, statistics = sixteen.sums, sixteen.known.statistics
     element = element_of(operands.x)
     for i in range(group.count):
         span = row_of(group, i)
-        shift = element(0) if is_given else first_gradient(operands.dy, operands.weight, span.at, element)
+        has_shift = has_mean and not is_given
+        shift = first_gradient(operands.dy, operands.weight, span.at, element) if has_shift else element(0)
         row = kept_statistics(statistics, i)
         # recomputed, it is one, or the row needs another arithmetic anyway
         scale = usable(row.rstd, element) if is_given else row.rstd
@@ -235,6 +232,7 @@ def means_of_rows(operands, group, is_given, ahead, sixteen):
         store(sums, G_SHIFTS + i, shift)
         store_folded(sums, FIRST_SUMS + FOLDED * i, widen(of_row.g))
         store_folded(sums, SECOND_SUMS + FOLDED * i, widen(of_row.projected))
-    of_g = Sums(totals(sums, FIRST_SUMS), totals(sums, SECOND_SUMS) / load(sums, SCALES))
+    g = totals(sums, FIRST_SUMS) if has_mean else fill(0.0)
+    of_g = Sums(g, totals(sums, SECOND_SUMS) / load(sums, SCALES))
     rstds = load(statistics.rstd, 0)
     store_row(sixteen.known.means, 0, means_of(load(sums, G_SHIFTS), of_g, rstds, group.cols, element))

@@ -7,6 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nbnorm.cpu.kernels.modes import (
+    DIFF_OF_SQUARES,
+    DIFF_OF_SQUARES_64,
+    ONE_SWEEP,
+    TWO_SWEEPS,
+    VARIANCE_BOUNDS,
+    mode_of,
+)
 from nbnorm.cpu.kernels.row import Moments, Span, Sums, moments_of, two_sum
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.cpu.lanes.meaning import (
@@ -28,13 +36,6 @@ from nbnorm.cpu.lanes.meaning import (
     widen,
 )
 
-# how the variance is found: from the deviations from a number in the row's range, in one sweep; from those from the mean,
-# with compensated sums, for float64 rows; or as mean(x²) - mean(x)², where that has digits. Where results are float64 (_64),
-# so are all sums
-ONE_SWEEP, ONE_SWEEP_64, TWO_SWEEPS, DIFF_OF_SQUARES, DIFF_OF_SQUARES_64 = range(5)
-
-# where the variance is outside these bounds, a square or a deviation may be 0 or Inf in the type that the kernel computes in
-VARIANCE_BOUNDS = {"float32": (2.0**-220, 2.0**210), "float64": (2.0**-960, 2.0**960)}
 # a float32 sum of products is enough where it is far from overflow and underflow
 SMALLEST, LARGEST = 2.0**-80, 2.0**80
 # sums are enough for a variance that is between two numbers, and that the square of the mean's distance from the shift is at
@@ -48,31 +49,20 @@ BLOCK = 128
 AHEAD = 2048
 
 
-def mode_of(statistics_from, x_dtype, dtype):
-    """How a kernel that computes in `dtype` finds the variance: as "centred" or "diff_of_squares" says, any if "given"."""
-    is_diff_of_squares = statistics_from == "diff_of_squares"
-    if x_dtype == np.float64:
-        return DIFF_OF_SQUARES_64 if is_diff_of_squares else TWO_SWEEPS
-    if dtype == np.float64:
-        # so much wider than its elements, one sweep is as good as the squares of all
-        return ONE_SWEEP_64
-    return DIFF_OF_SQUARES if is_diff_of_squares else ONE_SWEEP
-
-
 def finds_moments(statistics_from, x_dtype, dtype):
     """The mode, the function that finds the moments in it, and the bounds of the variance of ordinary rows."""
     mode = mode_of(statistics_from, x_dtype, dtype)
     return mode, compensated if mode == TWO_SWEEPS else moments, VARIANCE_BOUNDS[dtype.name]
 
 
-def in_one_sweep(statistics_from, dtype, output_mask):
-    """Whether a backward finds the sums of g with the statistics."""
-    return output_mask[0] and statistics_from != "given" and dtype == np.float32
+def finds_both(statistics_from):
+    """The function that finds the moments in a mode of float32, and the sums of g with them."""
+    return moments_and_sums
 
 
 @inlined
 def moments(x, span, mode, ahead):
-    """The moments, in any mode but TWO_SWEEPS; prefetches what is `ahead` of each element that it reads, unless None."""
+    """The moments, in any mode that is not compensated; prefetches what is `ahead` of each element, unless None."""
     found, _ = moments_and_sums(None, x, None, span, 0.0, mode, ahead)
     return found
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from nbnorm.cpu.kernels import loops
 from nbnorm.cpu.kernels.gradients import GROUP_ELEMENTS, GROUP_ROWS, first_gradient, gradient_sums, gradients
+from nbnorm.cpu.kernels.modes import are_given, in_one_sweep, is_centred
 from nbnorm.cpu.kernels.normalise import normalise, store_statistics
 from nbnorm.cpu.kernels.rescaled import row_gradients_rescaled, row_rescaled
 from nbnorm.cpu.kernels.row import (
@@ -25,7 +26,7 @@ from nbnorm.cpu.kernels.row import (
     usable,
     with_rstd,
 )
-from nbnorm.cpu.kernels.statistics import AHEAD, finds_moments, in_one_sweep, moments_and_sums
+from nbnorm.cpu.kernels.statistics import AHEAD, finds_both, finds_moments
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.cpu.lanes.meaning import larger, scratch, smaller, store, widen
 
@@ -39,25 +40,27 @@ KNOWN_SIZE = KNOWN_NUMBERS * GROUP_ROWS
 def forward(x_dtype, dtype, has_weight, has_bias, variance):
     """One iteration owns some rows, and of each writes y[r] and, where these are asked for, mean[r] and rstd[r].
 
-    Formula: Ba, Kiros and Hinton 2016, eq. 4; `variance` is "centred" or "diff_of_squares".
+    Formula: Ba, Kiros and Hinton 2016, eq. 4, where `variance` is "centred" or "diff_of_squares"; with "mean_square", Zhang
+    and Sennrich 2019, eq. 4.
     """
-    return loops.forward(_forward(x_dtype, dtype, variance), dtype.type, has_weight, has_bias)
+    return loops.forward(_forward(x_dtype, dtype, variance), dtype.type, has_weight, has_bias, is_centred(variance))
 
 
 def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask):
     """Gradients of layer norm: one iteration owns a block of rows, writes dx of each and adds to the block's own sums.
 
-    `statistics_from` is "given" or the variance to recompute them by.
+    `statistics_from` is "given", "given rstd" or the variance to recompute them by.
     Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
     """
     rows_from = _backward(x_dtype, dtype, statistics_from, output_mask)
-    return loops.backward(rows_from, dtype.type, has_weight, output_mask)
+    return loops.backward(rows_from, dtype.type, has_weight, output_mask, is_centred(statistics_from))
 
 
 @functools.cache
 def _forward(x_dtype, dtype, variance):
     element = dtype.type
     mode, find, bounds = finds_moments(variance, x_dtype, dtype)
+    has_mean = is_centred(variance)
 
     @inlined
     def rows_from(operands, begin, end, streaming):
@@ -81,7 +84,7 @@ def _forward(x_dtype, dtype, variance):
                 is_waiting = not is_waiting
                 row_mean, row_rstd = widen(found.hi) + widen(found.lo), widen(row.known.rstd)
             else:
-                row_mean, row_rstd = row_rescaled(operands, at)
+                row_mean, row_rstd = row_rescaled(operands, at, has_mean)
             if is_waiting and (cols > PAIRED_COLS or r + 1 == end):
                 normalise(operands, (waiting,), 0, cols, streaming)
                 is_waiting = False
@@ -93,7 +96,7 @@ def _forward(x_dtype, dtype, variance):
 @functools.cache
 def _backward(x_dtype, dtype, statistics_from, output_mask):
     element = dtype.type
-    with_dx = output_mask[0]
+    with_dx, has_mean = output_mask[0], is_centred(statistics_from)
     find_statistics, find_means = _steps(x_dtype, dtype, statistics_from, output_mask)
 
     @inlined
@@ -116,7 +119,7 @@ def _backward(x_dtype, dtype, statistics_from, output_mask):
             gradients(operands, Rows(r * cols, cols, 0, count), columns, known, (r + count) * cols, streaming)
             r += count
             if r < group_end:
-                row_gradients_rescaled(operands, r * cols, columns)
+                row_gradients_rescaled(operands, r * cols, columns, has_mean)
                 r += 1
 
     return rows_from
@@ -125,8 +128,10 @@ def _backward(x_dtype, dtype, statistics_from, output_mask):
 def _steps(x_dtype, dtype, statistics_from, output_mask):
     """What finds the statistics of a group's rows, and what finds their means."""
     element = dtype.type
-    is_given = statistics_from == "given"
+    is_given, has_mean = are_given(statistics_from), is_centred(statistics_from)
     mode, find, bounds = finds_moments(statistics_from, x_dtype, dtype)
+    find_both = finds_both(statistics_from)
+    has_shift = has_mean and not is_given
     needs_statistics = output_mask[0] or output_mask[1]
     has_sums = in_one_sweep(statistics_from, dtype, output_mask)
 
@@ -136,12 +141,12 @@ def _steps(x_dtype, dtype, statistics_from, output_mask):
         for r in range(begin, end if needs_statistics else begin):
             i = r - begin
             if is_given:
-                store_row(kept, i, with_rstd(given_moments(operands.mean[r], element), element(operands.rstd[r])))
+                store_row(kept, i, with_rstd(given_moments(operands.mean, r, element), element(operands.rstd[r])))
                 continue
             span = Span(r * operands.cols, 0, operands.cols)
             if has_sums:
                 shift = first_gradient(operands.dy, operands.weight, span.at, element)
-                found, of_g = moments_and_sums(operands.dy, operands.x, operands.weight, span, shift, mode, None)
+                found, of_g = find_both(operands.dy, operands.x, operands.weight, span, shift, mode, None)
                 store(sums.g, i, of_g.g)
                 store(sums.projected, i, of_g.projected)
             else:
@@ -157,12 +162,13 @@ def _steps(x_dtype, dtype, statistics_from, output_mask):
         for i in range(count):
             span = Span((begin + i) * cols, 0, cols)
             row = kept_statistics(known.statistics, i)
-            shift = element(0) if is_given else first_gradient(operands.dy, operands.weight, span.at, element)
+            shift = first_gradient(operands.dy, operands.weight, span.at, element) if has_shift else element(0)
             if has_sums:
                 of_g = Sums(sums.g[i], sums.projected[i])
             else:
                 scaled = Statistics(row.hi, row.rest, usable(row.rstd, element))
                 of_g = gradient_sums(operands.dy, operands.x, operands.weight, span, scaled, shift, None, is_given)
+                of_g = Sums(of_g.g if has_mean else 0.0, of_g.projected)
             store_row(known.means, i, means_of(shift, of_g, row.rstd, cols, element))
 
     return find_statistics, find_means

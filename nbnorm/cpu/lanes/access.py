@@ -120,6 +120,8 @@ def load_one(source, k):
 
 @lowers(meaning.store)
 def store(destination, k, values):
+    if destination == types.none:
+        return NOTHING
     stored = destination.dtype
     if not isinstance(values, Lanes):
         return _store_one(stored, values)

@@ -90,7 +90,9 @@ def load_one(source, k):
 
 
 def store(destination, k, values):
-    """Write elements k to k + 15, each rounded once, to nearest even; of a number, element k."""
+    """Write elements k to k + 15, each rounded once, to nearest even; of a number, element k. Nothing to None."""
+    if destination is None:
+        return
     stored = _stored(destination)
     stored[k : k + np.size(values)] = _encoded(np.atleast_1d(values), stored.dtype)
 
