@@ -111,8 +111,8 @@ def choose_workers(monkeypatch):
 
     def choose(workers):
         # the first call goes the long way again
-        plans.LAYER_NORM.clear()
-        plans.LAYER_NORM_BACKWARD.clear()
+        for kept in plans.ALL:
+            kept.clear()
         monkeypatch.setattr("nbnorm.cpu.workers.parallel.from_elements", float("inf") if workers == parallel.ONE else 0)
         monkeypatch.setattr("nbnorm.cpu.workers.parallel.many", workers)
         monkeypatch.setattr("nbnorm.cpu.workers.parallel._is_decided", True)
@@ -134,16 +134,16 @@ def build(request, choose_workers):
 
 
 @pytest.fixture(autouse=True)
-def no_plans(monkeypatch):
+def no_plans():
     """Those of calls of another test are none of this one's: what decides about them may be another."""
-    monkeypatch.setattr("nbnorm.cpu.plans.LAYER_NORM", {})
-    monkeypatch.setattr("nbnorm.cpu.plans.LAYER_NORM_BACKWARD", {})
+    for kept in plans.ALL:
+        kept.clear()
 
 
 @pytest.fixture
 def the_long_way(monkeypatch):
     """No call goes past the checks."""
-    monkeypatch.setattr("nbnorm.cpu.plans.keep", lambda *_: None)
+    monkeypatch.setattr("nbnorm.cpu.keys.keep", lambda *_: None)
 
 
 @pytest.fixture

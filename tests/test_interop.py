@@ -80,9 +80,9 @@ def addresses(monkeypatch):
     seen = []
     forward = nbnorm.cpu.forward
 
-    def spy(problem, x_array, *rest):
-        result = forward(problem, x_array, *rest)
-        seen.extend([x_array.ctypes.data, result[0].ctypes.data])
+    def spy(problem, given, *rest):
+        result = forward(problem, given, *rest)
+        seen.extend([given.x.ctypes.data, result[0].ctypes.data])
         return result
 
     monkeypatch.setattr("nbnorm.cpu.forward", spy)

@@ -8,12 +8,13 @@ import pytest
 import nbnorm
 from levels import deep
 from nbnorm.calls import checks
+from nbnorm.calls.problem import ForwardCall
 from nbnorm.cpu import memory, sizes, staging
 from nbnorm.cpu.workers import blocks, parallel
 
 
 def problem(rows, cols):
-    return checks.forward(np.broadcast_to(1.0, (rows, cols)), cols, None, None, 1e-5, False, None, False, None)[0]
+    return checks.forward(ForwardCall(np.broadcast_to(1.0, (rows, cols)), cols))[0]
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 1000, 1 << 30])
@@ -48,7 +49,7 @@ def test_buffers_of_many_threads(monkeypatch, cols):
 
 def test_arrays_that_are_ready_need_no_buffer():
     x = np.ones((1000, 1000), np.float32)
-    case = checks.forward(x, 1000, None, None, 1e-5, False, None, False, None)[0]
+    case = checks.forward(ForwardCall(x, 1000))[0]
     assert staging.block_limit(case, 0, x) == 1000
     assert staging.buffer_for(x, case, 1000) is None
 

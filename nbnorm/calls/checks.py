@@ -17,7 +17,7 @@ import numpy as np
 
 from nbnorm.calls import arrays, operands
 from nbnorm.calls.operands import CPU, CUDA, FLOATS
-from nbnorm.calls.problem import Problem, wide_dtype
+from nbnorm.calls.problem import BackwardArrays, ForwardArrays, Problem, wide_dtype
 from nbnorm.calls.shown import described, is_array, shown, type_name
 
 MAX_NDIM = 64
@@ -26,36 +26,37 @@ ORDER = "; the order of the arguments is x, normalized_shape, weight, bias, or d
 OVERLAP_WORK: Any = 1_000_000
 
 
-def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream):
-    """The problem, and x, weight, bias and out as NumPy arrays, or as views of CUDA arrays, or None where absent."""
-    flag("return_stats", return_stats)
-    x_array, dtype, device = _x(x, stream)
-    weight_array, weight_dtype = operands.optional("weight", weight, device)
-    bias_array, bias_dtype = operands.optional("bias", bias, device)
-    problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (weight_dtype, bias_dtype))
-    operands.shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
-    operands.shape("bias", bias_array, problem.normalized_shape, "normalized_shape")
-    return problem, x_array, weight_array, bias_array, operands.out("out", out, problem.shape, dtype, device)
+def forward(call):
+    """The problem of a `ForwardCall`, and its arrays as NumPy arrays, or as views of CUDA arrays."""
+    flag("return_stats", call.return_stats)
+    x, dtype, device = _x(call.x, call.stream)
+    weight, weight_dtype = operands.optional("weight", call.weight, device)
+    bias, bias_dtype = operands.optional("bias", call.bias, device)
+    problem = _problem(x, call, dtype, weight_dtype, bias_dtype)
+    operands.shape("weight", weight, problem.normalized_shape, "normalized_shape")
+    operands.shape("bias", bias, problem.normalized_shape, "normalized_shape")
+    out = operands.out("out", call.out, problem.shape, dtype, device)
+    return problem, ForwardArrays(x, weight, bias, out)
 
 
-def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream):
-    """The problem, the operands as in `forward` or None, output_mask as bools, and out as three of them or None."""
-    x_array, dtype, device = _x(x, stream)
-    dy_array, dy_dtype = operands.operand("dy", dy, device)
-    weight_array, weight_dtype = operands.optional("weight", weight, device)
-    mean_array, _ = operands.optional("mean", mean, device)
-    rstd_array, _ = operands.optional("rstd", rstd, device)
-    problem = _problem(x_array, normalized_shape, eps, use_diff_of_squares, dtype, (weight_dtype, dy_dtype))
-    operands.shape("dy", dy_array, problem.shape, "the shape of x")
-    operands.shape("weight", weight_array, problem.normalized_shape, "normalized_shape")
+def backward(call):
+    """The same of a `BackwardCall`."""
+    x, dtype, device = _x(call.x, call.stream)
+    dy, dy_dtype = operands.operand("dy", call.dy, device)
+    weight, weight_dtype = operands.optional("weight", call.weight, device)
+    mean, _ = operands.optional("mean", call.mean, device)
+    rstd, _ = operands.optional("rstd", call.rstd, device)
+    problem = _problem(x, call, dtype, weight_dtype, dy_dtype)
+    operands.shape("dy", dy, problem.shape, "the shape of x")
+    operands.shape("weight", weight, problem.normalized_shape, "normalized_shape")
     if (mean is None) != (rstd is None):
         absent, given = ("mean", "rstd") if mean is None else ("rstd", "mean")
         raise ValueError(f"{absent}: None, but {given} is given; expected both, or neither to have them recomputed")
-    operands.shape("mean", mean_array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
-    operands.shape("rstd", rstd_array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
-    mask = _mask(output_mask)
-    outs = _outs(out, problem, mask, device)
-    return problem, dy_array, x_array, weight_array, mean_array, rstd_array, mask, outs
+    for name, array in (("mean", mean), ("rstd", rstd)):
+        operands.shape(name, array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
+    mask = _mask(call.output_mask)
+    outs = _outs(call.out, problem, mask, device)
+    return problem, BackwardArrays(dy, x, weight, mean, rstd, mask, outs)
 
 
 def shape(normalized_shape, order=""):
@@ -161,7 +162,7 @@ def description(x, normalized_shape, weight, bias, use_diff_of_squares, backward
             rows=1,
             cols=math.prod(normalized_shape),
             eps=0.0,
-            variance="diff_of_squares" if flag("use_diff_of_squares", use_diff_of_squares) else "centred",
+            variance=_variance(use_diff_of_squares),
             dtype=dtypes["x"],
             weight_dtype=dtypes["weight"] or dtypes["x"],
             compute_dtype=np.result_type(*(wide_dtype(dtypes[name]) for name in names if dtypes[name])),
@@ -199,8 +200,8 @@ def _x(x, stream):
     return array, dtype, device
 
 
-def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes):
-    normalized_shape = shape(normalized_shape, ORDER)
+def _problem(x, call, dtype, weight_dtype, other_dtype):
+    normalized_shape = shape(call.normalized_shape, ORDER)
     batch_ndim = x.ndim - len(normalized_shape)
     if batch_ndim < 0 or x.shape[batch_ndim:] != normalized_shape:
         raise ValueError(f"x: shape {x.shape}; expected one that ends in normalized_shape, {normalized_shape}")
@@ -212,12 +213,16 @@ def _problem(x, normalized_shape, eps, use_diff_of_squares, dtype, other_dtypes)
         normalized_shape=normalized_shape,
         rows=math.prod(batch),
         cols=math.prod(normalized_shape),
-        eps=epsilon(eps),
-        variance="diff_of_squares" if flag("use_diff_of_squares", use_diff_of_squares) else "centred",
+        eps=epsilon(call.eps),
+        variance=_variance(call.use_diff_of_squares),
         dtype=dtype,
-        weight_dtype=other_dtypes[0] or dtype,
-        compute_dtype=np.result_type(*map(wide_dtype, filter(None, (dtype, *other_dtypes)))),
+        weight_dtype=weight_dtype or dtype,
+        compute_dtype=np.result_type(*map(wide_dtype, filter(None, (dtype, weight_dtype, other_dtype)))),
     )
+
+
+def _variance(use_diff_of_squares):
+    return "diff_of_squares" if flag("use_diff_of_squares", use_diff_of_squares) else "centred"
 
 
 def cuda_is_supported(what):

@@ -1,15 +1,68 @@
-"""What a call asks for, apart from the data: the result of the checks, and all that a device needs to choose a kernel."""
+"""What a call asks for: as it came, and as the checks leave it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
-class Problem(NamedTuple):
-    """Layer norm over the trailing `normalized_shape` of operands of shape `batch + normalized_shape`.
+class ForwardCall(NamedTuple):
+    """The arguments of a forward, as they came."""
 
-    That is `rows` rows of `cols` elements. `dtype` is that of y and dx, `weight_dtype` that of dweight and dbias.
-    `compute_dtype` is float64 where an operand is wider than float32, else float32.
+    x: Any
+    normalized_shape: Any
+    weight: Any = None
+    bias: Any = None
+    eps: Any = 1e-5
+    use_diff_of_squares: Any = False
+    out: Any = None
+    return_stats: Any = False
+    stream: Any = None
+
+
+class BackwardCall(NamedTuple):
+    """The same of a backward."""
+
+    dy: Any
+    x: Any
+    normalized_shape: Any
+    weight: Any = None
+    eps: Any = 1e-5
+    use_diff_of_squares: Any = False
+    mean: Any = None
+    rstd: Any = None
+    output_mask: Any = (True, True, True)
+    out: Any = None
+    stream: Any = None
+
+
+class ForwardArrays(NamedTuple):
+    """The arrays of a forward that was checked, None for what is absent."""
+
+    x: Any
+    weight: Any
+    bias: Any
+    out: Any
+
+
+class BackwardArrays(NamedTuple):
+    """The same of a backward; output_mask and out are of dx, dweight and dbias."""
+
+    dy: Any
+    x: Any
+    weight: Any
+    mean: Any
+    rstd: Any
+    output_mask: tuple[bool, ...]
+    out: tuple
+
+
+class Problem(NamedTuple):
+    """A norm over the trailing `normalized_shape` of operands of shape `batch + normalized_shape`.
+
+    That is `rows` rows of `cols` elements. What they are normalised by is the `variance`: "centred" or "diff_of_squares",
+    which are two ways to find that about the mean, or "mean_square", about 0, with the mean left alone. `dtype` is that of y
+    and dx, `weight_dtype` that of dweight and dbias. `compute_dtype` is float64 where an operand is wider than float32, else
+    float32.
     """
 
     batch: tuple[int, ...]
@@ -44,5 +97,6 @@ def wide_dtype(dtype):
 
 
 def given_dtype(mean, rstd):
-    """What a backward takes given statistics in; None where there are none."""
-    return None if mean is None else np.result_type(wide_dtype(mean.dtype), wide_dtype(rstd.dtype))
+    """What a backward takes given statistics in, of which RMS norm has no mean; None where there are none."""
+    dtypes = [wide_dtype(array.dtype) for array in (mean, rstd) if array is not None]
+    return np.result_type(*dtypes) if dtypes else None

@@ -13,7 +13,7 @@ import numpy as np
 
 from nbnorm import reference
 from nbnorm.calls import checks
-from nbnorm.calls.problem import wide_dtype
+from nbnorm.calls.problem import ForwardCall, wide_dtype
 from nbnorm.commands import files, npy
 from nbnorm.cpu.staging import row_blocks
 from nbnorm.functional import layer_norm
@@ -65,7 +65,7 @@ def apply(
     with npy.opened(source) as x_file, npy.opened(weight) as weight_file, npy.opened(bias) as bias_file:
         x, weight, bias = (None if file is None else file.stand_in() for file in (x_file, weight_file, bias_file))
         with files.named(names):
-            problem = checks.forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, None, False, None)[0]
+            problem = checks.forward(ForwardCall(x, normalized_shape, weight, bias, eps, use_diff_of_squares))[0]
             result_dtype = problem.dtype if dtype is None else checks.float_dtype(dtype)
         # read where they are known to be as long as a row, which x has
         weight, bias = (None if file is None else npy.read(file) for file in (weight_file, bias_file))

@@ -13,8 +13,9 @@ from nbnorm.cpu.workers import blocks, threads
 from nbnorm.cpu.workers.parallel import ONE
 
 
-def forward(problem, x, weight, bias, out, return_stats):
+def forward(problem, given, return_stats):
     """Returns y, mean and rstd; mean and rstd have one entry a row, and none at all unless asked for."""
+    x, weight, bias, out = given
     order = order_of_blocks(out, x)
     y = memory.empty(problem.shape, problem.dtype) if out is None or order is None else out
     statistics = problem.rows if return_stats else 0
@@ -49,16 +50,17 @@ def forward(problem, x, weight, bias, out, return_stats):
     return _delivered(y, out), mean, rstd
 
 
-def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
+def backward(problem, given):
     """Returns dx, dweight and dbias, None where not asked for; recomputes the statistics where mean and rstd are None."""
+    dy, x, weight, mean, rstd, output_mask, out = given
     with_dx, with_dweight, with_dbias = output_mask
     dx_out, dweight_out, dbias_out = out
     order = order_of_blocks(dx_out, dy, x)
     if order == -1 and (with_dweight or with_dbias):
         # sums over rows go forwards, whatever dx overlaps
-        sums_mask = (False, with_dweight, with_dbias)
-        _, dweight, dbias = backward(problem, dy, x, weight, mean, rstd, sums_mask, (None, None, None))
-        backward(problem, dy, x, weight, mean, rstd, (True, False, False), (dx_out, None, None))
+        only_sums = given._replace(output_mask=(False, with_dweight, with_dbias), out=(None, None, None))
+        _, dweight, dbias = backward(problem, only_sums)
+        backward(problem, given._replace(output_mask=(True, False, False), out=(dx_out, None, None)))
         return dx_out, _delivered(dweight, dweight_out), _delivered(dbias, dbias_out)
 
     # where it is not asked for, it is never touched
@@ -70,7 +72,7 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     dbias = _parameter_like(with_dbias, problem, dbias_out, inputs)
 
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
-        _gradients(problem, order, (dy, x, weight, mean, rstd), output_mask, (dx, dweight, dbias))
+        _gradients(problem, order, given, (dx, dweight, dbias))
     else:
         dweight.fill(0)
         dbias.fill(0)
@@ -82,15 +84,15 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
     )
 
 
-def _gradients(problem, order, operands, output_mask, results):
+def _gradients(problem, order, given, results):
     """Write the results, of which those that are not asked for are never touched."""
-    dy, x, weight, mean, rstd = operands
+    dy, x, weight, mean, rstd, output_mask, _ = given
     dx, dweight, dbias = results
     with_dx, with_dweight, with_dbias = output_mask
     x_dtype = storage(x.dtype)
     dtype = problem.compute_dtype
-    given = given_dtype(mean, rstd)
-    statistics_dtype = given or wide_dtype(x.dtype)
+    given_statistics = given_dtype(mean, rstd)
+    statistics_dtype = given_statistics or wide_dtype(x.dtype)
     sum_dtype = storage(problem.weight_dtype)
     weight_row = _flat(weight, dtype, dx)
     mean_row = _flat(mean, statistics_dtype, dx)
@@ -120,7 +122,7 @@ def _gradients(problem, order, operands, output_mask, results):
         if with_dx:
             store(dx_rows, dx[index], dx_buffer)
 
-    chosen = choice.backward(problem, dy.dtype, weight is not None, given, output_mask)
+    chosen = choice.backward(problem, dy.dtype, weight is not None, given_statistics, output_mask)
     _, kernel = blocks.run(problem, order, limit, has_sums, chosen, threads.backward, new_buffers, work)
     if kernel is None and has_sums:
         # no rows, only the sums of the blocks

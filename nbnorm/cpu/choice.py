@@ -33,18 +33,21 @@ def forward(problem, has_weight, has_bias):
 
 
 def backward(problem, dy_dtype, has_weight, statistics_dtype, output_mask):
-    """`statistics_dtype` is that of the mean and rstd which are given, together, or None."""
-    dtypes = (
+    """`statistics_dtype` is that of the mean and rstd which are given, or None."""
+    statistics_from = problem.variance
+    if statistics_dtype:
+        statistics_from = "given rstd" if problem.variance == "mean_square" else "given"
+    choices = (
         storage(dy_dtype),
         storage(problem.dtype),
         problem.compute_dtype,
         statistics_dtype or wide_dtype(problem.dtype),
         storage(problem.weight_dtype),
+        has_weight,
+        statistics_from,
+        output_mask,
     )
-    statistics_from = problem.variance
-    if statistics_dtype:
-        statistics_from = "given rstd" if problem.variance == "mean_square" else "given"
-    return Kernel(_module(problem), "backward", (*dtypes, has_weight, statistics_from, output_mask))
+    return Kernel(_module(problem), "backward", choices)
 
 
 @functools.cache

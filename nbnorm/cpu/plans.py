@@ -1,12 +1,8 @@
 """Calls on NumPy arrays that were made before: each goes to its kernel at once, as `calls.plans` has it.
 
-A call is known by its options and by the shapes, dtypes and flags of its arrays, and in the second place by the same for any
-number of rows, since a program may make calls of ever new ones. It has a plan where a kernel takes all of its rows at once,
-as they are. How many rows there are, who works, and whether results share memory with operands, a plan asks each time. It
-takes each call's own eps: 0.0 equals -0.0, and in a thread that takes subnormal numbers for 0, those as well.
-
-The keys are written out: a helper for each array would add a twentieth to a forward at (1, 64), which takes 2.2 us on an
-Intel Xeon, and 30 by way of the checks.
+A call has a plan where a kernel takes all of its rows at once, as they are. How many rows there are, who works, and whether
+results share memory with operands, a plan asks each time. It takes each call's own eps: 0.0 equals -0.0, and in a thread
+that takes subnormal numbers for 0, those as well.
 """
 
 import functools
@@ -15,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy import empty, may_share_memory, ndarray
 
-from nbnorm.calls.plans import keep, sizes
 from nbnorm.calls.problem import given_dtype, wide_dtype
 from nbnorm.cpu import choice
 from nbnorm.cpu import sizes as limits
@@ -23,120 +18,19 @@ from nbnorm.cpu.staging import is_ready, storage
 from nbnorm.cpu.workers import blocks, parallel, threads
 from nbnorm.cpu.workers.parallel import ONE
 
-# where a key has the shape of x
-X_SHAPE = 4
 # of each public function its own, since another one does something else for the same arrays
 LAYER_NORM: dict[tuple, Any] = {}
 LAYER_NORM_BACKWARD: dict[tuple, Any] = {}
+ALL = LAYER_NORM, LAYER_NORM_BACKWARD
 
 
-def forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats):
-    """What a forward is known by; None where an option is of another type than usual."""
-    if type(x) is not ndarray or type(eps) is not float:
-        return None
-    if type(use_diff_of_squares) is not bool or type(return_stats) is not bool:
-        return None
-    if type(normalized_shape) is not int:
-        if type(normalized_shape) is tuple and len(normalized_shape) == 1 and type(normalized_shape[0]) is int:
-            # a layer's, without a call
-            normalized_shape = normalized_shape[0]
-        elif (normalized_shape := sizes(normalized_shape)) is None:
-            return None
-    weight_shape = weight_dtype = weight_flags = bias_shape = bias_dtype = bias_flags = None
-    if weight is not None:
-        if type(weight) is not ndarray:
-            return None
-        weight_shape, weight_dtype, weight_flags = weight.shape, weight.dtype, weight.flags.num
-    if bias is not None:
-        if type(bias) is not ndarray:
-            return None
-        bias_shape, bias_dtype, bias_flags = bias.shape, bias.dtype, bias.flags.num
-    return (
-        normalized_shape,
-        eps,
-        use_diff_of_squares,
-        return_stats,
-        x.shape,
-        x.dtype,
-        x.flags.num,
-        weight_shape,
-        weight_dtype,
-        weight_flags,
-        bias_shape,
-        bias_dtype,
-        bias_flags,
-        None if out is None else _seen(out),
-    )
-
-
-def backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out):
-    """The same of a backward."""
-    if type(x) is not ndarray or type(eps) is not float:
-        return None
-    if type(use_diff_of_squares) is not bool or type(output_mask) is not tuple:
-        return None
-    for wanted in output_mask:
-        if type(wanted) is not bool:
-            return None
-    if type(normalized_shape) is not int:
-        normalized_shape = sizes(normalized_shape)
-        if normalized_shape is None:
-            return None
-    return (
-        normalized_shape,
-        eps,
-        use_diff_of_squares,
-        output_mask,
-        x.shape,
-        x.dtype,
-        x.flags.num,
-        _seen(dy),
-        None if weight is None else _seen(weight),
-        None if mean is rstd is None else (_seen(mean), _seen(rstd)),
-        None if out is None else isinstance(out, tuple) and (*map(_seen, out),),
-    )
-
-
-def _seen(array):
-    """What is known of an array, None of what is absent; False of anything else, for which no plan is kept."""
-    return None if array is None else type(array) is ndarray and (array.shape, array.dtype, array.flags.num)
-
-
-def of_other_rows(plans, key):
-    """The plan of a call that differs in the number of rows alone, if there is one, which is kept for this one too."""
-    if key is None:
-        return None
-    plan = plans.get(_of_any_rows(key))
-    keep(plans, key, plan)
-    return plan
-
-
-def keep_for_any_rows(plans, key, plan):
-    keep(plans, key, plan)
-    keep(plans, _of_any_rows(key), plan)
-
-
-def _of_any_rows(key):
-    """A key without the batch's shape, but for which arrays have it."""
-    normalized_shape, shape = key[0], key[X_SHAPE]
-    batch_ndim = len(shape) - (1 if type(normalized_shape) is int else len(normalized_shape))
-    row = shape[batch_ndim:]
-    names = {shape[:batch_ndim] + (1,) * len(row): "the statistics'", shape: "x's"}
-    return batch_ndim, row, *(_renamed(part, names) for part in key)
-
-
-def _renamed(part, names):
-    if type(part) is tuple and part not in names:
-        return tuple(_renamed(inner, names) for inner in part)
-    return names.get(part, part)
-
-
-def forward(problem, x, weight, bias, out, return_stats):
+def forward(problem, call):
     """How a forward is done again, of which the checks made this problem: a function of its arrays and eps; None for none.
 
     The function returns y, or y, mean and rstd; or None where the call goes the long way, since memory is shared, or there
     are too few elements or too many.
     """
+    x, weight, bias, out, return_stats = call.x, call.weight, call.bias, call.out, call.return_stats
     dtype = problem.compute_dtype
     if not _is_one_call(problem, x, out) or not _are_rows(dtype, weight, bias):
         return None
@@ -180,14 +74,16 @@ def forward(problem, x, weight, bias, out, return_stats):
     return run
 
 
-def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
+def backward(problem, call, output_mask):
     """The same of a backward that is asked for dx: the function returns dx, dweight and dbias, None where not asked for."""
+    dy, x, weight, mean, rstd = call.dy, call.x, call.weight, call.mean, call.rstd
+    out = () if call.out is None else call.out
     with_dx, with_dweight, with_dbias = output_mask
     dtype = problem.compute_dtype
     if not with_dx or not _is_one_call(problem, dy, x, mean, rstd, *out) or not _are_rows(dtype, weight):
         return None
     given = given_dtype(mean, rstd)
-    if given is not None and not mean.dtype == rstd.dtype == given:
+    if any(array is not None and array.dtype != given for array in (mean, rstd)):
         return None
     kernels = _Kernels(choice.backward(problem, dy.dtype, weight is not None, given, output_mask), threads.backward)
     row, cols, dx_dtype, sum_dtype = problem.normalized_shape, problem.cols, problem.dtype, problem.weight_dtype
@@ -221,8 +117,10 @@ def backward(problem, dy, x, weight, mean, rstd, output_mask, out):
         if is_deep:
             weight, dweight_row, dbias_row = weight.reshape(-1), dweight_row.reshape(-1), dbias_row.reshape(-1)
         mean_row = rstd_row = no_statistics
-        if mean is not None:
-            mean_row, rstd_row = mean.reshape(-1), rstd.reshape(-1)
+        if rstd is not None:
+            rstd_row = rstd.reshape(-1)
+            if mean is not None:
+                mean_row = mean.reshape(-1)
         dx_rows = dx
         if is_shaped:
             dy, x, dx_rows = dy.reshape(-1, cols), x.reshape(-1, cols), dx.reshape(-1, cols)

@@ -50,13 +50,14 @@ class Place(NamedTuple):
         return None if array is None else arrays.view(array, self.kind)
 
 
-def forward(problem, x, weight, bias, out, call):
+def forward(problem, given, call):
     """Returns y, or None where there is an `out`, and mean and rstd, None unless asked for.
 
     `call` has the arguments as they came, by which `plans` will know one like it.
     """
-    like, return_stats, stream = call[0], call[-2], call[-1]
-    with _placed(like, x.device, stream) as place:
+    x, weight, bias, out = given
+    return_stats = call.return_stats
+    with _placed(call.x, x.device, call.stream) as place:
         y = place.empty(problem.shape, problem.dtype) if out is None else None
         mean = rstd = None
         if return_stats:
@@ -73,10 +74,10 @@ def forward(problem, x, weight, bias, out, call):
     return y, mean, rstd
 
 
-def backward(problem, dy, x, weight, mean, rstd, output_mask, out, call):
+def backward(problem, given, call):
     """Returns dx, dweight and dbias, None where not asked for or where there is an `out`; `call` is as in `forward`."""
-    like, stream = call[1], call[-1]
-    with _placed(like, x.device, stream) as place:
+    dy, x, weight, mean, rstd, output_mask, out = given
+    with _placed(call.x, x.device, call.stream) as place:
         shapes = problem.shape, problem.normalized_shape, problem.normalized_shape
         dtypes = problem.dtype, problem.weight_dtype, problem.weight_dtype
         grads = [

@@ -45,21 +45,22 @@ class Backward(NamedTuple):
 
 
 def keep_forward(plan, call):
-    key, _ = _known_forward(*call[:-1])
+    key, _ = _known_forward(call)
     keep(LAYER_NORM, key, plan)
 
 
 def keep_backward(plan, call):
-    key, _ = _known_backward(*call[:-1])
+    key, _ = _known_backward(call)
     keep(LAYER_NORM_BACKWARD, key, plan)
 
 
-def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream):
+def forward(call):
     """As the checked path does, or None where the call is not known."""
+    x, out, return_stats, stream = call.x, call.out, call.return_stats, call.stream
     # what is allocated for a stream other than the library's current one is the checked path's matter
     if stream is not None and (out is None or return_stats or arrays.handle_of(stream) is None):
         return None
-    key, addresses = _known_forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    key, addresses = _known_forward(call)
     plan = LAYER_NORM.get(key)
     if plan is None or launch.current_device() != plan.device:
         return None
@@ -82,12 +83,13 @@ def forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, re
     return y, mean, rstd
 
 
-def backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream):
+def backward(call):
     """As the checked path does, or None where the call is not known."""
     # temporary memory for a stream other than the library's current one is the checked path's matter
-    if stream is not None:
+    if call.stream is not None:
         return None
-    key, addresses = _known_backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
+    dy, x, output_mask, out = call.dy, call.x, call.output_mask, call.out
+    key, addresses = _known_backward(call)
     plan = LAYER_NORM_BACKWARD.get(key)
     if plan is None or launch.current_device() != plan.device:
         return None
@@ -142,18 +144,19 @@ def _is_apart(result, result_size, inputs, input_sizes, in_place):
     return True
 
 
-def _known_forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats):
+def _known_forward(call):
     """The key of a call, and the addresses of x, weight, bias and out."""
-    return _known(normalized_shape, eps, (use_diff_of_squares, return_stats), (x, weight, bias, out))
+    flags = call.use_diff_of_squares, call.return_stats
+    return _known(call.normalized_shape, call.eps, flags, (call.x, call.weight, call.bias, call.out))
 
 
-def _known_backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out):
+def _known_backward(call):
     """The same, with the addresses of the inputs and then of the results."""
-    if out is None:
-        out = (None, None, None)
+    output_mask, out = call.output_mask, (None, None, None) if call.out is None else call.out
     if type(output_mask) is not tuple or not isinstance(out, tuple) or len(output_mask) != 3 or len(out) != 3:
         return UNKNOWN
-    return _known(normalized_shape, eps, (use_diff_of_squares, *output_mask), (dy, x, weight, mean, rstd, *out))
+    flags = call.use_diff_of_squares, *output_mask
+    return _known(call.normalized_shape, call.eps, flags, (call.dy, call.x, call.weight, call.mean, call.rstd, *out))
 
 
 def _known(normalized_shape, eps, flags, operands):

@@ -1,16 +1,12 @@
 """Layer norm and its gradients as functions of arrays."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, SupportsIndex, TypeAlias
+from typing import Any, NamedTuple
 
-from nbnorm import cpu
-from nbnorm.calls import arrays, checks
-from nbnorm.cpu import plans
-
-# an array of any of the supported libraries, or what numpy.asarray takes
-Array: TypeAlias = Any
-Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+from nbnorm.calls.problem import BackwardCall, ForwardCall
+from nbnorm.cpu import keys, plans
+from nbnorm.functional import run
+from nbnorm.functional.types import Array, Shape, ends_a_graph
 
 
 class LayerNormResult(NamedTuple):
@@ -29,6 +25,7 @@ class LayerNormGrads(NamedTuple):
     dbias: Array
 
 
+@ends_a_graph
 def layer_norm(
     x: Array,
     normalized_shape: Shape,
@@ -108,36 +105,18 @@ def layer_norm(
     array([[ 2.5],
            [15. ]])
     """
-    key = plans.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
-    plan = plans.LAYER_NORM.get(key) or plans.of_other_rows(plans.LAYER_NORM, key)
+    key = keys.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    plan = plans.LAYER_NORM.get(key) or keys.of_other_rows(plans.LAYER_NORM, key)
     if plan is not None and stream is None:
         result = plan(x, weight, bias, eps, out)
         if result is not None:
             return LayerNormResult(*result) if return_stats else result
-    if arrays.is_cuda(x):
-        call = x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream
-        cuda = _cuda()
-        y, mean, rstd = cuda.plans.forward(*call) or cuda.forward(*checks.forward(*call), call)
-        if y is None:
-            y = _written(out)
-        return LayerNormResult(y, mean, rstd) if return_stats else y
-    problem, x_array, weight_array, bias_array, out_array = checks.forward(
-        x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream
-    )
-    kind = arrays.kind(x)
-    if out is None:
-        out_array = arrays.empty(problem.shape, problem.dtype, kind)
-    y, mean, rstd = cpu.forward(problem, x_array, weight_array, bias_array, out_array, return_stats)
-    if key is not None and plan is None:
-        plans.keep_for_any_rows(plans.LAYER_NORM, key, plans.forward(problem, x, weight, bias, out, return_stats))
-    y = arrays.give_back(y, x, kind) if out is None else _written(out)
-    if not return_stats:
-        return y
-    mean = arrays.give_back(mean.reshape(problem.statistics_shape), x, kind)
-    rstd = arrays.give_back(rstd.reshape(problem.statistics_shape), x, kind)
-    return LayerNormResult(y, mean, rstd)
+    call = ForwardCall(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream)
+    y, mean, rstd = run.forward(call, plans.LAYER_NORM, None if plan else key)
+    return LayerNormResult(y, mean, rstd) if return_stats else y
 
 
+@ends_a_graph
 def layer_norm_backward(
     dy: Array,
     x: Array,
@@ -219,55 +198,11 @@ def layer_norm_backward(
     >>> dbias
     array([1., 1., 0., 0.])
     """
-    key = plans.backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
-    plan = plans.LAYER_NORM_BACKWARD.get(key) or plans.of_other_rows(plans.LAYER_NORM_BACKWARD, key)
+    key = keys.backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
+    plan = plans.LAYER_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.LAYER_NORM_BACKWARD, key)
     if plan is not None and stream is None:
         grads = plan(dy, x, weight, eps, mean, rstd, out)
         if grads is not None:
             return LayerNormGrads(*grads)
-    if arrays.is_cuda(x):
-        call = dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream
-        cuda = _cuda()
-        grads = cuda.plans.backward(*call) or cuda.backward(*checks.backward(*call), call)
-        outs = (None, None, None) if out is None else out
-        return LayerNormGrads(*(grad if given is None else _written(given) for grad, given in zip(grads, outs, strict=True)))
-    problem, dy_array, x_array, weight_array, mean_array, rstd_array, mask, out_arrays = checks.backward(
-        dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream
-    )
-    kind = arrays.kind(x)
-    outs = (None, None, None) if out is None else out
-    if outs[0] is None and mask[0]:
-        out_arrays = (arrays.empty(problem.shape, problem.dtype, kind), *out_arrays[1:])
-    grads = cpu.backward(problem, dy_array, x_array, weight_array, mean_array, rstd_array, mask, out_arrays)
-    if key is not None and plan is None:
-        plan = plans.backward(problem, dy, x, weight, mean, rstd, mask, outs)
-        plans.keep_for_any_rows(plans.LAYER_NORM_BACKWARD, key, plan)
-    return LayerNormGrads(
-        *(
-            arrays.give_back(grad, x, kind) if given is None else _written(given)
-            for grad, given in zip(grads, outs, strict=True)
-        )
-    )
-
-
-def _ends_a_graph(function):
-    """Have torch.compile end its graph at a call and go on behind it, as torch.compiler.disable does, but without torch."""
-    vars(function).update(_torchdynamo_disable=True, _torchdynamo_disable_msg="nbnorm's kernels are no operations of torch")
-
-
-_ends_a_graph(layer_norm)
-_ends_a_graph(layer_norm_backward)
-
-
-@functools.cache
-def _cuda():
-    """The package of the CUDA kernels, which is imported when it is needed."""
-    checks.cuda_is_supported("x: an array on a CUDA device")
-    from nbnorm import cuda
-
-    return cuda
-
-
-def _written(out):
-    arrays.mark_written(out)
-    return out
+    call = BackwardCall(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream)
+    return LayerNormGrads(*run.backward(call, plans.LAYER_NORM_BACKWARD, None if plan else key))

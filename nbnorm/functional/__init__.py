@@ -1,0 +1,13 @@
+"""Norms and their gradients as functions of arrays."""
+
+from nbnorm.functional.layer import LayerNormGrads, LayerNormResult, layer_norm, layer_norm_backward
+from nbnorm.functional.types import Array, Shape
+
+__all__ = [
+    "Array",
+    "LayerNormGrads",
+    "LayerNormResult",
+    "Shape",
+    "layer_norm",
+    "layer_norm_backward",
+]

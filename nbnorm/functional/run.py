@@ -1,0 +1,66 @@
+"""What all functions do with a call for which there is no plan: the checks, then the kernels where its arrays lie."""
+
+import functools
+
+from nbnorm import cpu
+from nbnorm.calls import arrays, checks
+from nbnorm.cpu import keys, plans
+
+
+def forward(call, kept, key):
+    """Returns y, mean and rstd, None for what is not asked for; a plan of the key is kept among the function's."""
+    out = call.out
+    if arrays.is_cuda(call.x):
+        cuda = _cuda()
+        y, mean, rstd = cuda.plans.forward(call) or cuda.forward(*checks.forward(call), call)
+        return _written(y, out), mean, rstd
+    problem, given = checks.forward(call)
+    kind = arrays.kind(call.x)
+    if out is None:
+        given = given._replace(out=arrays.empty(problem.shape, problem.dtype, kind))
+    y, mean, rstd = cpu.forward(problem, given, call.return_stats)
+    if key is not None:
+        keys.keep_for_any_rows(kept, key, plans.forward(problem, call))
+    y = _written(y if out is not None else arrays.give_back(y, call.x, kind), out)
+    if not call.return_stats:
+        return y, None, None
+    mean, rstd = (arrays.give_back(array.reshape(problem.statistics_shape), call.x, kind) for array in (mean, rstd))
+    return y, mean, rstd
+
+
+def backward(call, kept, key):
+    """The same of dx, dweight and dbias."""
+    outs = (None, None, None) if call.out is None else call.out
+    if arrays.is_cuda(call.x):
+        cuda = _cuda()
+        grads = cuda.plans.backward(call) or cuda.backward(*checks.backward(call), call)
+        return [_written(grad, out) for grad, out in zip(grads, outs, strict=False)]
+    problem, given = checks.backward(call)
+    kind = arrays.kind(call.x)
+    dx_out, *others = given.out
+    if dx_out is None and given.output_mask[0]:
+        given = given._replace(out=(arrays.empty(problem.shape, problem.dtype, kind), *others))
+    grads = cpu.backward(problem, given)
+    if key is not None:
+        keys.keep_for_any_rows(kept, key, plans.backward(problem, call, given.output_mask))
+    return [
+        _written(grad if out is not None else arrays.give_back(grad, call.x, kind), out)
+        for grad, out in zip(grads, outs, strict=False)
+    ]
+
+
+@functools.cache
+def _cuda():
+    """The package of the CUDA kernels, which is imported when it is needed."""
+    checks.cuda_is_supported("x: an array on a CUDA device")
+    from nbnorm import cuda
+
+    return cuda
+
+
+def _written(result, out):
+    """The result, which is in `out` where there is one."""
+    if out is None:
+        return result
+    arrays.mark_written(out)
+    return out
