@@ -93,7 +93,7 @@ def forward(kind, operands, batches):
         lambda: nbnorm.layer_norm(x, COLS, weight, bias),
         lambda: nbnorm.layer_norm(x, COLS, weight, bias, return_stats=True),
     )
-    took, plan = remembered(calls, plans.LAYER_NORM, kind, batches)
+    took, plan = remembered(calls, plans.FORWARD, kind, batches)
     address = arrays.address(x, kind)
     stream = launch.stream_object(0, plan.device)
     arguments = (stream, address, address, address, *plan.fixed, address, 0, 0, 0)
@@ -115,7 +115,7 @@ def backward(kind, operands, batches):
         lambda: nbnorm.layer_norm_backward(dy, x, COLS, weight),
         lambda: nbnorm.layer_norm_backward(dy, x, COLS, weight, mean=mean, rstd=rstd, out=out),
     )
-    took, plan = remembered(calls, plans.LAYER_NORM_BACKWARD, kind, batches)
+    took, plan = remembered(calls, plans.BACKWARD, kind, batches)
     address = arrays.address(x, kind)
     stream = launch.stream_object(0, plan.device)
     workspace = arrays.workspace(plan.sums_size, plan.dtype, x, kind, plan.device, 0)

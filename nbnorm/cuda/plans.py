@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from nbnorm.calls.plans import keep, sizes
 from nbnorm.cuda import arrays, launch
 
-# of each public function its own
-LAYER_NORM: dict[tuple, "Forward"] = {}
-LAYER_NORM_BACKWARD: dict[tuple, "Backward"] = {}
+# of all public functions: the key says of which
+FORWARD: dict[tuple, "Forward"] = {}
+BACKWARD: dict[tuple, "Backward"] = {}
 # of a call that has to be checked: its key, and the addresses of its arrays
 UNKNOWN = None, ()
 
@@ -46,12 +46,12 @@ class Backward(NamedTuple):
 
 def keep_forward(plan, call):
     key, _ = _known_forward(call)
-    keep(LAYER_NORM, key, plan)
+    keep(FORWARD, key, plan)
 
 
 def keep_backward(plan, call):
     key, _ = _known_backward(call)
-    keep(LAYER_NORM_BACKWARD, key, plan)
+    keep(BACKWARD, key, plan)
 
 
 def forward(call):
@@ -61,7 +61,7 @@ def forward(call):
     if stream is not None and (out is None or return_stats or arrays.handle_of(stream) is None):
         return None
     key, addresses = _known_forward(call)
-    plan = LAYER_NORM.get(key)
+    plan = FORWARD.get(key)
     if plan is None or launch.current_device() != plan.device:
         return None
     *inputs, y_address = addresses
@@ -90,7 +90,7 @@ def backward(call):
         return None
     dy, x, output_mask, out = call.dy, call.x, call.output_mask, call.out
     key, addresses = _known_backward(call)
-    plan = LAYER_NORM_BACKWARD.get(key)
+    plan = BACKWARD.get(key)
     if plan is None or launch.current_device() != plan.device:
         return None
     inputs, results = addresses[:5], addresses[5:]
@@ -147,7 +147,7 @@ def _is_apart(result, result_size, inputs, input_sizes, in_place):
 def _known_forward(call):
     """The key of a call, and the addresses of x, weight, bias and out."""
     flags = call.use_diff_of_squares, call.return_stats
-    return _known(call.normalized_shape, call.eps, flags, (call.x, call.weight, call.bias, call.out))
+    return _known(call, flags, (call.x, call.weight, call.bias, call.out))
 
 
 def _known_backward(call):
@@ -156,12 +156,13 @@ def _known_backward(call):
     if type(output_mask) is not tuple or not isinstance(out, tuple) or len(output_mask) != 3 or len(out) != 3:
         return UNKNOWN
     flags = call.use_diff_of_squares, *output_mask
-    return _known(call.normalized_shape, call.eps, flags, (call.dy, call.x, call.weight, call.mean, call.rstd, *out))
+    return _known(call, flags, (call.dy, call.x, call.weight, call.mean, call.rstd, *out))
 
 
-def _known(normalized_shape, eps, flags, operands):
-    normalized_shape = sizes(normalized_shape)
-    if normalized_shape is None or type(eps) is not float:
+def _known(call, flags, operands):
+    normalized_shape, eps = sizes(call.normalized_shape), call.eps
+    # RMS norm has a default of its own for None, which layer norm refuses
+    if normalized_shape is None or (type(eps) is not float and eps is not None):
         return UNKNOWN
     for flag in flags:
         if type(flag) is not bool:

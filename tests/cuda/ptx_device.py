@@ -96,8 +96,8 @@ def install():
     launch.is_captured = lambda handle: False
     plans.forward = _in_a_call(plans.forward, _of_forward)
     plans.backward = _in_a_call(plans.backward, _of_backward)
-    nbnorm_cuda.forward = _in_a_call(nbnorm_cuda.forward, lambda *checked: _of_forward(*checked[-1]))
-    nbnorm_cuda.backward = _in_a_call(nbnorm_cuda.backward, lambda *checked: _of_backward(*checked[-1]))
+    nbnorm_cuda.forward = _in_a_call(nbnorm_cuda.forward, lambda *checked: _of_forward(checked[-1]))
+    nbnorm_cuda.backward = _in_a_call(nbnorm_cuda.backward, lambda *checked: _of_backward(checked[-1]))
 
 
 def to_device(host, stream=0):
@@ -180,12 +180,12 @@ def _given(operands, outs):
         _calls.pop()
 
 
-def _of_forward(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream):
-    return (x, weight, bias), (out,)
+def _of_forward(call):
+    return (call.x, call.residual, call.weight, call.bias), (call.out, call.total_out or None)
 
 
-def _of_backward(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream):
-    return (dy, x, weight, mean, rstd), out or ()
+def _of_backward(call):
+    return (call.dy, call.dtotal, call.x, call.weight, call.mean, call.rstd), call.out or ()
 
 
 def _runs(view):

@@ -101,7 +101,7 @@ def torch(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered(monkeypatch):
-    monkeypatch.setattr(plans, "LAYER_NORM", {})
+    monkeypatch.setattr(plans, "FORWARD", {})
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_the_same_bits(rng, checked, dtype, present, options):
         nbnorm.layer_norm(cuda.to_device(other), normalized_shape, *parameters, **options)
         y = values(nbnorm.layer_norm(cuda.to_device(x), normalized_shape, *parameters, **options))
         assert len(checked) == 1
-        plans.LAYER_NORM.clear()
+        plans.FORWARD.clear()
         assert_same_bits(y, values(nbnorm.layer_norm(cuda.to_device(x), normalized_shape, *parameters, **options)))
 
 
@@ -155,7 +155,7 @@ def test_into_out_and_in_place(operands, checked, return_stats):
     x, weight, bias = operands
     expected = values(nbnorm.layer_norm(x, COLS, weight, bias, return_stats=return_stats))
     for turns in itertools.product([False, True], repeat=2):
-        plans.LAYER_NORM.clear()
+        plans.FORWARD.clear()
         checked.clear()
         for is_in_place in turns:
             array = cuda.to_device(x.copy_to_host())
@@ -292,7 +292,7 @@ def test_an_out_that_overlaps(rng, checked):
         (0, 2 * size, size + size - COLS, size),
     ]
     for shared, (x_at, weight_at, bias_at, out_at) in enumerate(places):
-        plans.LAYER_NORM.clear()
+        plans.FORWARD.clear()
         apart = cuda.to_device(host)
         arguments = rows(apart, 0), COLS, row(apart, 2 * size), row(apart, 2 * size + COLS)
         nbnorm.layer_norm(*arguments, out=rows(apart, size))
@@ -342,7 +342,7 @@ def test_a_tensor_that_requires_grad_or_is_negative(torch, operands, argument):
     right = {name: Tensor(array) for name, array in wrapped.items()}
     for _ in range(2):
         nbnorm.layer_norm(normalized_shape=COLS, **right)
-    assert len(plans.LAYER_NORM) == 1
+    assert len(plans.FORWARD) == 1
     # autograd is told of each write
     assert right["out"].version == 2
     with pytest.raises(TypeError, match=f"^{argument}: a torch tensor that requires grad"):
@@ -455,5 +455,5 @@ def test_what_is_remembered_stays_bounded(rng, monkeypatch):
         x = cuda.to_device(rng.standard_normal((rows, 2), np.float32))
         for _ in range(2):
             nbnorm.layer_norm(x, 2)
-        assert len(plans.LAYER_NORM) <= 3
-    assert plans.LAYER_NORM
+        assert len(plans.FORWARD) <= 3
+    assert plans.FORWARD

@@ -20,7 +20,7 @@ ROWS, COLS = 5, 24
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered(monkeypatch):
-    monkeypatch.setattr(plans, "LAYER_NORM_BACKWARD", {})
+    monkeypatch.setattr(plans, "BACKWARD", {})
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_the_same_bits(rng, checked, dtype, weight_dtype, options, is_given):
     call(*sets[0])
     grads = values(call(*sets[1]))
     assert len(checked) == 1
-    plans.LAYER_NORM_BACKWARD.clear()
+    plans.BACKWARD.clear()
     assert_same_bits(call(*sets[1]), grads)
     assert len(checked) == 2
 
@@ -87,7 +87,7 @@ def test_the_same_bits(rng, checked, dtype, weight_dtype, options, is_given):
 @pytest.mark.parametrize("place", ["new", "dy", "x"])
 def test_into_out_and_in_place(operands, checked, given, place):
     expected = values(nbnorm.layer_norm_backward(*operands[:2], COLS, operands[2]))
-    plans.LAYER_NORM_BACKWARD.clear()
+    plans.BACKWARD.clear()
     checked.clear()
     for _ in range(2):
         dy, x, weight = (cuda.to_device(array.copy_to_host()) for array in operands)
@@ -134,7 +134,7 @@ def test_an_out_that_overlaps(rng, checked):
     end = 4 * size
     apart = (0, size, end, 2 * size, end + COLS, end + 2 * COLS)
     for i, at in ((3, COLS), (3, size + COLS), (3, end - size + COLS), (4, 2 * size), (5, end + COLS)):
-        plans.LAYER_NORM_BACKWARD.clear()
+        plans.BACKWARD.clear()
         memory = cuda.to_device(host)
         places = [*apart]
         operands = rows(memory, 0), rows(memory, size), COLS, row(memory, end)
@@ -239,5 +239,5 @@ def test_what_is_remembered_stays_bounded(rng, monkeypatch):
         x = cuda.to_device(rng.standard_normal((rows, 2), np.float32))
         for _ in range(2):
             nbnorm.layer_norm_backward(x, x, 2)
-        assert len(plans.LAYER_NORM_BACKWARD) <= 3
-    assert plans.LAYER_NORM_BACKWARD
+        assert len(plans.BACKWARD) <= 3
+    assert plans.BACKWARD

@@ -4,7 +4,7 @@ from numba import cuda
 
 from nbnorm.cuda.instructions.meaning import load
 from nbnorm.cuda.kernels.known import Means, Normaliser, Start
-from nbnorm.cuda.kernels.reduce import add_teams, inlined, team_sums, thread_index
+from nbnorm.cuda.kernels.reduce import add_teams, inlined, team_sum, team_sums, thread_index
 from nbnorm.cuda.kernels.rows import add_row, column, element_at, has, means_of, start_of, store_row
 from nbnorm.cuda.kernels.statistics import subtract
 from nbnorm.cuda.sizes import PIECE
@@ -12,9 +12,10 @@ from nbnorm.cuda.sizes import PIECE
 
 @inlined
 def given_normaliser(values, mean, rstd, row, share):
-    """By statistics that the call is given, of which the mean is subtracted."""
+    """By statistics that the call is given, of which the mean is subtracted, where there is one."""
     element = share.made.element
-    subtract(values, element(1), element_at(Start(mean, row), element), share)
+    if share.made.has_mean:
+        subtract(values, element(1), element_at(Start(mean, row), element), share)
     scale = element_at(Start(rstd, row), element)
     return Normaliser(element(0), scale, scale, element(1))
 
@@ -88,7 +89,11 @@ def add_element(sums, at, dy, x_hat, made):
 
 @inlined
 def team_means(parts, share, room):
-    mean_g, mean_gx = team_sums(parts.g, parts.gx, share.made.tile.team, room, share.made.element)
+    made = share.made
+    if not made.has_mean:
+        # a mean that is left alone has no gradient
+        return Means(made.element(0), team_sum(parts.gx, made.tile.team, room, made.element), parts.shift)
+    mean_g, mean_gx = team_sums(parts.g, parts.gx, made.tile.team, room, made.element)
     return Means(mean_g, mean_gx, parts.shift)
 
 

@@ -46,6 +46,8 @@ STORAGE = {"float16": types.uint16, "bfloat16": types.int16, "float32": types.fl
 VARIANCE_BOUNDS = {"float32": (2.0**-80, 2.0**120), "float64": (2.0**-960, 2.0**960)}
 # from which on a device can round two elements to 16 bits in one instruction
 ROUNDS_PAIRS = (8, 0)
+# what a row is normalised by where its mean is left alone
+MEAN_ALONE = ("mean_square", "given rstd")
 # rows of a team whose dweight and dbias are added up one after another, before they are added to the group's: equal numbers
 # are rounded the same way each time, and 1000 in a row are 80 eps off
 CHUNK = 32
@@ -126,7 +128,8 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
 
     Of a long row it owns a segment, in two steps: "states" writes states[row, segment], from which `merge` makes
     states[row] for "normalise". `accesses` are those of x and y, and of weight and bias.
-    Formula: Ba, Kiros and Hinton 2016, eq. 4; `variance` is "centred" or "diff_of_squares".
+    Formula: Ba, Kiros and Hinton 2016, eq. 4, where the `variance` is "centred" or "diff_of_squares"; Zhang and Sennrich
+    2019, eq. 4, where it is "mean_square".
     """
     x_dtype, weight_dtype, bias_dtype = operand_dtypes
     element = getattr(np, dtype)
@@ -137,8 +140,10 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
     size, shares_warp = tile.size, team < WARP
     rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
     has_weight, has_bias = weight_dtype is not None, bias_dtype is not None
+    has_mean = variance not in MEAN_ALONE
+    has_origin = has_mean and not is_normalise
     made = made_of(
-        dtype, tile, is_whole, is_centred=variance == "centred",
+        dtype, tile, is_whole, is_centred=variance == "centred", has_mean=has_mean,
         access=access, parameter_access=parameter_access, has_weight=has_weight, has_bias=has_bias,
     )  # fmt: skip
 
@@ -164,7 +169,7 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
 
         # load
         start = start_of(Rows(x, x_pitch, segment.first), row)
-        origin = element(0) if is_normalise else element_at(start, element)
+        origin = element_at(start, element) if has_origin else element(0)
         load_row(values, start, share, access, origin)
 
         # statistics
@@ -178,7 +183,8 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
             return
         normaliser = normaliser_of(statistics, eps_parts, made)
         if has_statistics and is_mine and lane == 0 and segment.first == 0:
-            mean[row] = statistic((statistics.hi + statistics.lo) * inverse_power_of_two(statistics.factor))
+            if has_mean:
+                mean[row] = statistic((statistics.hi + statistics.lo) * inverse_power_of_two(statistics.factor))
             rstd[row] = statistic(normaliser.part * normaliser.larger)
 
         # normalise and store
@@ -193,9 +199,10 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
 
 @functools.cache
 def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_mask, tile, accesses, step="whole"):
-    """Gradients of layer norm: a block takes row after row of its group, while the next one is on its way from memory.
+    """Gradients: a block takes row after row of its group, while the next one is on its way from memory.
 
-    `statistics_from` is "given" or the variance to recompute them by; `accesses` are those of dy, x and dx, and weight.
+    `statistics_from` is "given", "given rstd" or the variance to recompute them by; `accesses` are those of dy, of x and dx,
+    and of weight.
     A team writes dx[row], and adds dy * x_hat and dy to sums of its own. In the end the block adds up those of its teams,
     and writes sums[0, group] and sums[1, group], of which there is only the one that is asked for where the other is not.
     Row r is of group r // teams % groups.
@@ -206,7 +213,7 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
     element = getattr(np, dtype)
     dy_access, access, parameter_access = accesses
     is_whole, is_means, is_gradients = (step == name for name in ("whole", "means", "gradients"))
-    is_given = statistics_from == "given"
+    is_given, has_mean = statistics_from in ("given", "given rstd"), statistics_from not in MEAN_ALONE
     with_dx = output_mask[0]
     with_dweight, with_dbias = (wanted and not is_means for wanted in output_mask[1:])
     has_x, has_dy = with_dx or output_mask[1], with_dx or not is_means
@@ -214,6 +221,7 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
     is_merged = has_x and is_gradients and not is_given
     has_means = with_dx and is_gradients
     has_statistics = has_x and not is_given and not is_gradients
+    has_origin = has_statistics and has_mean
     team, teams, size, shares_warp = tile.team, tile.teams, tile.size, tile.team < WARP
     # every other row has the sums of its team elsewhere, so that none overwrites what another warp still reads
     row_shared = ROW_SHARED + 2 * WARP
@@ -222,7 +230,8 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
         dtype, tile, is_whole, is_centred=statistics_from == "centred", rounds_pairs=int(compute_capability >= ROUNDS_PAIRS),
         access=access, dy_access=dy_access, parameter_access=parameter_access,
         sums_access=min(tile.width, 16 // np.dtype(dtype).itemsize),
-        has_x=has_x, has_dy=has_dy, is_given=is_given, has_means=has_means, has_shift=with_dx and not is_given,
+        has_x=has_x, has_dy=has_dy, is_given=is_given, has_mean=has_mean, has_means=has_means,
+        has_shift=with_dx and has_mean and not is_given,
         with_weight=with_dx and operand_dtypes[2] is not None, with_dweight=with_dweight, with_dbias=with_dbias,
     )  # fmt: skip
 
@@ -265,7 +274,7 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
                 x_start = start_of(x_rows, row)
 
                 # load, while the next row comes
-                origin = element_at(x_start, element) if has_statistics else element(0)
+                origin = element_at(x_start, element) if has_origin else element(0)
                 unpack_rows(now, ahead, x_rows, dy_rows, origin, share)
                 start += groups * teams
                 is_done = start >= end
