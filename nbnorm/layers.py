@@ -7,7 +7,16 @@ import numpy as np
 
 from nbnorm.calls import arrays, checks, state
 from nbnorm.cpu import keys, plans
-from nbnorm.functional import Array, LayerNormGrads, Shape, layer_norm, layer_norm_backward
+from nbnorm.functional import (
+    Array,
+    LayerNormGrads,
+    RMSNormGrads,
+    Shape,
+    layer_norm,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
 
 
 class Named(Protocol):
@@ -150,9 +159,7 @@ class LayerNorm:
             For a missing or unexpected name, an array of another shape, or a number that is beyond the range of this
             layer's dtype.
         """
-        for parameter, place, array in state.matched(mapping, prefix, self.state_dict(), self.normalized_shape):
-            arrays.write(array, place)
-            arrays.mark_written(parameter)
+        _load(self, mapping, prefix)
 
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""
@@ -164,3 +171,102 @@ class LayerNorm:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class RMSNorm:
+    """RMS normalisation with a learnable scale, with the arguments of ``torch.nn.RMSNorm``.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        The trailing dimensions of the input that make up a row.
+    eps : float, optional
+        Added to the mean square; None is `rms_norm`'s default.
+    elementwise_affine : bool
+        Whether there is a weight.
+    device, dtype : optional
+        As in `LayerNorm`.
+
+    Attributes
+    ----------
+    normalized_shape : tuple of int
+    eps : float or None
+    elementwise_affine : bool
+    device : str
+    weight : array, shape normalized_shape, or None
+        Ones at first.
+
+    Raises
+    ------
+    TypeError
+        For a wrong kind of argument, dtype or device.
+    ValueError
+        For an empty or negative normalized_shape, or an eps that is negative or not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import nbnorm
+    >>> rms = nbnorm.RMSNorm(4)
+    >>> rms
+    RMSNorm((4,), eps=None, elementwise_affine=True)
+    >>> x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    >>> rms(x).dtype
+    dtype('float32')
+    >>> dx, dweight = rms.backward(np.ones_like(x), x)
+    >>> dweight.shape
+    (4,)
+    """
+
+    def __init__(
+        self,
+        normalized_shape: Shape,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        self.normalized_shape = checks.shape(normalized_shape)
+        self.eps = None if eps is None else checks.epsilon(eps)
+        self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
+        self.device, number = checks.device(device)
+        dtype = checks.float_dtype(dtype)
+        ones = np.ones(self.normalized_shape, dtype) if self.elementwise_affine else None
+        self.weight: Any = arrays.on_device(ones, self.device, number)
+
+    def forward(self, x: Array) -> Array:
+        """RMS norm of x with this layer's weight; see `rms_norm`."""
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+    def __call__(self, x: Array) -> Array:
+        """The same as `forward`."""
+        return self.forward(x)
+
+    def backward(self, dy: Array, x: Array) -> RMSNormGrads:
+        """Gradients for dy at the input x, None for a weight that is switched off; see `rms_norm_backward`.
+
+        They are of x's library, whatever the weight is. Nothing is kept from the forward pass.
+        """
+        output_mask = (True, self.weight is not None)
+        return rms_norm_backward(dy, x, self.normalized_shape, self.weight, self.eps, output_mask=output_mask)
+
+    def state_dict(self) -> dict[str, Array]:
+        """The weight by its name, if there is one: the array itself, not a copy."""
+        return {} if self.weight is None else {"weight": self.weight}
+
+    def load_state_dict(self, mapping: Named, prefix: str = "") -> None:
+        """Copy the weight from a mapping of names to arrays, as `LayerNorm.load_state_dict` does."""
+        _load(self, mapping, prefix)
+
+    def extra_repr(self) -> str:
+        """The arguments, as `repr` shows them."""
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _load(layer, mapping, prefix):
+    for parameter, place, array in state.matched(mapping, prefix, layer.state_dict(), layer.normalized_shape):
+        arrays.write(array, place)
+        arrays.mark_written(parameter)

@@ -1,4 +1,4 @@
-"""Layer norm in plain NumPy, in the dtype of its input: the definition that the kernels are checked against.
+"""Layer norm and RMS norm in plain NumPy, in the dtype of their input: what the kernels are checked against.
 
 In float64 or longdouble this is the reference of `nbnorm check` and of the tests, in float32 it is what one would write
 without this package. It makes no checks.
@@ -34,6 +34,23 @@ def layer_norm_backward(dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=
     g = dy if weight is None else dy * weight
     dx = rstd * (g - g.mean(axes, keepdims=True) - x_hat * (g * x_hat).mean(axes, keepdims=True))
     return dx, (dy * x_hat).sum(batch_axes), dy.sum(batch_axes)
+
+
+def rms_norm(x, ndim, weight=None, eps=0.0):
+    """Returns y and rstd for normalisation over the last `ndim` dimensions."""
+    rstd = 1 / np.sqrt((x * x).mean(tuple(range(-ndim, 0)), keepdims=True) + eps)
+    y = x * rstd
+    return (y if weight is None else y * weight), rstd
+
+
+def rms_norm_backward(dy, x, ndim, weight=None, eps=0.0, rstd=None):
+    """Returns dx and dweight; recomputes rstd where it is None."""
+    if rstd is None:
+        _, rstd = rms_norm(x, ndim, eps=eps)
+    x_hat = x * rstd
+    g = dy if weight is None else dy * weight
+    dx = rstd * (g - x_hat * (g * x_hat).mean(tuple(range(-ndim, 0)), keepdims=True))
+    return dx, (dy * x_hat).sum(tuple(range(x.ndim - ndim)))
 
 
 def error_of_y(y, x, ndim, weight=None, bias=None, eps=1e-5):

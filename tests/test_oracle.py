@@ -43,6 +43,23 @@ def test_backward_is_the_complex_step_derivative_of_forward(rng, with_weight, us
         np.testing.assert_allclose(float(dbias[index]), derivative(x, weight, _step(bias, index, step)), rtol=1e-12)
 
 
+@pytest.mark.parametrize("with_weight", [False, True])
+def test_backward_of_rms_norm_is_the_complex_step_derivative(rng, with_weight):
+    x, dy = rng.standard_normal((2, 3, 2, 5)) + 0.5
+    weight = rng.standard_normal((2, 5)) if with_weight else None
+    dx, dweight, _ = oracle.backward(dy, x, 2, weight, 1e-3, is_rms=True)
+
+    def derivative(x, weight):
+        return (dy * reference.rms_norm(x, 2, weight, 1e-3)[0].imag).sum() / step
+
+    step = 1e-100
+    ones = np.ones((2, 5)) if weight is None else weight
+    for index in np.ndindex(x.shape):
+        np.testing.assert_allclose(float(dx[index]), derivative(_step(x, index, step), weight), rtol=1e-12, atol=1e-13)
+    for index in np.ndindex(ones.shape):
+        np.testing.assert_allclose(float(dweight[index]), derivative(x, _step(ones, index, step)), rtol=1e-12)
+
+
 def _step(array, index, size):
     result = array.astype(complex)
     result[index] += 1j * size

@@ -37,13 +37,15 @@ CUDA_GRADIENT_EPS = 16
 
 
 @np.errstate(all="ignore")
-def assert_y(y, x, ndim, weight=None, bias=None, eps=1e-5, use_diff_of_squares=False, y_eps=Y_EPS, sums="float64"):
+def assert_y(
+    y, x, ndim, weight=None, bias=None, eps=1e-5, use_diff_of_squares=False, y_eps=Y_EPS, sums="float64", is_rms=False
+):
     """|y - exact| <= 4 eps (|normalised part| + |bias| + 1), with NaN and Inf where the oracle has them.
 
     That is `y_eps`, where the sums that statistics come from are of the type `sums`.
     """
-    scaled = oracle.forward(x, ndim, weight, None, eps)[0]
-    exact = oracle.forward(x, ndim, weight, bias, eps)[0]
+    scaled = oracle.forward(x, ndim, weight, None, eps, is_rms=is_rms)[0]
+    exact = oracle.forward(x, ndim, weight, bias, eps, is_rms=is_rms)[0]
     shift = 0 if bias is None else np.abs(np.asarray(bias).astype(oracle.WIDE))
     allowed = y_eps * EPS[np.asarray(y).dtype.name] * (np.abs(scaled) + shift + 1)
     if use_diff_of_squares:
@@ -56,14 +58,20 @@ def assert_y(y, x, ndim, weight=None, bias=None, eps=1e-5, use_diff_of_squares=F
 
 
 @np.errstate(all="ignore")
-def assert_statistics(mean, rstd, x, ndim, eps=1e-5, use_diff_of_squares=False, statistics_eps=2, sums="float64"):
-    """Mean within 2 eps of the row's largest element, rstd within 2 of itself; 8 of short 16-bit rows, with float32 sums."""
+def assert_statistics(
+    mean, rstd, x, ndim, eps=1e-5, use_diff_of_squares=False, statistics_eps=2, sums="float64", is_rms=False
+):
+    """Mean within 2 eps of the row's largest element, rstd within 2 of itself; 8 of short 16-bit rows, with float32 sums.
+
+    RMS norm has no mean.
+    """
     x = np.asarray(x)
     if x.dtype.itemsize == 2 and math.prod(x.shape[x.ndim - ndim :]) < sizes.SHORT_16_BIT_ROW:
         statistics_eps = max(statistics_eps, 8)
-    _, exact_mean, exact_rstd = oracle.forward(x, ndim, eps=eps)
-    scale = np.abs(x.astype(oracle.WIDE)).max(tuple(range(-ndim, 0)), keepdims=True, initial=0)
-    _assert_close("mean", mean, exact_mean, statistics_eps * EPS[mean.dtype.name] * scale)
+    _, exact_mean, exact_rstd = oracle.forward(x, ndim, eps=eps, is_rms=is_rms)
+    if not is_rms:
+        scale = np.abs(x.astype(oracle.WIDE)).max(tuple(range(-ndim, 0)), keepdims=True, initial=0)
+        _assert_close("mean", mean, exact_mean, statistics_eps * EPS[mean.dtype.name] * scale)
     relative = statistics_eps * EPS[rstd.dtype.name] + (_rstd_error(x, ndim, eps, sums) if use_diff_of_squares else 0)
     _assert_close("rstd", rstd, exact_rstd, relative * exact_rstd)
 
@@ -71,7 +79,7 @@ def assert_statistics(mean, rstd, x, ndim, eps=1e-5, use_diff_of_squares=False, 
 @np.errstate(all="ignore")
 def assert_grads(
     grads, dy, x, ndim, weight=None, eps=1e-5, use_diff_of_squares=False, cancels=True,
-    gradient_eps=GRADIENT_EPS, sums="float64", mean=None, rstd=None, rows_alike=False,
+    gradient_eps=GRADIENT_EPS, sums="float64", mean=None, rstd=None, rows_alike=False, is_rms=False,
 ):  # fmt: skip
     """Within 8 eps: dx of |dx| + the row's largest |dx|; dweight and dbias of themselves + the root of their terms' squares,
     as random sums grow.
@@ -83,15 +91,15 @@ def assert_grads(
 
     With `rows_alike`, all additions of a float64 sum over n rows may be rounded the same way: by n / 4 eps of it in all.
     """
-    exact_dx, exact_dweight, exact_dbias = oracle.backward(dy, x, ndim, weight, eps, mean=mean, rstd=rstd)
+    exact_dx, exact_dweight, exact_dbias = oracle.backward(dy, x, ndim, weight, eps, mean=mean, rstd=rstd, is_rms=is_rms)
     dy = np.asarray(dy).astype(oracle.WIDE)
     g = dy if weight is None else dy * np.asarray(weight).astype(oracle.WIDE)
-    is_given = mean is not None
+    is_given = rstd is not None
     if is_given:
-        mean, rstd = np.asarray(mean).astype(oracle.WIDE), np.asarray(rstd).astype(oracle.WIDE)
+        mean, rstd = (0 if array is None else np.asarray(array).astype(oracle.WIDE) for array in (mean, rstd))
         x_hat = (np.asarray(x).astype(oracle.WIDE) - mean) * rstd
     else:
-        x_hat, _, rstd = oracle.forward(x, ndim, eps=eps)
+        x_hat, _, rstd = oracle.forward(x, ndim, eps=eps, is_rms=is_rms)
     rstd_error = _rstd_error(x, ndim, eps, sums) if use_diff_of_squares else 0
     if grads.dx is not None:
         axes = tuple(range(-ndim, 0))
@@ -106,7 +114,7 @@ def assert_grads(
         _assert_close("dx", grads.dx, exact_dx, relative * (np.abs(exact_dx) + largest))
     for name, value, exact, terms in (
         ("dweight", grads.dweight, exact_dweight, dy * np.maximum(np.abs(x_hat), 1)),
-        ("dbias", grads.dbias, exact_dbias, dy),
+        ("dbias", None if is_rms else grads.dbias, exact_dbias, dy),
     ):
         if value is not None:
             relative = gradient_eps * EPS[value.dtype.name] + np.max(rstd_error, initial=0)

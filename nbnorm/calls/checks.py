@@ -6,6 +6,7 @@ begins with the argument's name and says what came and what was expected.
 
 import functools
 import importlib.util
+import itertools
 import math
 import operator
 import re
@@ -21,6 +22,7 @@ from nbnorm.calls.problem import BackwardArrays, ForwardArrays, Problem, wide_dt
 from nbnorm.calls.shown import described, is_array, shown, type_name
 
 MAX_NDIM = 64
+NUMBERS = {2: "two", 3: "three"}
 ORDER = "; the order of the arguments is x, normalized_shape, weight, bias, or dy, x, normalized_shape, weight"
 # the exact answer can take exponential time for contrived strides
 OVERLAP_WORK: Any = 1_000_000
@@ -49,13 +51,17 @@ def backward(call):
     problem = _problem(x, call, dtype, weight_dtype, dy_dtype)
     operands.shape("dy", dy, problem.shape, "the shape of x")
     operands.shape("weight", weight, problem.normalized_shape, "normalized_shape")
-    if (mean is None) != (rstd is None):
+    if not call.is_rms and (mean is None) != (rstd is None):
         absent, given = ("mean", "rstd") if mean is None else ("rstd", "mean")
         raise ValueError(f"{absent}: None, but {given} is given; expected both, or neither to have them recomputed")
     for name, array in (("mean", mean), ("rstd", rstd)):
         operands.shape(name, array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
-    mask = _mask(call.output_mask)
-    outs = _outs(call.out, problem, mask, device)
+    names = "dx and dweight" if call.is_rms else "dx, dweight and dbias"
+    mask = _mask(call.output_mask, names)
+    outs = _outs(call.out, problem, mask, device, names)
+    # of RMS norm, which has no bias, nothing is asked for in the third place
+    missing = 3 - len(mask)
+    mask, outs = mask + (False,) * missing, outs + (None,) * missing
     return problem, BackwardArrays(dy, x, weight, mean, rstd, mask, outs)
 
 
@@ -162,7 +168,7 @@ def description(x, normalized_shape, weight, bias, use_diff_of_squares, backward
             rows=1,
             cols=math.prod(normalized_shape),
             eps=0.0,
-            variance=_variance(use_diff_of_squares),
+            variance=_variance(False, use_diff_of_squares),
             dtype=dtypes["x"],
             weight_dtype=dtypes["weight"] or dtypes["x"],
             compute_dtype=np.result_type(*(wide_dtype(dtypes[name]) for name in names if dtypes[name])),
@@ -213,16 +219,24 @@ def _problem(x, call, dtype, weight_dtype, other_dtype):
         normalized_shape=normalized_shape,
         rows=math.prod(batch),
         cols=math.prod(normalized_shape),
-        eps=epsilon(call.eps),
-        variance=_variance(call.use_diff_of_squares),
+        eps=_default_eps(dtype) if call.is_rms and call.eps is None else epsilon(call.eps),
+        variance=_variance(call.is_rms, call.use_diff_of_squares),
         dtype=dtype,
         weight_dtype=weight_dtype or dtype,
         compute_dtype=np.result_type(*map(wide_dtype, filter(None, (dtype, weight_dtype, other_dtype)))),
     )
 
 
-def _variance(use_diff_of_squares):
-    return "diff_of_squares" if flag("use_diff_of_squares", use_diff_of_squares) else "centred"
+def _default_eps(dtype):
+    """RMS norm's, as torch has it: that of the type that 16-bit numbers are computed in."""
+    return float(np.finfo(wide_dtype(dtype)).eps)
+
+
+def _variance(is_rms, use_diff_of_squares):
+    is_diff_of_squares = flag("use_diff_of_squares", use_diff_of_squares)
+    if is_rms:
+        return "mean_square"
+    return "diff_of_squares" if is_diff_of_squares else "centred"
 
 
 def cuda_is_supported(what):
@@ -265,20 +279,21 @@ def cuda_fault():
     return None if cuda.is_available() else " ".join(str(cuda.cuda_error() or "no device").split())
 
 
-def _outs(out, problem, mask, device):
+def _outs(out, problem, mask, device, names):
+    """One for each entry of the mask; `names` are those of the results."""
     if out is None:
-        return None, None, None
+        return (None,) * len(mask)
     if not isinstance(out, tuple | list):
-        raise TypeError(f"out: {type_name(out)}; expected a tuple of arrays or None for dx, dweight and dbias")
-    if len(out) != 3:
-        raise ValueError(f"out: {len(out)} entries; expected three, arrays or None for dx, dweight and dbias")
+        raise TypeError(f"out: {type_name(out)}; expected a tuple of arrays or None for {names}")
+    if len(out) != len(mask):
+        raise ValueError(f"out: {len(out)} entries; expected {NUMBERS[len(mask)]}, arrays or None for {names}")
     dtypes = (problem.dtype, problem.weight_dtype, problem.weight_dtype)
     shapes = (problem.shape, problem.normalized_shape, problem.normalized_shape)
     for i, wanted in enumerate(mask):
         if out[i] is not None and not wanted:
             raise ValueError(f"out[{i}]: {type_name(out[i])}; expected None, since output_mask[{i}] is False")
-    result = tuple(operands.out(f"out[{i}]", out[i], shapes[i], dtypes[i], device) for i in range(3))
-    for i, j in ((0, 1), (0, 2), (1, 2)):
+    result = tuple(operands.out(f"out[{i}]", out[i], shapes[i], dtypes[i], device) for i in range(len(mask)))
+    for i, j in itertools.combinations(range(len(mask)), 2):
         if result[i] is not None and result[j] is not None and _shares_memory(result[i], result[j]):
             raise ValueError(f"out[{j}]: shares memory with out[{i}]; expected arrays that do not overlap")
     return result
@@ -291,11 +306,12 @@ def _shares_memory(a, b):
         return True
 
 
-def _mask(output_mask):
+def _mask(output_mask, names="dx, dweight and dbias"):
+    number = names.count(",") + 2
     if not _is_sequence(output_mask) or isinstance(output_mask, str):
-        raise TypeError(f"output_mask: {shown(output_mask)}; expected three bools, for dx, dweight and dbias")
-    if len(output_mask) != 3:
-        raise ValueError(f"output_mask: {shown(output_mask)}; expected three bools, for dx, dweight and dbias")
+        raise TypeError(f"output_mask: {shown(output_mask)}; expected {NUMBERS[number]} bools, for {names}")
+    if len(output_mask) != number:
+        raise ValueError(f"output_mask: {shown(output_mask)}; expected {NUMBERS[number]} bools, for {names}")
     return tuple(flag(f"output_mask[{i}]", wanted) for i, wanted in enumerate(output_mask))
 
 

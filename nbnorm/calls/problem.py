@@ -6,7 +6,7 @@ import numpy as np
 
 
 class ForwardCall(NamedTuple):
-    """The arguments of a forward, as they came."""
+    """The arguments of a forward, as they came. With `is_rms` it is RMS norm."""
 
     x: Any
     normalized_shape: Any
@@ -17,6 +17,7 @@ class ForwardCall(NamedTuple):
     out: Any = None
     return_stats: Any = False
     stream: Any = None
+    is_rms: bool = False
 
 
 class BackwardCall(NamedTuple):
@@ -33,6 +34,7 @@ class BackwardCall(NamedTuple):
     output_mask: Any = (True, True, True)
     out: Any = None
     stream: Any = None
+    is_rms: bool = False
 
 
 class ForwardArrays(NamedTuple):

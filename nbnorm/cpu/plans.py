@@ -21,7 +21,9 @@ from nbnorm.cpu.workers.parallel import ONE
 # of each public function its own, since another one does something else for the same arrays
 LAYER_NORM: dict[tuple, Any] = {}
 LAYER_NORM_BACKWARD: dict[tuple, Any] = {}
-ALL = LAYER_NORM, LAYER_NORM_BACKWARD
+RMS_NORM: dict[tuple, Any] = {}
+RMS_NORM_BACKWARD: dict[tuple, Any] = {}
+ALL = LAYER_NORM, LAYER_NORM_BACKWARD, RMS_NORM, RMS_NORM_BACKWARD
 
 
 def forward(problem, call):
@@ -71,6 +73,8 @@ def forward(problem, call):
         statistics_shape = shape[:ndim] + ones
         return y, mean.reshape(statistics_shape), rstd.reshape(statistics_shape)
 
+    if call.eps is None:
+        return lambda x, weight, bias, eps, out: run(x, weight, bias, problem.eps, out)
     return run
 
 
@@ -138,6 +142,8 @@ def backward(problem, call, output_mask):
         )  # fmt: skip
         return dx, dweight, dbias
 
+    if call.eps is None:
+        return lambda dy, x, weight, eps, *others: run(dy, x, weight, problem.eps, *others)
     return run
 
 

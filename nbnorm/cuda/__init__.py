@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm.calls.problem import wide_dtype
+from nbnorm.calls.problem import given_dtype, wide_dtype
 from nbnorm.cuda import arrays, launch, layout, plans, sizes
 from nbnorm.cuda.kernels import combine, strided, whole_rows
 from nbnorm.cuda.kernels.rows import MEANS, STATE
@@ -61,7 +61,10 @@ def forward(problem, given, call):
         y = place.empty(problem.shape, problem.dtype) if out is None else None
         mean = rstd = None
         if return_stats:
-            mean, rstd = (place.empty(problem.statistics_shape, problem.statistics_dtype) for _ in range(2))
+            mean, rstd = (
+                place.empty(problem.statistics_shape, problem.statistics_dtype) if is_returned else None
+                for is_returned in (not call.is_rms, True)
+            )
         if problem.rows > 0 and problem.cols > 0:
             statistics = [place.view(array) for array in (mean, rstd)]
             plan = _enqueue_forward(problem, x, weight, bias, out or place.view(y), statistics, place)
@@ -69,7 +72,7 @@ def forward(problem, given, call):
                 plans.keep_forward(plan, call)
         elif return_stats and problem.rows > 0:
             # a row of no columns has no mean
-            for array in (mean, rstd):
+            for array in filter(None, (mean, rstd)):
                 launch.fill(place.view(array), 0xFF, place.stream)
     return y, mean, rstd
 
@@ -133,7 +136,7 @@ def _enqueue_forward(problem, x, weight, bias, target, statistics, place):
     inputs = [_address(array) for array in (x, weight, bias)]
     eps = launch.epsilon(problem.eps, dtype)
     pitches = x_pitch // itemsize, y_pitch // itemsize
-    fixed = (problem.rows, problem.cols, *segments, *pitches, *eps, statistics[0] is not None)
+    fixed = (problem.rows, problem.cols, *segments, *pitches, *eps, statistics[1] is not None)
     results = [_address(array) for array in (y, *statistics)]
     plan = None
     if segments.number == 1:
@@ -163,8 +166,9 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
     mean, rstd = (mean, rstd) if with_dx or with_dweight else (None, None)
     weight, mean, rstd = (_parameter(array, dx, place) for array in (weight, mean, rstd))
 
-    is_given = mean is not None
-    dtype = np.result_type(problem.compute_dtype, *(wide_dtype(array.dtype) for array in (mean, rstd) if is_given))
+    is_given = rstd is not None
+    statistics_from = ("given rstd" if mean is None else "given") if is_given else problem.variance
+    dtype = np.result_type(problem.compute_dtype, given_dtype(mean, rstd)) if is_given else problem.compute_dtype
     segments = sizes.segments(problem.cols, dtype.itemsize, "backward")
     tile = sizes.tile(problem.cols, problem.dtype.itemsize, dtype.itemsize, "backward")
     groups = sizes.groups(problem.rows, segments.number, tile)
@@ -173,7 +177,7 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
     dy_access = layout.access(dy.itemsize, tile.width, dy.address, dy_pitch)
     parameter_access = tile.piece if weight is None else layout.access(weight.itemsize, tile.piece, weight.address)
     accesses = dy_access, access, parameter_access
-    options = dtype.name, "given" if is_given else problem.variance, output_mask, tile, accesses
+    options = dtype.name, statistics_from, output_mask, tile, accesses
 
     def prepare(step):
         kernel = whole_rows.backward(place.capability, names, *options, step)

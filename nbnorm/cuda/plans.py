@@ -77,8 +77,11 @@ def forward(call):
         return None
     if return_stats:
         shape, dtype = problem.statistics_shape, problem.statistics_dtype
-        mean, rstd = (arrays.empty(shape, dtype, x, kind, handle) for _ in range(2))
-        mean_address, rstd_address = arrays.address(mean, kind), arrays.address(rstd, kind)
+        rstd = arrays.empty(shape, dtype, x, kind, handle)
+        rstd_address = arrays.address(rstd, kind)
+        if not call.is_rms:
+            mean = arrays.empty(shape, dtype, x, kind, handle)
+            mean_address = arrays.address(mean, kind)
     plan.enqueue(launch.stream_object(handle, plan.device), *inputs, *plan.fixed, y_address, mean_address, rstd_address, 0)
     return y, mean, rstd
 
@@ -94,6 +97,9 @@ def backward(call):
     if plan is None or launch.current_device() != plan.device:
         return None
     inputs, results = addresses[:5], addresses[5:]
+    if call.is_rms:
+        # it has no dbias
+        results.append(0)
     if out is not None and not _are_apart(results, plan.result_sizes, inputs, plan.input_sizes, (out[0] is dy, out[0] is x)):
         return None
     problem = plan.problem
@@ -113,9 +119,8 @@ def backward(call):
     dx, dweight, dbias = results
     plan.enqueue(stream_object, *inputs, *plan.fixed, dx, 0, 0, sums_address)
     if plan.add is not None:
-        first, last = dweight if output_mask[1] else dbias, dbias if output_mask[2] else dweight
         _, cols, groups, *_ = plan.fixed
-        plan.add(stream_object, sums_address, groups, cols, first, last)
+        plan.add(stream_object, sums_address, groups, cols, dweight or dbias, dbias or dweight)
     return grads
 
 
@@ -152,8 +157,9 @@ def _known_forward(call):
 
 def _known_backward(call):
     """The same, with the addresses of the inputs and then of the results."""
-    output_mask, out = call.output_mask, (None, None, None) if call.out is None else call.out
-    if type(output_mask) is not tuple or not isinstance(out, tuple) or len(output_mask) != 3 or len(out) != 3:
+    number = 2 if call.is_rms else 3
+    output_mask, out = call.output_mask, (None,) * number if call.out is None else call.out
+    if type(output_mask) is not tuple or not isinstance(out, tuple) or len(output_mask) != number or len(out) != number:
         return UNKNOWN
     flags = call.use_diff_of_squares, *output_mask
     return _known(call, flags, (call.dy, call.x, call.weight, call.mean, call.rstd, *out))
@@ -167,7 +173,7 @@ def _known(call, flags, operands):
     for flag in flags:
         if type(flag) is not bool:
             return UNKNOWN
-    key: list[Any] = [normalized_shape, eps, *flags]
+    key: list[Any] = [call.is_rms, normalized_shape, eps, *flags]
     addresses = []
     is_torch = False
     try:

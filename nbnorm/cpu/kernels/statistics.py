@@ -10,9 +10,12 @@ import numpy as np
 from nbnorm.cpu.kernels.modes import (
     DIFF_OF_SQUARES,
     DIFF_OF_SQUARES_64,
+    MEAN_SQUARE,
+    MEAN_SQUARE_COMPENSATED,
     ONE_SWEEP,
     TWO_SWEEPS,
     VARIANCE_BOUNDS,
+    is_centred,
     mode_of,
 )
 from nbnorm.cpu.kernels.row import Moments, Span, Sums, moments_of, two_sum
@@ -52,12 +55,14 @@ AHEAD = 2048
 def finds_moments(statistics_from, x_dtype, dtype):
     """The mode, the function that finds the moments in it, and the bounds of the variance of ordinary rows."""
     mode = mode_of(statistics_from, x_dtype, dtype)
-    return mode, compensated if mode == TWO_SWEEPS else moments, VARIANCE_BOUNDS[dtype.name]
+    compensating = {TWO_SWEEPS: compensated, MEAN_SQUARE_COMPENSATED: compensated_squares}
+    find = compensating.get(mode) or (moments if is_centred(statistics_from) else mean_square)
+    return mode, find, VARIANCE_BOUNDS[dtype.name]
 
 
 def finds_both(statistics_from):
     """The function that finds the moments in a mode of float32, and the sums of g with them."""
-    return moments_and_sums
+    return moments_and_sums if is_centred(statistics_from) else mean_square_and_sums
 
 
 @inlined
@@ -94,6 +99,28 @@ def moments_and_sums(dy, x, weight, span, g_shift, mode, ahead):
             shift, rest, variance = wide_shift, wide_rest, wide_variance
     mean, lost = two_sum(shift, 0.0, rest)
     return moments_of(mean, lost, variance, element_of(x)), sums
+
+
+@inlined
+def mean_square(x, span, mode, ahead):
+    """As `moments`, about 0."""
+    found, _ = mean_square_and_sums(None, x, None, span, 0.0, mode, ahead)
+    return found
+
+
+@inlined
+def mean_square_and_sums(dy, x, weight, span, g_shift, mode, ahead):
+    """As `moments_and_sums`, about 0, the mean of g being 0 as well; so g has no shift."""
+    variance, sums = 0.0, Sums(np.nan, np.nan)
+    is_done = False
+    if span.cols >= BLOCK and mode == MEAN_SQUARE:
+        _, variance, sums = shifted(dy, x, weight, span, None, None, np.float32, ahead)
+        is_done = is_enough(0.0, variance, FLOAT32_SUMS)
+    if not is_done or (dy is not None and not SMALLEST < abs(sums.projected) < LARGEST and not is_zero(dy, span)):
+        _, wide_variance, sums = shifted(dy, x, weight, span, None, None, np.float64, ahead)
+        if not is_done:
+            variance = wide_variance
+    return moments_of(0.0, 0.0, variance, element_of(x)), sums
 
 
 @inlined
@@ -136,10 +163,10 @@ def is_zero(dy, span):
 def shifted(dy, x, weight, span, shift, g_shift, sum_type, ahead):
     """The mean less shift, and the variance, from one sweep over d = x - shift (Chan, Golub and LeVeque 1983, eq. 1.4).
 
-    And the sums of g = dy * weight - g_shift in float32; NaN where dy is None.
+    And the sums of g = dy * weight - g_shift in float32; NaN where dy is None. Where the shifts are None, d = x, whose mean
+    is taken as 0, and so is the sum of g.
     """
-    shifts = sum_type(shift)
-    g_shifts = np.float32(-g_shift)
+    g_shifts = negative(g_shift)
     weight_at = span.first - span.at
     totals = squares = g_totals = projected = fill(0.0)
     k = span.at
@@ -148,10 +175,10 @@ def shifted(dy, x, weight, span, shift, g_shift, sum_type, ahead):
         for _ in range(BLOCK // 64):
             for j in range(k, k + 64, 16):
                 prefetch(x, j, ahead)
-            d0 = cast(load(x, k), sum_type) - shifts
-            d1 = cast(load(x, k + 16), sum_type) - shifts
-            d2 = cast(load(x, k + 32), sum_type) - shifts
-            d3 = cast(load(x, k + 48), sum_type) - shifts
+            d0 = less(load(x, k), shift, sum_type)
+            d1 = less(load(x, k + 16), shift, sum_type)
+            d2 = less(load(x, k + 32), shift, sum_type)
+            d3 = less(load(x, k + 48), shift, sum_type)
             # in pairs, which are exact where numbers are equal: one by one, the sums of a row that is mostly one value would
             # be rounded the same way in every block
             block_totals = block_totals + ((d0 + d1) + (d2 + d3))
@@ -171,8 +198,11 @@ def shifted(dy, x, weight, span, shift, g_shift, sum_type, ahead):
     rest = Span(k, k + weight_at, span.cols % BLOCK)
     rest_totals, rest_squares, rest_sums = sums_over(dy, x, weight, rest, shift, g_shift, sum_type, ahead)
     per_element = 1.0 / np.float64(span.cols)
+    squared = total(squares + widen(rest_squares)) * per_element
+    if shift is None:
+        return 0.0, squared, Sums(0.0, projection(dy, projected + rest_sums.projected))
     mean = total(totals + widen(rest_totals)) * per_element
-    variance = at_least_zero(total(squares + widen(rest_squares)) * per_element - mean * mean)
+    variance = at_least_zero(squared - mean * mean)
     if dy is None:
         return mean, variance, Sums(np.nan, np.nan)
     sum_g = total(g_totals + rest_sums.g)
@@ -183,15 +213,14 @@ def shifted(dy, x, weight, span, shift, g_shift, sum_type, ahead):
 @inlined
 def sums_over(dy, x, weight, span, shift, g_shift, sum_type, ahead):
     """The sums, still in lanes, of d, of d², and of g and g * d as in `shifted`; those of g are float64."""
-    shifts = sum_type(shift)
-    g_shifts = np.float32(-g_shift)
+    g_shifts = negative(g_shift)
     weight_at = span.first - span.at
     totals = squares = fill(sum_type(0))
     g_totals = projected = fill(0.0)
     k = span.at
     for _ in range(span.cols >> 4):
         prefetch(x, k, ahead)
-        d = cast(load(x, k), sum_type) - shifts
+        d = less(load(x, k), shift, sum_type)
         totals = totals + d
         squares = multiply_add(d, d, squares)
         if dy is not None:
@@ -201,7 +230,7 @@ def sums_over(dy, x, weight, span, shift, g_shift, sum_type, ahead):
         k += 16
     count = span.cols & 15
     if count:
-        d = cast(load_part(x, k, count, shift), sum_type) - shifts
+        d = less(load_part(x, k, count, 0.0 if shift is None else shift), shift, sum_type)
         totals = totals + d
         squares = multiply_add(d, d, squares)
         if dy is not None:
@@ -210,6 +239,23 @@ def sums_over(dy, x, weight, span, shift, g_shift, sum_type, ahead):
             g_totals = g_totals + g
             projected = multiply_add(g, widen(d), projected)
     return totals, squares, Sums(g_totals, projected)
+
+
+@inlined
+def less(values, shift, sum_type):
+    """The values as that type, less the shift if there is one."""
+    return cast(values, sum_type) if shift is None else cast(values, sum_type) - sum_type(shift)
+
+
+@inlined
+def negative(shift):
+    """What to add instead of subtracting it, as float32."""
+    return None if shift is None else np.float32(-shift)
+
+
+@inlined
+def projection(dy, lanes):
+    return np.nan if dy is None else total(lanes)
 
 
 @inlined
@@ -251,6 +297,23 @@ def compensated(x, span, mode, ahead):
     rest = (total(totals) + total(lost)) * per_element
     variance = (total(squares) + total(lost_squares)) * per_element - rest * rest
     return moments_of(mean, rest, at_least_zero(variance), element_of(x))
+
+
+@inlined
+def compensated_squares(x, span, mode, ahead):
+    """The moments, in the mode MEAN_SQUARE_COMPENSATED."""
+    at, count = span.at, span.cols & 15
+    end = at + span.cols - count
+    squares = lost = fill(0.0)
+    for k in range(at, end, 16):
+        prefetch(x, k, ahead)
+        values = widen(load(x, k))
+        squares, lost = two_sum(squares, lost, values * values)
+    if count:
+        values = widen(load_part(x, end, count, 0.0))
+        squares, lost = two_sum(squares, lost, values * values)
+    variance = (total(squares) + total(lost)) / np.float64(span.cols)
+    return moments_of(0.0, 0.0, variance, element_of(x))
 
 
 class Segments(NamedTuple):

@@ -44,6 +44,8 @@ def statistics(values, origin, share, room):
     The origin is an element of the row: where all are equal, what they have beyond it is exactly 0, and so are its sums.
     """
     per_element = inverse(share.made.element(share.cols))
+    if not share.made.has_mean:
+        return mean_square(values, per_element, share, room)
     if share.made.is_centred:
         return centred(values, origin, per_element, share, room)
     return diff_of_squares(values, origin, per_element, share, room)
@@ -103,6 +105,17 @@ def diff_of_squares(values, origin, per_element, share, room):
     mean = distance if is_shifted else hi
     squares = shifted_squares if is_shifted else squares
     return Statistics(element(1), hi, lo, not_negative(squares * per_element - mean * mean, element))
+
+
+@inlined
+def mean_square(values, per_element, share, room):
+    """About 0: the mean is left alone, and what is beyond the row's end is 0."""
+    tile, element = share.made.tile, share.made.element
+    squares = element(0)
+    for i in range(tile.size):
+        squares += values[i] * values[i]
+    var = team_sum(squares, tile.team, room, element) * per_element
+    return Statistics(element(1), element(0), element(0), var)
 
 
 @inlined
