@@ -2,10 +2,17 @@
 
 from nbnorm.ahead import compile  # noqa: A004
 from nbnorm.functional import (
+    AddLayerNormResult,
+    AddNormResult,
+    AddRMSNormResult,
     LayerNormGrads,
     LayerNormResult,
     RMSNormGrads,
     RMSNormResult,
+    add_layer_norm,
+    add_layer_norm_backward,
+    add_rms_norm,
+    add_rms_norm_backward,
     layer_norm,
     layer_norm_backward,
     rms_norm,
@@ -16,12 +23,19 @@ from nbnorm.layers import LayerNorm, RMSNorm
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddLayerNormResult",
+    "AddNormResult",
+    "AddRMSNormResult",
     "LayerNorm",
     "LayerNormGrads",
     "LayerNormResult",
     "RMSNorm",
     "RMSNormGrads",
     "RMSNormResult",
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "add_rms_norm",
+    "add_rms_norm_backward",
     "compile",
     "layer_norm",
     "layer_norm_backward",

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from nbnorm.calls import checks
+from nbnorm.calls.problem import Description, wide_dtype
 from nbnorm.cpu import choice
 from nbnorm.cpu.workers import parallel
 from nbnorm.functional import Shape
@@ -20,13 +23,16 @@ def compile(  # noqa: A001
     dy: Any = None,
     mean: Any = None,
     rstd: Any = None,
-    output_mask: Sequence[bool] = (True, True, True),
+    output_mask: Sequence[bool] | None = None,
     rows: int | None = None,
+    rms: bool = False,
+    residual: Any = None,
+    total_out: bool = True,
 ) -> None:
     """Compile what calls on the CPU will need, or load it from the disk, so that none of them waits for it.
 
-    The arguments are those of `layer_norm` and `layer_norm_backward`, with a dtype in the place of each array. Processes
-    that are forked later have the kernels; others find them on the disk.
+    The arguments are those of `layer_norm` and `layer_norm_backward`, or of the other functions, with a dtype in the place
+    of each array. Processes that are forked later have the kernels; others find them on the disk.
 
     Parameters
     ----------
@@ -45,10 +51,16 @@ def compile(  # noqa: A001
         By default x's.
     mean, rstd : dtype, optional
         Where they are given to `layer_norm_backward`.
-    output_mask : sequence of three bools
-        As in `layer_norm_backward`.
+    output_mask : sequence of bools, optional
+        As in `layer_norm_backward` or `rms_norm_backward`; by default all gradients.
     rows : int, optional
         The most rows of a call. Where all calls are small, the build for several threads is not compiled.
+    rms : bool
+        Whether the calls are of `rms_norm` and its kind.
+    residual : dtype, optional
+        Of the residual, where the calls are of `add_layer_norm` or `add_rms_norm`. Their dtotal has the dtype of x.
+    total_out : bool
+        Whether these write the sum.
 
     Raises
     ------
@@ -71,22 +83,26 @@ def compile(  # noqa: A001
     >>> import nbnorm
     >>> nbnorm.compile("float32", 4, "float32", "float32", rows=8)  # doctest: +SKIP
     """
-    for kernel, build in builds(
-        x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows
-    ):
+    calls = Description(
+        x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows, rms, residual,
+        total_out,
+    )  # fmt: skip
+    for kernel, build in builds(calls):
         choice.ready(kernel, build)
 
 
-def builds(x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows):
-    """The kernels that such calls need, each with whether it is the parallel build."""
-    problem, gradients, dy_dtype, statistics_dtype, mask = checks.description(
-        x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows
-    )
+def builds(calls):
+    """The kernels that calls of a `Description` need, each with whether it is the parallel build."""
+    problem, gradients, dtypes, mask = checks.description(calls)
     if problem.cols == 0:
         return []
-    kernels = [choice.forward(problem, weight is not None, bias is not None)]
-    if backward and any(mask):
-        kernels.append(choice.backward(gradients, dy_dtype, weight is not None, statistics_dtype, mask))
+    has_weight, is_added = calls.weight is not None, calls.residual is not None
+    kernels = [choice.forward(problem, has_weight, calls.bias is not None, dtypes["residual"], is_added and calls.total_out)]
+    if calls.backward and any(mask):
+        statistics = [wide_dtype(dtypes[name]) for name in ("mean", "rstd") if dtypes[name]]
+        given = np.result_type(*statistics) if statistics else None
+        dtotal_dtype = dtypes["x"] if is_added and mask[0] else None
+        kernels.append(choice.backward(gradients, dtypes["dy"], has_weight, given, mask, dtotal_dtype))
     # a forked process never uses the parallel one, nor may it launch Numba's threads
-    are_many = (rows is None or rows * problem.cols >= parallel.ELEMENTS) and parallel.may_be_numbas()
+    are_many = (calls.rows is None or calls.rows * problem.cols >= parallel.ELEMENTS) and parallel.may_be_numbas()
     return [(kernel, build) for kernel in kernels for build in (False, True)[: 1 + are_many]]

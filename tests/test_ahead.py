@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import nbnorm
 from nbnorm.__main__ import main
 from nbnorm.ahead import builds
+from nbnorm.calls.problem import Description
 from nbnorm.cpu import choice
 
 # prints how many functions Numba compiled in calls of every size, and who worked on the last
@@ -84,11 +86,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 
 
 def described(*arguments, rows=None, **options):
-    defaults = {
-        "weight": None, "bias": None, "use_diff_of_squares": False, "backward": True, "dy": None, "mean": None,
-        "rstd": None, "output_mask": (True, True, True),
-    }  # fmt: skip
-    return builds(*arguments, **(defaults | options), rows=rows)
+    return builds(Description(*arguments, **options, rows=rows))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -121,6 +119,39 @@ def test_the_kernels_of_a_description_are_those_of_the_calls(
     assert list(dict.fromkeys(kernel for kernel, _ in kernels)) == used
 
 
+@pytest.mark.parametrize("is_rms", [False, True])
+@pytest.mark.parametrize("residual", [None, "float32", "float16"])
+@pytest.mark.parametrize("total_out", [True, False])
+def test_the_kernels_of_rms_norm_and_of_residuals(monkeypatch, the_long_way, is_rms, residual, total_out):
+    used = []
+
+    def ready(kernel, parallel):
+        used.append(kernel)
+        return lambda *_: None
+
+    monkeypatch.setattr(choice, "ready", ready)
+    x, weight = np.ones((2, 40), np.float16), np.ones(40, np.float32)
+    rstd = np.ones((2, 1), np.float32)
+    total = None if total_out else False
+    if residual is None and is_rms:
+        nbnorm.rms_norm(x, 40, weight)
+        nbnorm.rms_norm_backward(x, x, 40, weight, rstd=rstd)
+    elif residual is None:
+        nbnorm.layer_norm(x, 40, weight)
+        nbnorm.layer_norm_backward(x, x, 40, weight, mean=rstd, rstd=rstd)
+    elif is_rms:
+        nbnorm.add_rms_norm(x, x.astype(residual), 40, weight, total_out=total)
+        nbnorm.add_rms_norm_backward(x, x, x, 40, weight, rstd=rstd)
+    else:
+        nbnorm.add_layer_norm(x, x.astype(residual), 40, weight, total_out=total)
+        nbnorm.add_layer_norm_backward(x, x, x, 40, weight, mean=rstd, rstd=rstd)
+    kernels = described(
+        "float16", 40, weight="float32", mean=None if is_rms else "float32", rstd="float32", is_rms=is_rms,
+        residual=residual, total_out=total_out,
+    )  # fmt: skip
+    assert list(dict.fromkeys(kernel for kernel, _ in kernels)) == used
+
+
 def test_the_parallel_build_is_for_large_calls():
     assert [build for _, build in described("float32", 768, rows=10, backward=False)] == [False]
     assert [build for _, build in described("float32", 768, rows=100, backward=False)] == [False, True]
@@ -137,12 +168,20 @@ def test_the_parallel_build_is_for_large_calls():
         (("float32", 4), {"weight": "complex64"}, TypeError, "weight: 'complex64'; expected one of"),
         (("float32", 4), {"mean": "float32"}, ValueError, "mean and rstd: only one is given"),
         (("float32", 4), {"output_mask": (True,)}, ValueError, "output_mask: "),
+        (("float32", 4), {"bias": "float32", "rms": True}, ValueError, "bias: 'float32'; expected None, since RMS"),
+        (
+            ("float32", 4),
+            {"output_mask": (True,) * 3, "rms": True},
+            ValueError,
+            "output_mask: (True, True, True); expected two",
+        ),
+        (("float32", 4), {"residual": "int8"}, TypeError, "residual: 'int8'; expected one of"),
         (("float32", 4), {"rows": -1}, ValueError, "rows: -1; expected"),
         (("float32", 4), {"rows": 1.5}, TypeError, "rows: 1.5 of type float; expected"),
     ],
 )
 def test_wrong_descriptions(arguments, options, error, message):
-    with pytest.raises(error, match=message.replace("(", r"\(")):
+    with pytest.raises(error, match=re.escape(message)):
         nbnorm.compile(*arguments, **options)
 
 

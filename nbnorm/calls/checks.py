@@ -31,38 +31,47 @@ OVERLAP_WORK: Any = 1_000_000
 def forward(call):
     """The problem of a `ForwardCall`, and its arrays as NumPy arrays, or as views of CUDA arrays."""
     flag("return_stats", call.return_stats)
-    x, dtype, device = _x(call.x, call.stream)
+    x, dtype, device = _x("x", call.x, call.stream)
+    residual, residual_dtype = operands.operand("residual", call.residual, device) if call.is_added else (None, None)
     weight, weight_dtype = operands.optional("weight", call.weight, device)
     bias, bias_dtype = operands.optional("bias", call.bias, device)
-    problem = _problem(x, call, dtype, weight_dtype, bias_dtype)
+    problem = _problem("x", x, call, dtype, weight_dtype, (bias_dtype, residual_dtype))
+    operands.shape("residual", residual, problem.shape, "the shape of x")
     operands.shape("weight", weight, problem.normalized_shape, "normalized_shape")
     operands.shape("bias", bias, problem.normalized_shape, "normalized_shape")
     out = operands.out("out", call.out, problem.shape, dtype, device)
-    return problem, ForwardArrays(x, weight, bias, out)
+    with_total = call.is_added and call.total_out is not False
+    total_out = operands.out("total_out", call.total_out, problem.shape, dtype, device) if with_total else None
+    if out is not None and total_out is not None and _shares_memory(out, total_out):
+        raise ValueError("total_out: shares memory with out; expected arrays that do not overlap")
+    return problem, ForwardArrays(x, residual, weight, bias, out, total_out, with_total)
 
 
 def backward(call):
     """The same of a `BackwardCall`."""
-    x, dtype, device = _x(call.x, call.stream)
+    x_name = "total" if call.is_added else "x"
+    x, dtype, device = _x(x_name, call.x, call.stream)
     dy, dy_dtype = operands.operand("dy", call.dy, device)
+    dtotal, dtotal_dtype = operands.optional("dtotal", call.dtotal, device)
     weight, weight_dtype = operands.optional("weight", call.weight, device)
     mean, _ = operands.optional("mean", call.mean, device)
     rstd, _ = operands.optional("rstd", call.rstd, device)
-    problem = _problem(x, call, dtype, weight_dtype, dy_dtype)
-    operands.shape("dy", dy, problem.shape, "the shape of x")
+    problem = _problem(x_name, x, call, dtype, weight_dtype, (dy_dtype, dtotal_dtype))
+    operands.shape("dy", dy, problem.shape, f"the shape of {x_name}")
+    operands.shape("dtotal", dtotal, problem.shape, f"the shape of {x_name}")
     operands.shape("weight", weight, problem.normalized_shape, "normalized_shape")
     if not call.is_rms and (mean is None) != (rstd is None):
         absent, given = ("mean", "rstd") if mean is None else ("rstd", "mean")
         raise ValueError(f"{absent}: None, but {given} is given; expected both, or neither to have them recomputed")
     for name, array in (("mean", mean), ("rstd", rstd)):
-        operands.shape(name, array, problem.statistics_shape, "x's, with 1 for each normalized dimension")
+        operands.shape(name, array, problem.statistics_shape, f"{x_name}'s, with 1 for each normalized dimension")
     names = "dx and dweight" if call.is_rms else "dx, dweight and dbias"
     mask = _mask(call.output_mask, names)
     outs = _outs(call.out, problem, mask, device, names)
     # of RMS norm, which has no bias, nothing is asked for in the third place
     missing = 3 - len(mask)
     mask, outs = mask + (False,) * missing, outs + (None,) * missing
-    return problem, BackwardArrays(dy, x, weight, mean, rstd, mask, outs)
+    return problem, BackwardArrays(dy, dtotal, x, weight, mean, rstd, mask, outs)
 
 
 def shape(normalized_shape, order=""):
@@ -147,20 +156,25 @@ def device(name):
     return str(name), number
 
 
-def description(x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows):
-    """The problems of a forward and a backward that are described by dtypes; dy's dtype, the statistics', and the mask."""
-    if x is None:
+def description(calls):
+    """The problems of a forward and a backward of a `Description`, its dtypes by name, and the mask of three."""
+    if calls.x is None:
         raise TypeError("x: None; expected a dtype, such as 'float32'")
-    given = {"x": x, "weight": weight, "bias": bias, "dy": x if dy is None else dy, "mean": mean, "rstd": rstd}
+    names = ("x", "weight", "bias", "dy", "mean", "rstd", "residual")
+    given = {name: getattr(calls, name) for name in names}
     dtypes: dict[str, Any] = {name: None if dtype is None else float_dtype(dtype, name) for name, dtype in given.items()}
-    if (mean is None) != (rstd is None):
+    dtypes["dy"] = dtypes["dy"] or dtypes["x"]
+    rms = flag("rms", calls.is_rms)
+    if not rms and (calls.mean is None) != (calls.rstd is None):
         raise ValueError("mean and rstd: only one is given; expected both, or neither to have them recomputed")
-    if rows is not None and (not isinstance(rows, int | np.integer) or isinstance(rows, bool)):
-        raise TypeError(f"rows: {described(rows)}; expected an int, or None for any number")
-    if rows is not None and rows < 0:
-        raise ValueError(f"rows: {rows}; expected a number that is not negative")
-    flag("backward", backward)
-    normalized_shape = shape(normalized_shape)
+    for name in ("bias", "mean") if rms else ():
+        if given[name] is not None:
+            raise ValueError(f"{name}: {shown(given[name])}; expected None, since RMS norm has none")
+    _rows(calls.rows)
+    flag("backward", calls.backward)
+    flag("total_out", calls.total_out)
+    variance = _variance(rms, calls.use_diff_of_squares)
+    normalized_shape = shape(calls.normalized_shape)
     problems = [
         Problem(
             batch=(),
@@ -168,15 +182,23 @@ def description(x, normalized_shape, weight, bias, use_diff_of_squares, backward
             rows=1,
             cols=math.prod(normalized_shape),
             eps=0.0,
-            variance=_variance(False, use_diff_of_squares),
+            variance=variance,
             dtype=dtypes["x"],
             weight_dtype=dtypes["weight"] or dtypes["x"],
             compute_dtype=np.result_type(*(wide_dtype(dtypes[name]) for name in names if dtypes[name])),
         )
-        for names in (("x", "weight", "bias"), ("x", "weight", "dy"))
+        for names in (("x", "weight", "bias", "residual"), ("x", "weight", "dy"))
     ]
-    statistics_dtype = None if mean is None else np.result_type(wide_dtype(dtypes["mean"]), wide_dtype(dtypes["rstd"]))
-    return *problems, dtypes["dy"], statistics_dtype, _mask(output_mask)
+    wanted = "dx and dweight" if rms else "dx, dweight and dbias"
+    mask = (True, True, not rms) if calls.output_mask is None else _mask(calls.output_mask, wanted)
+    return *problems, dtypes, (*mask, False)[:3]
+
+
+def _rows(rows):
+    if rows is not None and (not isinstance(rows, int | np.integer) or isinstance(rows, bool)):
+        raise TypeError(f"rows: {described(rows)}; expected an int, or None for any number")
+    if rows is not None and rows < 0:
+        raise ValueError(f"rows: {rows}; expected a number that is not negative")
 
 
 def float_dtype(dtype, argument="dtype"):
@@ -195,25 +217,25 @@ def float_dtype(dtype, argument="dtype"):
     return result.newbyteorder("=")
 
 
-def _x(x, stream):
+def _x(name, x, stream):
     """As `operands.operand`, and where the other operands must lie."""
     device = CUDA if arrays.is_cuda(x) else CPU
     _stream(stream, device)
-    array, dtype = operands.operand("x", x, device)
+    array, dtype = operands.operand(name, x, device)
     if device == CUDA:
         return array, dtype, array.device
-    operands.can_be_given_back(x)
+    operands.can_be_given_back(name, x)
     return array, dtype, device
 
 
-def _problem(x, call, dtype, weight_dtype, other_dtype):
+def _problem(x_name, x, call, dtype, weight_dtype, other_dtypes):
     normalized_shape = shape(call.normalized_shape, ORDER)
     batch_ndim = x.ndim - len(normalized_shape)
     if batch_ndim < 0 or x.shape[batch_ndim:] != normalized_shape:
-        raise ValueError(f"x: shape {x.shape}; expected one that ends in normalized_shape, {normalized_shape}")
+        raise ValueError(f"{x_name}: shape {x.shape}; expected one that ends in normalized_shape, {normalized_shape}")
     batch = x.shape[:batch_ndim]
     if math.prod(x.shape) * dtype.itemsize > sys.maxsize:
-        raise ValueError(f"x: shape {x.shape}; expected one that a result of {dtype} can have")
+        raise ValueError(f"{x_name}: shape {x.shape}; expected one that a result of {dtype} can have")
     return Problem(
         batch=batch,
         normalized_shape=normalized_shape,
@@ -223,7 +245,7 @@ def _problem(x, call, dtype, weight_dtype, other_dtype):
         variance=_variance(call.is_rms, call.use_diff_of_squares),
         dtype=dtype,
         weight_dtype=weight_dtype or dtype,
-        compute_dtype=np.result_type(*map(wide_dtype, filter(None, (dtype, weight_dtype, other_dtype)))),
+        compute_dtype=np.result_type(*map(wide_dtype, filter(None, (dtype, weight_dtype, *other_dtypes)))),
     )
 
 

@@ -90,9 +90,9 @@ def no_gradients(name, value, kind):
     )
 
 
-def can_be_given_back(x):
+def can_be_given_back(name, x):
     if arrays.kind(x) == "dlpack" and not hasattr(arrays.namespace(x), "from_dlpack"):
-        raise TypeError(f"x: {type_name(x)}, whose library has no from_dlpack to give back the result with")
+        raise TypeError(f"{name}: {type_name(x)}, whose library has no from_dlpack to give back the result with")
 
 
 def _array(name, value, is_copied):

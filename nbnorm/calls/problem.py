@@ -6,7 +6,7 @@ import numpy as np
 
 
 class ForwardCall(NamedTuple):
-    """The arguments of a forward, as they came. With `is_rms` it is RMS norm."""
+    """The arguments of a forward, as they came. With `is_rms` it is RMS norm; `is_added` is one of x plus a residual."""
 
     x: Any
     normalized_shape: Any
@@ -17,11 +17,14 @@ class ForwardCall(NamedTuple):
     out: Any = None
     return_stats: Any = False
     stream: Any = None
+    residual: Any = None
+    total_out: Any = False
     is_rms: bool = False
+    is_added: bool = False
 
 
 class BackwardCall(NamedTuple):
-    """The same of a backward."""
+    """The same of a backward, of which x is the total where `is_added`."""
 
     dy: Any
     x: Any
@@ -34,22 +37,47 @@ class BackwardCall(NamedTuple):
     output_mask: Any = (True, True, True)
     out: Any = None
     stream: Any = None
+    dtotal: Any = None
     is_rms: bool = False
+    is_added: bool = False
+
+
+class Description(NamedTuple):
+    """Calls whose kernels are compiled ahead, with a dtype in the place of each array; as `nbnorm.compile` has it."""
+
+    x: Any
+    normalized_shape: Any
+    weight: Any = None
+    bias: Any = None
+    use_diff_of_squares: Any = False
+    backward: Any = True
+    dy: Any = None
+    mean: Any = None
+    rstd: Any = None
+    output_mask: Any = None
+    rows: Any = None
+    is_rms: Any = False
+    residual: Any = None
+    total_out: Any = True
 
 
 class ForwardArrays(NamedTuple):
-    """The arrays of a forward that was checked, None for what is absent."""
+    """The arrays of a forward that was checked, None for what is absent; `with_total`: x + residual is written."""
 
     x: Any
+    residual: Any
     weight: Any
     bias: Any
     out: Any
+    total_out: Any
+    with_total: bool
 
 
 class BackwardArrays(NamedTuple):
     """The same of a backward; output_mask and out are of dx, dweight and dbias."""
 
     dy: Any
+    dtotal: Any
     x: Any
     weight: Any
     mean: Any

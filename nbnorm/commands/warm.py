@@ -26,6 +26,9 @@ def add_command(commands, shape):
     command.add_argument("--weight", choices=(*DTYPES, "none"), default="float32", help="its dtype (default: %(default)s)")
     command.add_argument("--bias", choices=(*DTYPES, "none"), default="float32", help="its dtype (default: %(default)s)")
     command.add_argument("--use-diff-of-squares", action="store_true", help="variance as mean(x^2) - mean(x)^2")
+    command.add_argument("--rms", action="store_true", help="RMS norm, which has no bias")
+    command.add_argument("--residual", action="store_true", help="norm of x plus a residual of the same dtype")
+    command.add_argument("--total-out", action=argparse.BooleanOptionalAction, default=True, help="whether that is written")
     command.add_argument("--given-stats", action="store_true", help="backward is given mean and rstd")
     command.add_argument("--backward", action=argparse.BooleanOptionalAction, default=True, help="whether it is called too")
     command.add_argument("--rows", type=int, metavar="N", help="the most rows of a call; few need one build less")
@@ -34,6 +37,7 @@ def add_command(commands, shape):
 def warm(options):
     """Returns the exit code: 1 where a kernel could not be kept."""
     from nbnorm.ahead import builds
+    from nbnorm.calls.problem import Description
     from nbnorm.cpu import choice
 
     logger = logging.getLogger("nbnorm")
@@ -47,10 +51,12 @@ def warm(options):
             statistics = ("float64" if dtype == "float64" else "float32") if options.given_stats else None
             for normalized_shape in options.normalized_shape:
                 weight, bias = (None if name == "none" else name for name in (options.weight, options.bias))
-                wanted += builds(
-                    dtype, normalized_shape, weight, bias, options.use_diff_of_squares, options.backward, None,
-                    statistics, statistics, (True, True, True), options.rows,
+                described = Description(
+                    dtype, normalized_shape, weight, None if options.rms else bias, options.use_diff_of_squares,
+                    options.backward, mean=None if options.rms else statistics, rstd=statistics, rows=options.rows,
+                    is_rms=options.rms, residual=dtype if options.residual else None, total_out=options.total_out,
                 )  # fmt: skip
+                wanted += builds(described)
         wanted = list(dict.fromkeys(wanted))
         for kernel, build in wanted:
             choice.ready(kernel, build)

@@ -8,16 +8,17 @@ import numpy as np
 from nbnorm.calls.arrays import convert
 from nbnorm.calls.problem import given_dtype, wide_dtype
 from nbnorm.cpu import choice, memory, sizes
-from nbnorm.cpu.staging import block_limit, buffer_for, is_ready, load, order_of_blocks, rows_of, storage, store
+from nbnorm.cpu.staging import beside, block_limit, buffer_for, is_ready, load, order_of_blocks, rows_of, storage, store
 from nbnorm.cpu.workers import blocks, threads
 from nbnorm.cpu.workers.parallel import ONE
 
 
 def forward(problem, given, return_stats):
-    """Returns y, mean and rstd; mean and rstd have one entry a row, and none at all unless asked for."""
-    x, weight, bias, out = given
-    order = order_of_blocks(out, x)
-    y = memory.empty(problem.shape, problem.dtype) if out is None or order is None else out
+    """Returns y, x + residual, mean and rstd; these two have one entry a row, and none at all unless asked for."""
+    x, residual, weight, bias, out, total_out, with_total = given
+    order = order_of_blocks((out, total_out), (x, residual))
+    y = _rows_like(problem, out, order)
+    total = _rows_like(problem, total_out, order) if with_total else None
     statistics = problem.rows if return_stats else 0
     mean = np.empty(statistics, wide_dtype(x.dtype))
     rstd = np.empty(statistics, wide_dtype(x.dtype))
@@ -25,37 +26,44 @@ def forward(problem, given, return_stats):
     if problem.rows > 0 and problem.cols > 0:
         dtype = problem.compute_dtype
         present = (weight is not None, bias is not None)
-        weight_row = _flat(weight, dtype, y)
-        bias_row = _flat(bias, dtype, y)
-        streaming = _is_streamed(y, x)
-        limit = block_limit(problem, order, x, y)
+        weight_row = _flat(weight, dtype, y, total)
+        bias_row = _flat(bias, dtype, y, total)
+        streaming = all(_is_streamed(result, x, residual) for result in (y, total) if result is not None)
+        limit = block_limit(problem, order, x, residual, y, total)
 
         def new_buffers(limit):
-            return buffer_for(x, problem, limit, order), buffer_for(y, problem, limit)
+            inputs = (buffer_for(array, problem, limit, order) for array in (x, residual))
+            return *inputs, *(buffer_for(array, problem, limit) for array in (y, total))
 
         def work(kernel, buffers, index, rows, last):
-            x_buffer, y_buffer = buffers
-            x_rows = load(x[index], x_buffer, problem.cols)
-            y_rows = rows_of(y[index], y_buffer, problem.cols)
-            kernel(x_rows, weight_row, bias_row, problem.eps, streaming, y_rows, mean[rows], rstd[rows])
+            x_buffer, residual_buffer, y_buffer, total_buffer = buffers
+            x_rows, y_rows = load(x[index], x_buffer, problem.cols), rows_of(y[index], y_buffer, problem.cols)
+            residual_rows = None if residual is None else load(residual[index], residual_buffer, problem.cols)
+            total_rows = None if total is None else rows_of(total[index], total_buffer, problem.cols)
+            kernel(
+                beside(x_rows, residual_rows), weight_row, bias_row, problem.eps, streaming, beside(y_rows, total_rows),
+                mean[rows], rstd[rows],
+            )  # fmt: skip
             store(y_rows, y[index], y_buffer)
+            if total is not None:
+                store(total_rows, total[index], total_buffer)
 
-        chosen = choice.forward(problem, *present)
+        chosen = choice.forward(problem, *present, None if residual is None else residual.dtype, with_total)
         blocks.run(problem, order, limit, False, chosen, threads.forward, new_buffers, work)
     else:
         # a row of no columns has no mean
         mean.fill(math.nan)
         rstd.fill(math.nan)
 
-    return _delivered(y, out), mean, rstd
+    return _delivered(y, out), _delivered(total, total_out) if with_total else None, mean, rstd
 
 
 def backward(problem, given):
     """Returns dx, dweight and dbias, None where not asked for; recomputes the statistics where mean and rstd are None."""
-    dy, x, weight, mean, rstd, output_mask, out = given
+    dy, dtotal, x, weight, mean, rstd, output_mask, out = given
     with_dx, with_dweight, with_dbias = output_mask
     dx_out, dweight_out, dbias_out = out
-    order = order_of_blocks(dx_out, dy, x)
+    order = order_of_blocks((dx_out,), (dy, dtotal, x))
     if order == -1 and (with_dweight or with_dbias):
         # sums over rows go forwards, whatever dx overlaps
         only_sums = given._replace(output_mask=(False, with_dweight, with_dbias), out=(None, None, None))
@@ -65,9 +73,9 @@ def backward(problem, given):
 
     # where it is not asked for, it is never touched
     dx: Any = dx_out
-    if with_dx and (dx_out is None or order is None):
-        dx = memory.empty(problem.shape, problem.dtype)
-    inputs = [array for array in (dy, x, weight, mean, rstd) if array is not None]
+    if with_dx:
+        dx = _rows_like(problem, dx_out, order)
+    inputs = [array for array in (dy, dtotal, x, weight, mean, rstd) if array is not None]
     dweight = _parameter_like(with_dweight, problem, dweight_out, inputs)
     dbias = _parameter_like(with_dbias, problem, dbias_out, inputs)
 
@@ -86,9 +94,10 @@ def backward(problem, given):
 
 def _gradients(problem, order, given, results):
     """Write the results, of which those that are not asked for are never touched."""
-    dy, x, weight, mean, rstd, output_mask, _ = given
+    dy, dtotal, x, weight, mean, rstd, output_mask, _ = given
     dx, dweight, dbias = results
     with_dx, with_dweight, with_dbias = output_mask
+    dtotal = dtotal if with_dx else None
     x_dtype = storage(x.dtype)
     dtype = problem.compute_dtype
     given_statistics = given_dtype(mean, rstd)
@@ -100,35 +109,41 @@ def _gradients(problem, order, given, results):
     dweight_row = dweight.reshape(-1).view(sum_dtype)
     dbias_row = dbias.reshape(-1).view(sum_dtype)
     # a kernel for long rows writes dweight and dbias past the caches too
-    streaming = with_dx and _is_streamed(dx, dy, x) and dweight.ctypes.data % 16 == dbias.ctypes.data % 16 == 0
+    streaming = with_dx and _is_streamed(dx, dy, dtotal, x) and dweight.ctypes.data % 16 == dbias.ctypes.data % 16 == 0
     absent_dx = np.empty((0, problem.cols), x_dtype)
-    limit = block_limit(problem, order, dy, x, dx)
+    limit = block_limit(problem, order, dy, dtotal, x, dx)
     has_sums = with_dweight or with_dbias
     block_rows = sizes.block_rows(problem.rows, problem.cols)
     sums = np.empty((with_dweight + with_dbias, _blocks_of_sums(problem, block_rows, limit), problem.cols))
 
     def new_buffers(limit):
-        dx_buffer = buffer_for(dx, problem, limit) if with_dx else None
-        return buffer_for(dy, problem, limit, order), buffer_for(x, problem, limit, order), dx_buffer
+        inputs = (buffer_for(array, problem, limit, order) for array in (dy, dtotal, x))
+        return *inputs, buffer_for(dx, problem, limit)
 
     def work(kernel, buffers, index, rows, last):
-        dy_buffer, x_buffer, dx_buffer = buffers
+        dy_buffer, dtotal_buffer, x_buffer, dx_buffer = buffers
         dy_rows, x_rows = load(dy[index], dy_buffer, problem.cols), load(x[index], x_buffer, problem.cols)
+        dtotal_rows = None if dtotal is None else load(dtotal[index], dtotal_buffer, problem.cols)
         dx_rows = rows_of(dx[index], dx_buffer, problem.cols) if with_dx else absent_dx
         kernel(
-            dy_rows, x_rows, weight_row, problem.eps, mean_row[rows], rstd_row[rows], rows.start, block_rows, last,
-            streaming, dx_rows, sums, dweight_row, dbias_row,
+            beside(dy_rows, dtotal_rows), x_rows, weight_row, problem.eps, mean_row[rows], rstd_row[rows], rows.start,
+            block_rows, last, streaming, dx_rows, sums, dweight_row, dbias_row,
         )  # fmt: skip
         if with_dx:
             store(dx_rows, dx[index], dx_buffer)
 
-    chosen = choice.backward(problem, dy.dtype, weight is not None, given_statistics, output_mask)
+    dtotal_dtype = None if dtotal is None else dtotal.dtype
+    chosen = choice.backward(problem, dy.dtype, weight is not None, given_statistics, output_mask, dtotal_dtype)
     _, kernel = blocks.run(problem, order, limit, has_sums, chosen, threads.backward, new_buffers, work)
+
+    def no_rows(dtype):
+        return np.empty((0, problem.cols), storage(dtype))
+
     if kernel is None and has_sums:
         # no rows, only the sums of the blocks
         blocks.kernel_for(ONE, chosen, None)(
-            np.empty((0, problem.cols), storage(dy.dtype)), absent_dx, weight_row, problem.eps, mean_row[:0],
-            rstd_row[:0], 0, block_rows, True, False, absent_dx, sums, dweight_row, dbias_row,
+            beside(no_rows(dy.dtype), None if dtotal is None else no_rows(dtotal.dtype)), absent_dx, weight_row,
+            problem.eps, mean_row[:0], rstd_row[:0], 0, block_rows, True, False, absent_dx, sums, dweight_row, dbias_row,
         )  # fmt: skip
 
 
@@ -146,15 +161,21 @@ def _is_streamed(result, *inputs):
         and is_ready(result)
         and result.ctypes.data % 16 == 0
         and result.shape[-1] * result.itemsize % 16 == 0
-        and not any(np.may_share_memory(result, array) for array in inputs)
+        and not any(array is not None and np.may_share_memory(result, array) for array in inputs)
     )
 
 
-def _flat(array, dtype, result):
-    """The operand as one contiguous row, apart from the result; a kernel takes what is absent as an empty one."""
+def _rows_like(problem, out, order):
+    """What a kernel writes rows into: `out` where it can."""
+    return memory.empty(problem.shape, problem.dtype) if out is None or order is None else out
+
+
+def _flat(array, dtype, *results):
+    """The operand as one contiguous row, apart from the results; a kernel takes what is absent as an empty one."""
     if array is None:
         return np.empty(0, dtype)
-    if array.dtype != dtype or not is_ready(array) or (result is not None and np.may_share_memory(array, result)):
+    is_apart = not any(result is not None and np.may_share_memory(array, result) for result in results)
+    if array.dtype != dtype or not is_ready(array) or not is_apart:
         converted = np.empty(array.shape, dtype)
         convert(array, converted)
         array = converted

@@ -27,17 +27,20 @@ class Kernel(NamedTuple):
         return f"{self.module}.{self.name}({', '.join(words)})"
 
 
-def forward(problem, has_weight, has_bias):
-    choices = storage(problem.dtype), problem.compute_dtype, has_weight, has_bias, problem.variance
+def forward(problem, has_weight, has_bias, residual_dtype=None, with_total=False):
+    """`residual_dtype` is that of what is added to x, or None; `with_total` says whether the sum is written."""
+    choices: tuple = storage(problem.dtype), problem.compute_dtype, has_weight, has_bias, problem.variance
+    if residual_dtype is not None:
+        choices += storage(residual_dtype), with_total
     return Kernel(_module(problem), "forward", choices)
 
 
-def backward(problem, dy_dtype, has_weight, statistics_dtype, output_mask):
-    """`statistics_dtype` is that of the mean and rstd which are given, or None."""
+def backward(problem, dy_dtype, has_weight, statistics_dtype, output_mask, dtotal_dtype=None):
+    """`statistics_dtype` is that of the mean and rstd which are given, or None, `dtotal_dtype` that of what dx adds to."""
     statistics_from = problem.variance
     if statistics_dtype:
         statistics_from = "given rstd" if problem.variance == "mean_square" else "given"
-    choices = (
+    choices: tuple = (
         storage(dy_dtype),
         storage(problem.dtype),
         problem.compute_dtype,
@@ -47,6 +50,8 @@ def backward(problem, dy_dtype, has_weight, statistics_dtype, output_mask):
         statistics_from,
         output_mask,
     )
+    if dtotal_dtype is not None:
+        choices += (storage(dtotal_dtype),)
     return Kernel(_module(problem), "backward", choices)
 
 
@@ -85,23 +90,31 @@ def _outputs(dtype, ndim):
     return types.Array(from_dtype(dtype), ndim, "C")
 
 
-def _forward_signature(x_dtype, dtype, *choices):
+def _beside(make, first_dtype, second_dtype):
+    """The type of rows, or of a tuple of rows and what is beside them."""
+    first = make(first_dtype, 2)
+    return first if second_dtype is None else types.Tuple((first, make(second_dtype, 2)))
+
+
+def _forward_signature(x_dtype, dtype, has_weight, has_bias, variance, residual_dtype=None, with_total=False):
     statistics_dtype = np.dtype(np.float64 if x_dtype == np.float64 else np.float32)
     return types.void(
-        _inputs(x_dtype, 2),  # x
+        _beside(_inputs, x_dtype, residual_dtype),  # x, or x and the residual
         _inputs(dtype, 1),  # weight
         _inputs(dtype, 1),  # bias
         types.float64,  # eps
         types.boolean,  # streaming
-        _outputs(x_dtype, 2),  # y
+        _beside(_outputs, x_dtype, x_dtype if with_total else None),  # y, or y and the total
         _outputs(statistics_dtype, 1),  # mean
         _outputs(statistics_dtype, 1),  # rstd
     )
 
 
-def _backward_signature(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, *choices):
+def _backward_signature(
+    dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask, dtotal_dtype=None
+):
     return types.void(
-        _inputs(dy_dtype, 2),  # dy
+        _beside(_inputs, dy_dtype, dtotal_dtype),  # dy, or dy and dtotal
         _inputs(x_dtype, 2),  # x
         _inputs(dtype, 1),  # weight
         types.float64,  # eps

@@ -82,6 +82,15 @@ def backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean
     )
 
 
+def added_key(key, other, total_out=None):
+    """The same where another array is added, from the key without it."""
+    if key is None:
+        return None
+    # which is no array, and not that there is none
+    total = "spared" if total_out is False else total_out
+    return *key, *(part if part is None or type(part) is str else _seen(part) for part in (other, total))
+
+
 def _seen(array):
     """What is known of an array, None of what is absent; False of anything else, for which no plan is kept."""
     return None if array is None else type(array) is ndarray and (array.shape, array.dtype, array.flags.num)

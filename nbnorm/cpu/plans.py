@@ -14,7 +14,7 @@ from numpy import empty, may_share_memory, ndarray
 from nbnorm.calls.problem import given_dtype, wide_dtype
 from nbnorm.cpu import choice
 from nbnorm.cpu import sizes as limits
-from nbnorm.cpu.staging import is_ready, storage
+from nbnorm.cpu.staging import is_ready, rows_of, storage
 from nbnorm.cpu.workers import blocks, parallel, threads
 from nbnorm.cpu.workers.parallel import ONE
 
@@ -23,7 +23,14 @@ LAYER_NORM: dict[tuple, Any] = {}
 LAYER_NORM_BACKWARD: dict[tuple, Any] = {}
 RMS_NORM: dict[tuple, Any] = {}
 RMS_NORM_BACKWARD: dict[tuple, Any] = {}
-ALL = LAYER_NORM, LAYER_NORM_BACKWARD, RMS_NORM, RMS_NORM_BACKWARD
+ADD_LAYER_NORM: dict[tuple, Any] = {}
+ADD_LAYER_NORM_BACKWARD: dict[tuple, Any] = {}
+ADD_RMS_NORM: dict[tuple, Any] = {}
+ADD_RMS_NORM_BACKWARD: dict[tuple, Any] = {}
+ALL = (
+    LAYER_NORM, LAYER_NORM_BACKWARD, RMS_NORM, RMS_NORM_BACKWARD,
+    ADD_LAYER_NORM, ADD_LAYER_NORM_BACKWARD, ADD_RMS_NORM, ADD_RMS_NORM_BACKWARD,
+)  # fmt: skip
 
 
 def forward(problem, call):
@@ -78,27 +85,69 @@ def forward(problem, call):
     return run
 
 
+def added(problem, call):
+    """The same where a residual is added: the function returns y, total, mean and rstd, None for what is not asked for."""
+    with_total = call.total_out is not False
+    arrays = call.x, call.residual, call.out, call.total_out if with_total else None
+    weight, bias, dtype, cols = call.weight, call.bias, problem.compute_dtype, problem.cols
+    if not _is_one_call(problem, *arrays) or not _are_rows(dtype, weight, bias):
+        return None
+    chosen = choice.forward(problem, weight is not None, bias is not None, call.residual.dtype, with_total)
+    kernels = _Kernels(chosen, threads.forward)
+    are_owners = _are_owners(*arrays, weight, bias)
+
+    def run(x, residual, weight, bias, eps, out, total_out):
+        if not 0 < x.size * 8 < limits.STREAMED_BYTES:
+            return None
+        for result, other in ((out, total_out), (total_out, out)) if with_total else ((out, None),):
+            inputs = (None if array is result else array for array in (x, residual))
+            if _shares_memory(result, (*inputs, weight, bias, other), are_owners):
+                return None
+        y, total = out, total_out if with_total else None
+        if out is None:
+            y = empty(x.shape, problem.dtype)
+        if with_total and total is None:
+            total = empty(x.shape, problem.dtype)
+        mean, rstd = (empty(x.size // cols if call.return_stats else 0, problem.statistics_dtype) for _ in range(2))
+        weight, bias = (_as_row(array, dtype) for array in (weight, bias))
+        x_rows, residual_rows, y_rows = (rows_of(array, None, cols) for array in (x, residual, y))
+        if with_total:
+            y_rows = y_rows, rows_of(total, None, cols)
+        kernel = kernels[ONE if x.size < parallel.from_elements else parallel.workers(x.size)]
+        kernel(
+            (x_rows, residual_rows), weight, bias, problem.eps if eps is None else eps, False, y_rows, mean, rstd
+        )  # fmt: skip
+        if not call.return_stats:
+            return y, total, None, None
+        shape = x.shape[: x.ndim - len(problem.normalized_shape)] + (1,) * len(problem.normalized_shape)
+        return y, total, mean.reshape(shape), rstd.reshape(shape)
+
+    return run
+
+
 def backward(problem, call, output_mask):
     """The same of a backward that is asked for dx: the function returns dx, dweight and dbias, None where not asked for."""
-    dy, x, weight, mean, rstd = call.dy, call.x, call.weight, call.mean, call.rstd
+    dy, dtotal, x, weight, mean, rstd = call.dy, call.dtotal, call.x, call.weight, call.mean, call.rstd
     out = () if call.out is None else call.out
     with_dx, with_dweight, with_dbias = output_mask
     dtype = problem.compute_dtype
-    if not with_dx or not _is_one_call(problem, dy, x, mean, rstd, *out) or not _are_rows(dtype, weight):
+    if not with_dx or not _is_one_call(problem, dy, dtotal, x, mean, rstd, *out) or not _are_rows(dtype, weight):
         return None
     given = given_dtype(mean, rstd)
     if any(array is not None and array.dtype != given for array in (mean, rstd)):
         return None
-    kernels = _Kernels(choice.backward(problem, dy.dtype, weight is not None, given, output_mask), threads.backward)
+    dtotal_dtype = None if dtotal is None else dtotal.dtype
+    chosen = choice.backward(problem, dy.dtype, weight is not None, given, output_mask, dtotal_dtype)
+    kernels = _Kernels(chosen, threads.backward)
     row, cols, dx_dtype, sum_dtype = problem.normalized_shape, problem.cols, problem.dtype, problem.weight_dtype
     is_shaped, is_deep, most = len(problem.batch) != 1 or len(row) != 1, len(row) > 1, limits.STREAMED_BYTES // 8
-    weight_is_narrow, are_owners = _is_narrow(weight, dtype), _are_owners(dy, x, weight, mean, rstd, *out)
+    weight_is_narrow, are_owners = _is_narrow(weight, dtype), _are_owners(dy, dtotal, x, weight, mean, rstd, *out)
     dy_stored, stored, sum_stored = _stored(dy.dtype), _stored(dx_dtype), _stored(sum_dtype)
     absent, no_statistics = np.empty(0, dtype), np.empty(0, given or wide_dtype(dx_dtype))
     no_sums = np.empty(0, storage(sum_dtype))
     results = with_dweight + with_dbias
 
-    def run(dy, x, weight, eps, mean, rstd, out):
+    def run(dy, x, weight, eps, mean, rstd, out, dtotal=None):
         size = x.size
         if not 0 < size < most:
             return None
@@ -106,7 +155,8 @@ def backward(problem, call, output_mask):
         dweight = dbias = None
         if out is not None:
             dx, dweight, dbias = out
-            others = None if dx is dy else dy, None if dx is x else x, weight, mean, rstd, dweight, dbias
+            inputs = None if dx is dy else dy, None if dx is x else x, None if dx is dtotal else dtotal
+            others = *inputs, weight, mean, rstd, dweight, dbias
             # dweight and dbias may overlap an input, which has been read when they are written
             if _shares_memory(dx, others, are_owners) or _shares_memory(dweight, (dbias,), are_owners):
                 return None
@@ -134,6 +184,8 @@ def backward(problem, call, output_mask):
             x, dx_rows = x.view(stored), dx_rows.view(stored)
         if sum_stored is not None:
             dweight_row, dbias_row = dweight_row.view(sum_stored), dbias_row.view(sum_stored)
+        if dtotal is not None:
+            dy = dy, rows_of(dtotal, None, cols)
         kernel = kernels[ONE if size < parallel.from_elements else parallel.workers(size)]
         block_rows, sums_shape = _sums(size, cols, results)
         sums = empty(sums_shape)
@@ -192,6 +244,11 @@ def _is_row(array, dtype):
 def _is_narrow(array, dtype):
     """Whether a parameter's 16 bits become float32, which they do alike in every floating-point mode."""
     return array is not None and _is_plain(array) and array.itemsize == 2 and dtype == np.float32
+
+
+def _as_row(array, dtype):
+    """A parameter, or None, as a kernel takes it."""
+    return np.empty(0, dtype) if array is None else array.astype(dtype, copy=False).reshape(-1)
 
 
 def _stored(dtype):

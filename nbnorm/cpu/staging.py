@@ -4,6 +4,7 @@ Where an array already is contiguous rows of a dtype that kernels read, one bloc
 a few rows are copied through a buffer, so that the temporary memory does not grow with the number of rows.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -31,14 +32,19 @@ def is_ready(array):
     return array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative and array.dtype.kind not in "biu"
 
 
-def order_of_blocks(out, *inputs):
-    """How blocks of rows must follow each other for `out` to overwrite nothing that is still to be read.
+def order_of_blocks(outs, inputs):
+    """How blocks of rows must follow each other for results to overwrite nothing that is still to be read; None for absent.
 
     0: in any order, since it overlaps no input in another way than element for element. 1 or -1: forwards or backwards,
     each block read before it is written. None: there is no such order.
     """
-    orders = {_order(out, array) for array in inputs if out is not None and np.may_share_memory(out, array)} - {0}
+    pairs = itertools.product(_present(outs), _present(inputs))
+    orders = {_order(out, array) for out, array in pairs if np.may_share_memory(out, array)} - {0}
     return None if len(orders) > 1 else orders.pop() if orders else 0
+
+
+def _present(arrays):
+    return [array for array in arrays if array is not None]
 
 
 def _order(out, array):
@@ -91,14 +97,23 @@ def row_blocks(batch, limit, order=0, span=None):
 
 def block_limit(problem, order, *arrays):
     """Rows a block: all where no array needs a buffer, else as many as a buffer holds."""
-    if order in (0, None) and all(array is None or is_ready(array) for array in arrays):
+    if order in (0, None) and all(map(is_ready, _present(arrays))):
         return problem.rows
     return min(problem.rows, max(1, BUFFER_ELEMENTS // problem.cols))
 
 
 def buffer_for(array, problem, limit, order=0):
-    """A buffer for blocks of `limit` rows of the array, or None where its blocks are views."""
-    return None if is_ready(array) and order in (0, None) else np.empty((limit, problem.cols), storage(array.dtype))
+    """A buffer for blocks of `limit` rows of the array, or None where its blocks are views, or there is no array."""
+    return (
+        None
+        if array is None or (is_ready(array) and order in (0, None))
+        else np.empty((limit, problem.cols), storage(array.dtype))
+    )
+
+
+def beside(rows, others):
+    """What a kernel takes rows as that have others beside them, or None."""
+    return rows if others is None else (rows, others)
 
 
 def rows_of(block, buffer, cols):

@@ -1,4 +1,4 @@
-"""Layer norm on CUDA arrays that `checks` has passed: allocate, bring the operands into rows, enqueue the kernels."""
+"""Norms of CUDA arrays that `checks` has passed: allocate, bring the operands into rows, enqueue the kernels."""
 
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -7,11 +7,26 @@ import numpy as np
 
 from nbnorm.calls.problem import given_dtype, wide_dtype
 from nbnorm.cuda import arrays, launch, layout, plans, sizes
-from nbnorm.cuda.kernels import combine, strided, whole_rows
+from nbnorm.cuda.kernels import combine, signatures, strided, whole_rows
 from nbnorm.cuda.kernels.rows import MEANS, STATE
 
 # it allows every access
 ABSENT = arrays.View(0, (), (), np.dtype(np.float32), 0)
+
+
+class Rows(NamedTuple):
+    """An array whose rows are `pitch` bytes apart; None where there is none."""
+
+    view: Any
+    pitch: int = 0
+
+    @property
+    def step(self):
+        """The same in elements."""
+        return self.pitch // self.view.itemsize if self.view else 0
+
+
+NO_ROWS = Rows(None)
 
 
 class Place(NamedTuple):
@@ -51,14 +66,14 @@ class Place(NamedTuple):
 
 
 def forward(problem, given, call):
-    """Returns y, or None where there is an `out`, and mean and rstd, None unless asked for.
+    """Returns y and x + residual, or None where there is an `out` of them, and mean and rstd, None unless asked for.
 
     `call` has the arguments as they came, by which `plans` will know one like it.
     """
-    x, weight, bias, out = given
     return_stats = call.return_stats
-    with _placed(call.x, x.device, call.stream) as place:
-        y = place.empty(problem.shape, problem.dtype) if out is None else None
+    with _placed(call.x, given.x.device, call.stream) as place:
+        y = place.empty(problem.shape, problem.dtype) if given.out is None else None
+        total = place.empty(problem.shape, problem.dtype) if given.with_total and given.total_out is None else None
         mean = rstd = None
         if return_stats:
             mean, rstd = (
@@ -66,21 +81,21 @@ def forward(problem, given, call):
                 for is_returned in (not call.is_rms, True)
             )
         if problem.rows > 0 and problem.cols > 0:
-            statistics = [place.view(array) for array in (mean, rstd)]
-            plan = _enqueue_forward(problem, x, weight, bias, out or place.view(y), statistics, place)
+            targets = given.out or place.view(y), given.total_out or place.view(total)
+            plan = _enqueue_forward(problem, given, targets, (place.view(mean), place.view(rstd)), place)
             if plan is not None:
                 plans.keep_forward(plan, call)
         elif return_stats and problem.rows > 0:
             # a row of no columns has no mean
             for array in filter(None, (mean, rstd)):
                 launch.fill(place.view(array), 0xFF, place.stream)
-    return y, mean, rstd
+    return y, total, mean, rstd
 
 
 def backward(problem, given, call):
     """Returns dx, dweight and dbias, None where not asked for or where there is an `out`; `call` is as in `forward`."""
-    dy, x, weight, mean, rstd, output_mask, out = given
-    with _placed(call.x, x.device, call.stream) as place:
+    output_mask, out = given.output_mask, given.out
+    with _placed(call.x, given.x.device, call.stream) as place:
         shapes = problem.shape, problem.normalized_shape, problem.normalized_shape
         dtypes = problem.dtype, problem.weight_dtype, problem.weight_dtype
         grads = [
@@ -89,7 +104,7 @@ def backward(problem, given, call):
         ]
         targets = [target or place.view(grad) for target, grad in zip(out, grads, strict=True)]
         if problem.rows > 0 and problem.cols > 0 and any(output_mask):
-            plan = _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place)
+            plan = _enqueue_backward(problem, given, targets, place)
             if plan is not None:
                 plans.keep_backward(plan, call)
         elif problem.cols > 0:
@@ -114,57 +129,62 @@ def _placed(like, device, stream):
         yield Place(like, kind, device, handle, stream_object, [])
 
 
-def _enqueue_forward(problem, x, weight, bias, target, statistics, place):
+def _enqueue_forward(problem, given, targets, statistics, place):
     """Returns how the same is done again, where it is one kernel on the arrays as they are, else None."""
-    y, y_pitch = _row_target(target, (x,), problem, place)
-    x, x_pitch = _rows(x, problem, place)
-    weight, bias = (_parameter(array, y, place) for array in (weight, bias))
+    summands = given.x, given.residual
+    y, total = (_row_target(target, summands, problem, place) for target in targets)
+    x, residual = (_rows(array, problem, place) for array in summands)
+    weight, bias = (_parameter(array, (y.view, total.view), place) for array in (given.weight, given.bias))
 
-    dtype, itemsize = problem.compute_dtype, x.itemsize
+    dtype, itemsize = problem.compute_dtype, problem.dtype.itemsize
     segments = sizes.segments(problem.cols, dtype.itemsize, "forward")
     tile = sizes.tile(problem.cols, itemsize, dtype.itemsize, "forward")
-    names = _names(x, weight, bias)
-    access = layout.access(itemsize, tile.width, x.address, x_pitch, y.address, y_pitch)
     parameter_access = min(layout.access(p.itemsize, tile.piece, p.address) for p in (weight, bias, ABSENT) if p is not None)
-    accesses = access, parameter_access
-
-    def prepare(step, blocks):
-        kernel = whole_rows.forward(place.capability, names, dtype.name, problem.variance, tile, accesses, step)
-        signature = whole_rows.forward_signature(names, dtype.name)
-        return launch.prepare(kernel, signature, place.device, blocks, tile.threads)
-
-    inputs = [_address(array) for array in (x, weight, bias)]
     eps = launch.epsilon(problem.eps, dtype)
-    pitches = x_pitch // itemsize, y_pitch // itemsize
-    fixed = (problem.rows, problem.cols, *segments, *pitches, *eps, statistics[1] is not None)
-    results = [_address(array) for array in (y, *statistics)]
+    results = [_address(array) for array in (y.view, *statistics)]
+
+    def enqueue(step, blocks, states, x, residual=NO_ROWS, total=NO_ROWS):
+        names = _names(x.view, weight, bias, residual.view, total.view)
+        accesses = _access(tile, x, y, total), parameter_access, _access(tile, residual)
+        kernel = whole_rows.forward(place.capability, names, dtype.name, problem.variance, tile, accesses, step)
+        signature = signatures.forward(names, dtype.name)
+        prepared = launch.prepare(kernel, signature, place.device, blocks, tile.threads)
+        fixed = (problem.rows, problem.cols, *segments, x.step, y.step, *eps, statistics[1] is not None)
+        inputs = [_address(array) for array in (x.view, weight, bias)]
+        prepared(place.stream, *inputs, *fixed, *results, states, *_added(residual, total))
+        return prepared, fixed
+
     plan = None
     if segments.number == 1:
-        enqueue = prepare("whole", -(-problem.rows // tile.teams))
-        enqueue(place.stream, *inputs, *fixed, *results, 0)
+        prepared, fixed = enqueue("whole", -(-problem.rows // tile.teams), 0, x, residual, total)
         if not place.temporaries:
-            input_sizes = [layout.extent(array) for array in (x, weight, bias)]
-            plan = plans.Forward(enqueue, fixed, problem, place.device, input_sizes, layout.extent(y))
+            input_sizes, result_sizes = _extents(x.view, weight, bias, residual.view), _extents(y.view, total.view)
+            steps = (residual.step, total.step) if residual.view else ()
+            plan = plans.Forward(prepared, fixed, problem, place.device, input_sizes, result_sizes, steps)
     else:
         blocks = problem.rows * segments.number
         parts, whole = place.workspace((blocks * STATE, problem.rows * STATE), dtype)
-        prepare("states", blocks)(place.stream, *inputs, *fixed, *results, parts)
+        enqueue("states", blocks, parts, x, residual, total)
         _merge(problem, dtype, segments, (parts, 0), (whole, 0), place)
-        prepare("normalise", blocks)(place.stream, *inputs, *fixed, *results, whole)
-    _deliver(y, target, place)
+        # what is written is not added up again
+        enqueue("normalise", blocks, whole, *((x, residual) if total.view is None else (total,)))
+    for result, target in zip((y, total), targets, strict=True):
+        _deliver(result.view, target, place)
     return plan
 
 
-def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
+def _enqueue_backward(problem, given, targets, place):
     """As `_enqueue_forward`, with the sum over the groups of rows behind it."""
     output_mask = with_dx, with_dweight, with_dbias = tuple(target is not None for target in targets)
-    dx, dx_pitch = _row_target(targets[0], (dy, x), problem, place) if with_dx else (None, 0)
-    dy, dy_pitch = _rows(dy, problem, place)
-    # what is not read is none of the kernel's choices: for dbias alone, only dy is
-    x, x_pitch = _rows(x, problem, place) if with_dx or with_dweight else (dy, dy_pitch)
-    weight = weight if with_dx else None
-    mean, rstd = (mean, rstd) if with_dx or with_dweight else (None, None)
-    weight, mean, rstd = (_parameter(array, dx, place) for array in (weight, mean, rstd))
+    is_x_read = with_dx or with_dweight
+    # what is not read is none of the kernel's choices
+    dtotal, weight = (given.dtotal, given.weight) if with_dx else (None, None)
+    mean, rstd = (given.mean, given.rstd) if is_x_read else (None, None)
+    dx = _row_target(targets[0], (given.dy, given.x, dtotal), problem, place)
+    dy, dtotal = (_rows(array, problem, place) for array in (given.dy, dtotal))
+    # for dbias alone, only dy is
+    x = _rows(given.x, problem, place) if is_x_read else dy
+    weight, mean, rstd = (_parameter(array, (dx.view,), place) for array in (weight, mean, rstd))
 
     is_given = rstd is not None
     statistics_from = ("given rstd" if mean is None else "given") if is_given else problem.variance
@@ -172,22 +192,21 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
     segments = sizes.segments(problem.cols, dtype.itemsize, "backward")
     tile = sizes.tile(problem.cols, problem.dtype.itemsize, dtype.itemsize, "backward")
     groups = sizes.groups(problem.rows, segments.number, tile)
-    names = _names(dy, x, weight, mean, rstd)
-    access = layout.access(x.itemsize, tile.width, x.address, x_pitch, _address(dx), dx_pitch)
-    dy_access = layout.access(dy.itemsize, tile.width, dy.address, dy_pitch)
     parameter_access = tile.piece if weight is None else layout.access(weight.itemsize, tile.piece, weight.address)
-    accesses = dy_access, access, parameter_access
-    options = dtype.name, statistics_from, output_mask, tile, accesses
-
-    def prepare(step):
-        kernel = whole_rows.backward(place.capability, names, *options, step)
-        signature = whole_rows.backward_signature(names, dtype.name)
-        return launch.prepare(kernel, signature, place.device, groups * segments.number, tile.threads)
-
-    inputs = [_address(array) for array in (dy, x, weight, mean, rstd)]
+    inputs = [_address(array) for array in (dy.view, x.view, weight, mean, rstd)]
     eps = launch.epsilon(problem.eps, dtype)
-    pitches = dy_pitch // dy.itemsize, x_pitch // x.itemsize, dx_pitch // x.itemsize
-    fixed = (problem.rows, problem.cols, groups, *segments, *pitches, *eps)
+    fixed = (problem.rows, problem.cols, groups, *segments, dy.step, x.step, dx.step, *eps)
+
+    def enqueue(step, *results, dtotal=NO_ROWS):
+        names = _names(dy.view, x.view, weight, mean, rstd, dtotal.view)
+        accesses = _access(tile, dy), _access(tile, x, dx), parameter_access, _access(tile, dtotal)
+        options = dtype.name, statistics_from, output_mask, tile, accesses, step
+        kernel = whole_rows.backward(place.capability, names, *options)
+        signature = signatures.backward(names, dtype.name)
+        prepared = launch.prepare(kernel, signature, place.device, groups * segments.number, tile.threads)
+        prepared(place.stream, *inputs, *fixed, _address(dx.view), *results, *_added(dtotal))
+        return prepared
+
     # before there is a workspace, which is made anew for each call
     is_plain = segments.number == 1 and not place.temporaries
     sums_size = (with_dweight + with_dbias) * groups * problem.cols
@@ -197,22 +216,24 @@ def _enqueue_backward(problem, dy, x, weight, mean, rstd, targets, place):
         counts = sums_size, rows * STATE, rows * MEANS, parts * STATE, parts * MEANS
         sums, states, means, *parts = place.workspace(counts, dtype)
         if with_dx or (with_dweight and not is_given):
-            prepare("means")(place.stream, *inputs, *fixed, _address(dx), *parts, 0)
+            enqueue("means", *parts, 0)
             _merge(problem, dtype, segments, parts, (states, means), place, has_states=not is_given, has_means=with_dx)
     elif sums_size:
         (sums,) = place.workspace((sums_size,), dtype)
-    enqueue = prepare("whole" if segments.number == 1 else "gradients")
-    enqueue(place.stream, *inputs, *fixed, _address(dx), states, means, sums)
+    prepared = enqueue("whole" if segments.number == 1 else "gradients", states, means, sums, dtotal=dtotal)
 
     wanted = [target for target in targets[1:] if target is not None]
     results = [_flat_target(target, place) for target in wanted]
     add = _add_groups(problem, dtype, groups, sums, results, place) if wanted else None
-    for result, target in ((dx, targets[0]), *zip(results, wanted, strict=True)):
+    for result, target in ((dx.view, targets[0]), *zip(results, wanted, strict=True)):
         _deliver(result, target, place)
     if not is_plain or results != wanted:
         return None
-    extents = [[layout.extent(array) for array in views] for views in ((dy, x, weight, mean, rstd), targets)]
-    return plans.Backward(enqueue, fixed, add, problem, dtype, sums_size, place.device, *extents)
+    input_sizes = _extents(dy.view, x.view, weight, mean, rstd, dtotal.view)
+    extents = input_sizes, _extents(*targets)
+    return plans.Backward(
+        prepared, fixed, add, problem, dtype, sums_size, place.device, *extents, (dtotal.step,) if dtotal.view else ()
+    )
 
 
 def _add_groups(problem, dtype, groups, sums, results, place):
@@ -242,15 +263,36 @@ def _names(*operands):
     return tuple(None if array is None else array.dtype.name for array in operands)
 
 
+def _extents(*views):
+    return [layout.extent(view) for view in views]
+
+
+def _access(tile, *rows):
+    """Elements that one access of a vector may have, which of these rows are each a part."""
+    views = [r.view for r in rows if r.view is not None]
+    if not views:
+        return 1
+    return layout.access(views[0].itemsize, tile.width, *(n for r in rows if r.view for n in (r.view.address, r.pitch)))
+
+
+def _added(*rows):
+    """What a kernel is handed of a residual and the total, or of dtotal: nothing where nothing is added."""
+    if rows[0].view is None:
+        return ()
+    return [number for r in rows for number in (_address(r.view), r.step)]
+
+
 def _row_target(target, inputs, problem, place):
-    """Where rows are written, and their pitch: the target, or a temporary array where it has none or is still to be read."""
+    """The rows that are written: the target's, or a temporary array's where it has none or is still to be read."""
+    if target is None:
+        return NO_ROWS
     pitch = layout.pitch(target, problem)
     if pitch is not None and not any(
-        layout.may_overwrite(target, pitch, x, layout.pitch(x, problem), problem) for x in inputs
+        layout.may_overwrite(target, pitch, x, layout.pitch(x, problem), problem) for x in inputs if x is not None
     ):
-        return target, pitch
+        return Rows(target, pitch)
     temporary = place.temporary(problem.shape, problem.dtype)
-    return temporary, layout.pitch(temporary, problem)
+    return Rows(temporary, layout.pitch(temporary, problem))
 
 
 def _flat_target(target, place):
@@ -264,18 +306,22 @@ def _deliver(result, target, place):
 
 
 def _rows(array, problem, place):
-    """An input as floats in rows, and their pitch."""
+    """An input as floats in rows."""
+    if array is None:
+        return NO_ROWS
     pitch = layout.pitch(array, problem)
     if pitch is None or array.dtype.kind in "biu":
         array = _copied(array, place)
         pitch = layout.pitch(array, problem)
-    return array, pitch
+    return Rows(array, pitch)
 
 
-def _parameter(array, y, place):
-    """An operand as floats in C order, apart from y, of which a row may be written before another one reads it."""
+def _parameter(array, results, place):
+    """An operand as floats in C order, apart from results, of which a row may be written before another one reads it."""
     if array is None or (
-        layout.is_flat(array) and array.dtype.kind == "f" and (y is None or not layout.share_memory(array, y))
+        layout.is_flat(array)
+        and array.dtype.kind == "f"
+        and not any(layout.share_memory(array, result) for result in results if result is not None)
     ):
         return array
     return _copied(array, place)

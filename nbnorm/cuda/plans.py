@@ -20,18 +20,25 @@ UNKNOWN = None, ()
 
 
 class Forward(NamedTuple):
-    """A kernel that is ready to be enqueued, and what stays the same; sizes in bytes, from an array's first to its last."""
+    """A kernel that is ready to be enqueued, and what stays the same; sizes in bytes, from an array's first to its last.
+
+    `steps` are elements from one row of the residual to the next, and of the total, where something is added.
+    """
 
     enqueue: Any
     fixed: tuple
     problem: Any
     device: int
     input_sizes: list
-    y_size: int
+    result_sizes: list
+    steps: tuple
 
 
 class Backward(NamedTuple):
-    """As `Forward`; `add` is the second kernel, or None, and `sums_size` the elements of what it adds up."""
+    """As `Forward`; `add` is the second kernel, or None, and `sums_size` the elements of what it adds up.
+
+    The one of `steps` is that of dtotal, where it is added to dx.
+    """
 
     enqueue: Any
     fixed: tuple
@@ -42,6 +49,7 @@ class Backward(NamedTuple):
     device: int
     input_sizes: list
     result_sizes: list
+    steps: tuple
 
 
 def keep_forward(plan, call):
@@ -56,25 +64,32 @@ def keep_backward(plan, call):
 
 def forward(call):
     """As the checked path does, or None where the call is not known."""
-    x, out, return_stats, stream = call.x, call.out, call.return_stats, call.stream
+    x, out, return_stats, stream, is_added = call.x, call.out, call.return_stats, call.stream, call.is_added
     # what is allocated for a stream other than the library's current one is the checked path's matter
-    if stream is not None and (out is None or return_stats or arrays.handle_of(stream) is None):
+    if stream is not None and (out is None or call.total_out is None or return_stats or arrays.handle_of(stream) is None):
         return None
     key, addresses = _known_forward(call)
     plan = FORWARD.get(key)
     if plan is None or launch.current_device() != plan.device:
         return None
-    *inputs, y_address = addresses
+    inputs, results = (addresses[:4], addresses[4:]) if is_added else (addresses[:3], addresses[3:])
+    y_size = plan.result_sizes[0]
+    if is_added:
+        if not _are_sums_apart(call, plan, inputs, results):
+            return None
+    elif out is not None and not _is_apart(results[0], y_size, inputs, plan.input_sizes, (out is x, False, False)):
+        return None
     problem = plan.problem
     kind = arrays.kind(x)
     handle = arrays.stream_handle(stream, x, kind, plan.device)
-    y = mean = rstd = None
+    y = total = mean = rstd = None
     mean_address = rstd_address = 0
     if out is None:
         y = arrays.empty(problem.shape, problem.dtype, x, kind, handle)
-        y_address = arrays.address(y, kind)
-    elif not _is_apart(y_address, plan.y_size, inputs, plan.input_sizes, (out is x, False, False)):
-        return None
+        results[0] = arrays.address(y, kind)
+    if call.total_out is None:
+        total = arrays.empty(problem.shape, problem.dtype, x, kind, handle)
+        results[1] = arrays.address(total, kind)
     if return_stats:
         shape, dtype = problem.statistics_shape, problem.statistics_dtype
         rstd = arrays.empty(shape, dtype, x, kind, handle)
@@ -82,8 +97,11 @@ def forward(call):
         if not call.is_rms:
             mean = arrays.empty(shape, dtype, x, kind, handle)
             mean_address = arrays.address(mean, kind)
-    plan.enqueue(launch.stream_object(handle, plan.device), *inputs, *plan.fixed, y_address, mean_address, rstd_address, 0)
-    return y, mean, rstd
+    # what is added is behind all else
+    added = (inputs.pop(), plan.steps[0], results[1], plan.steps[1]) if is_added else ()
+    stream_object = launch.stream_object(handle, plan.device)
+    plan.enqueue(stream_object, *inputs, *plan.fixed, results[0], mean_address, rstd_address, 0, *added)
+    return y, total, mean, rstd
 
 
 def backward(call):
@@ -96,12 +114,15 @@ def backward(call):
     plan = BACKWARD.get(key)
     if plan is None or launch.current_device() != plan.device:
         return None
-    inputs, results = addresses[:5], addresses[5:]
+    number = 6 if call.is_added else 5
+    inputs, results = addresses[:number], addresses[number:]
     if call.is_rms:
         # it has no dbias
         results.append(0)
-    if out is not None and not _are_apart(results, plan.result_sizes, inputs, plan.input_sizes, (out[0] is dy, out[0] is x)):
-        return None
+    if out is not None:
+        in_place = out[0] is dy, out[0] is x, False, False, False, out[0] is call.dtotal
+        if not _are_apart(results, plan.result_sizes, inputs, plan.input_sizes, in_place):
+            return None
     problem = plan.problem
     kind = arrays.kind(x)
     handle = arrays.stream_handle(None, x, kind, plan.device)
@@ -117,11 +138,25 @@ def backward(call):
         sums = arrays.workspace(plan.sums_size, plan.dtype, x, kind, plan.device, handle)
         sums_address = arrays.address(sums, kind)
     dx, dweight, dbias = results
-    plan.enqueue(stream_object, *inputs, *plan.fixed, dx, 0, 0, sums_address)
+    added = (inputs[5], *plan.steps) if plan.steps else ()
+    plan.enqueue(stream_object, *inputs[:5], *plan.fixed, dx, 0, 0, sums_address, *added)
     if plan.add is not None:
         _, cols, groups, *_ = plan.fixed
         plan.add(stream_object, sums_address, groups, cols, dweight or dbias, dbias or dweight)
     return grads
+
+
+def _are_sums_apart(call, plan, inputs, results):
+    """Whether y and the total share no memory with each other or with an input, but for one that they are written over.
+
+    What is not given has the address 0.
+    """
+    x, residual, out, total_out = call.x, call.residual, call.out, call.total_out
+    (y, total), (y_size, total_size) = results, plan.result_sizes
+    if y and not _is_apart(y, y_size, inputs, plan.input_sizes, (out is x, False, False, out is residual)):
+        return False
+    in_place = total_out is x, False, False, total_out is residual, False
+    return not total or _is_apart(total, total_size, (*inputs, y), (*plan.input_sizes, y_size), in_place)
 
 
 def _are_apart(results, result_sizes, inputs, input_sizes, in_place):
@@ -137,7 +172,7 @@ def _are_apart(results, result_sizes, inputs, input_sizes, in_place):
         or (dweight and dweight < dbias_end and dbias < dweight_end)
     ):
         return False
-    return not dx or _is_apart(dx, result_sizes[0], inputs, input_sizes, (*in_place, False, False, False))
+    return not dx or _is_apart(dx, result_sizes[0], inputs, input_sizes, in_place)
 
 
 def _is_apart(result, result_size, inputs, input_sizes, in_place):
@@ -150,9 +185,13 @@ def _is_apart(result, result_size, inputs, input_sizes, in_place):
 
 
 def _known_forward(call):
-    """The key of a call, and the addresses of x, weight, bias and out."""
+    """The key of a call, and the addresses of x, weight and bias, of a residual, of out, and of total_out beside one."""
     flags = call.use_diff_of_squares, call.return_stats
-    return _known(call, flags, (call.x, call.weight, call.bias, call.out))
+    if not call.is_added:
+        return _known(call, flags, (call.x, call.weight, call.bias, call.out))
+    with_total = call.total_out is not False
+    operands = call.x, call.weight, call.bias, call.residual, call.out, call.total_out if with_total else None
+    return _known(call, (*flags, with_total), operands)
 
 
 def _known_backward(call):
@@ -162,7 +201,8 @@ def _known_backward(call):
     if type(output_mask) is not tuple or not isinstance(out, tuple) or len(output_mask) != number or len(out) != number:
         return UNKNOWN
     flags = call.use_diff_of_squares, *output_mask
-    return _known(call, flags, (call.dy, call.x, call.weight, call.mean, call.rstd, *out))
+    inputs = call.dy, call.x, call.weight, call.mean, call.rstd
+    return _known(call, flags, (*inputs, call.dtotal, *out) if call.is_added else (*inputs, *out))
 
 
 def _known(call, flags, operands):
@@ -173,7 +213,7 @@ def _known(call, flags, operands):
     for flag in flags:
         if type(flag) is not bool:
             return UNKNOWN
-    key: list[Any] = [call.is_rms, normalized_shape, eps, *flags]
+    key: list[Any] = [call.is_rms, call.is_added, normalized_shape, eps, *flags]
     addresses = []
     is_torch = False
     try:

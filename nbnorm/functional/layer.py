@@ -112,7 +112,7 @@ def layer_norm(
         if result is not None:
             return LayerNormResult(*result) if return_stats else result
     call = ForwardCall(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream)
-    y, mean, rstd = run.forward(call, plans.LAYER_NORM, None if plan else key)
+    y, _, mean, rstd = run.forward(call, plans.LAYER_NORM, None if plan else key)
     return LayerNormResult(y, mean, rstd) if return_stats else y
 
 

@@ -98,7 +98,7 @@ def rms_norm(
         if result is not None:
             return RMSNormResult(result[0], result[2]) if return_stats else result
     call = ForwardCall(x, normalized_shape, weight, eps=eps, out=out, return_stats=return_stats, stream=stream, is_rms=True)
-    y, _, rstd = run.forward(call, plans.RMS_NORM, None if plan else key)
+    y, _, _, rstd = run.forward(call, plans.RMS_NORM, None if plan else key)
     return RMSNormResult(y, rstd) if return_stats else y
 
 

@@ -8,24 +8,28 @@ from nbnorm.cpu import keys, plans
 
 
 def forward(call, kept, key):
-    """Returns y, mean and rstd, None for what is not asked for; a plan of the key is kept among the function's."""
-    out = call.out
+    """Returns y, total, mean and rstd, None for what is not asked for; a plan of the key is kept among the function's."""
+    out, total_out = call.out, None if call.total_out is False else call.total_out
     if arrays.is_cuda(call.x):
         cuda = _cuda()
-        y, mean, rstd = cuda.plans.forward(call) or cuda.forward(*checks.forward(call), call)
-        return _written(y, out), mean, rstd
+        y, total, mean, rstd = cuda.plans.forward(call) or cuda.forward(*checks.forward(call), call)
+        return _written(y, out), _written(total, total_out), mean, rstd
     problem, given = checks.forward(call)
     kind = arrays.kind(call.x)
     if out is None:
         given = given._replace(out=arrays.empty(problem.shape, problem.dtype, kind))
-    y, mean, rstd = cpu.forward(problem, given, call.return_stats)
+    if given.with_total and total_out is None:
+        given = given._replace(total_out=arrays.empty(problem.shape, problem.dtype, kind))
+    y, total, mean, rstd = cpu.forward(problem, given, call.return_stats)
     if key is not None:
-        keys.keep_for_any_rows(kept, key, plans.forward(problem, call))
+        plan = plans.added(problem, call) if call.is_added else plans.forward(problem, call)
+        keys.keep_for_any_rows(kept, key, plan)
     y = _written(y if out is not None else arrays.give_back(y, call.x, kind), out)
+    total = _written(total if total_out is not None else arrays.give_back(total, call.x, kind), total_out)
     if not call.return_stats:
-        return y, None, None
+        return y, total, None, None
     mean, rstd = (arrays.give_back(array.reshape(problem.statistics_shape), call.x, kind) for array in (mean, rstd))
-    return y, mean, rstd
+    return y, total, mean, rstd
 
 
 def backward(call, kept, key):

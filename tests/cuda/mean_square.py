@@ -30,6 +30,16 @@ def exact_forward(x, weight=None, eps=1e-5):
 
 
 @np.errstate(all="ignore")
+def exact_backward(dy, x, weight=None, eps=1e-5, rstd=None):
+    """dx and dweight."""
+    dy, x = _wide(dy), _wide(x)
+    g = dy if weight is None else dy * _wide(weight)
+    rstd = exact_forward(x, eps=eps)[1] if rstd is None else _wide(rstd)
+    x_hat = x * rstd
+    return rstd * (g - x_hat * (g * x_hat).mean(1, keepdims=True)), (dy * x_hat).sum(0)
+
+
+@np.errstate(all="ignore")
 def assert_y(y, rstd, x, weight=None, eps=1e-5):
     """Nothing is subtracted: y is within 16 eps of itself, a 16-bit one within 1, and rstd within 16."""
     exact, exact_rstd = exact_forward(x, weight, eps)
@@ -44,21 +54,20 @@ def assert_y(y, rstd, x, weight=None, eps=1e-5):
 def assert_grads(grads, dy, x, weight=None, eps=1e-5, rstd=None):
     """dx within 16 eps of the row's largest of the two terms that it is a difference of; dweight as in `tolerances`."""
     dx, dweight = grads
+    exact_dx, exact_dweight = exact_backward(dy, x, weight, eps, rstd)
     dy, x = _wide(dy), _wide(x)
     g = dy if weight is None else dy * _wide(weight)
     rstd = exact_forward(x, eps=eps)[1] if rstd is None else _wide(rstd)
     x_hat = x * rstd
     if dx is not None:
-        exact = rstd * (g - x_hat * (g * x_hat).mean(1, keepdims=True))
         largest = np.abs(g).max(1, keepdims=True)
         largest = largest + np.abs(x_hat).max(1, keepdims=True) * np.abs(g * x_hat).mean(1, keepdims=True)
         allowed = CUDA_GRADIENT_EPS * EPS[dx.dtype.name] * np.abs(rstd) * largest
-        tolerances._assert_close("dx", dx, exact, allowed)
+        tolerances._assert_close("dx", dx, exact_dx, allowed)
     if dweight is not None:
-        terms = dy * x_hat
-        exact, root = terms.sum(0), np.sqrt((terms * terms).sum(0))
-        allowed = CUDA_GRADIENT_EPS * EPS[dweight.dtype.name] * (np.abs(exact) + root)
-        tolerances._assert_close("dweight", dweight, exact, allowed)
+        root = np.sqrt((dy * x_hat * dy * x_hat).sum(0))
+        allowed = CUDA_GRADIENT_EPS * EPS[dweight.dtype.name] * (np.abs(exact_dweight) + root)
+        tolerances._assert_close("dweight", dweight, exact_dweight, allowed)
 
 
 def _placed(array):

@@ -45,7 +45,7 @@ BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 class Variant(NamedTuple):
     """A kernel: the dtypes of its operands, in the order of `kernels`, the columns of a row, and what else it is made for.
 
-    None for an access is the widest; `access` is that of x and of y or dx.
+    None for an access is the widest; `access` is that of x and of y or dx. `beside` is the dtype of a residual or of dtotal.
     """
 
     direction: str
@@ -57,11 +57,15 @@ class Variant(NamedTuple):
     access: int | None = None
     dy_access: int | None = None
     parameter_access: int | None = None
+    beside: str | None = None
+    with_total: bool = False
 
     def __str__(self):
         mask = "".join(name for name, wanted in zip("xwb", self.output_mask, strict=True) if wanted)
-        accesses = [f"{name}{n}" for name, n in zip(("a", "dy", "p"), self[-3:], strict=True) if n is not None]
+        widths = self.access, self.dy_access, self.parameter_access
+        accesses = [f"{name}{n}" for name, n in zip(("a", "dy", "p"), widths, strict=True) if n is not None]
         chosen = [part for part in (self.variance, self.step, mask) if part not in ("centred", "whole", "xwb")]
+        chosen += [f"plus-{self.beside}"] * bool(self.beside) + ["total"] * self.with_total
         operands = [name or "absent" for name in self.operands]
         return "-".join([self.direction, *operands, str(self.cols), *chosen, *accesses])
 
@@ -70,14 +74,31 @@ class Variant(NamedTuple):
         return self.operands[0 if self.direction == "forward" else 1]
 
     @property
+    def added(self):
+        """The dtypes of the residual and the total, or of dtotal."""
+        if self.direction == "backward":
+            return (self.beside,)
+        return self.beside, self.x_dtype if self.with_total else None
+
+    @property
     def dtype(self):
         """What it computes in."""
-        return "float64" if "float64" in self.operands else "float32"
+        return "float64" if "float64" in (*self.operands, self.beside) else "float32"
 
     @property
     def is_given(self):
-        """Whether it is handed mean and rstd."""
-        return self.direction == "backward" and self.operands[3] is not None
+        """Whether it is handed rstd, and mean where there is one."""
+        return self.direction == "backward" and self.operands[4] is not None
+
+    @property
+    def has_mean(self):
+        return self.variance != "mean_square"
+
+    @property
+    def statistics_from(self):
+        if not self.is_given:
+            return self.variance
+        return "given" if self.has_mean else "given rstd"
 
     @property
     def tile(self):
@@ -87,12 +108,13 @@ class Variant(NamedTuple):
 
     @property
     def accesses(self):
-        """Elements that one access to dy has, to x, and to weight and bias."""
+        """Elements that one access to dy has, to x, to weight and bias, and to what is added."""
         tile = self.tile
         dy_most = min(tile.width, 16 // itemsize(self.operands[0]))
         parameters = self.operands[1:] if self.direction == "forward" else self.operands[2:3]
         most = min([tile.piece, *(16 // itemsize(name) for name in parameters if name is not None)])
-        return self.dy_access or dy_most, self.access or tile.width, self.parameter_access or most
+        beside = min(tile.width, 16 // itemsize(self.beside)) if self.beside else 1
+        return self.dy_access or dy_most, self.access or tile.width, self.parameter_access or most, beside
 
 
 class Build(NamedTuple):
@@ -158,7 +180,12 @@ def steps(direction, operands, cols, **choices):
 
     whole = Variant(direction, operands, cols, **choices)
     is_long = sizes.segments(cols, itemsize(whole.dtype), direction)[0] > 1
-    return [whole._replace(step=step) for step in STEPS[direction]] if is_long else [whole]
+    if not is_long:
+        return [whole]
+    plain = whole._replace(beside=None, with_total=False)
+    # what is written is not added up again, and what dx is added to is none of its means
+    first, second = (plain if direction == "backward" else whole), (plain if whole.with_total else whole)
+    return [kind._replace(step=step) for kind, step in zip((first, second), STEPS[direction], strict=True)]
 
 
 def kernel(capability, variant):
@@ -190,16 +217,15 @@ def kernels_together(capability, variants):
 
 def source(capability, variant):
     """The kernel that a variant is, and its signature."""
-    from nbnorm.cuda.kernels import whole_rows
+    from nbnorm.cuda.kernels import signatures, whole_rows
 
-    tile, operands, dtype = variant.tile, variant.operands, variant.dtype
+    tile, operands, dtype = variant.tile, variant.operands + variant.added, variant.dtype
     if variant.direction == "forward":
         choices = variant.variance, tile, variant.accesses[1:]
-        signature = whole_rows.forward_signature(operands, dtype)
+        signature = signatures.forward(operands, dtype)
     else:
-        statistics_from = "given" if variant.is_given else variant.variance
-        choices = statistics_from, variant.output_mask, tile, variant.accesses
-        signature = whole_rows.backward_signature(operands, dtype)
+        choices = variant.statistics_from, variant.output_mask, tile, variant.accesses
+        signature = signatures.backward(operands, dtype)
     make = getattr(whole_rows, variant.direction)
     return make(capability, operands, dtype, *choices, variant.step), signature
 

@@ -181,7 +181,7 @@ def _given(operands, outs):
 
 
 def _of_forward(call):
-    return (call.x, call.residual, call.weight, call.bias), (call.out, call.total_out or None)
+    return (call.x, call.residual, call.weight, call.bias), (call.out, None if call.total_out is False else call.total_out)
 
 
 def _of_backward(call):

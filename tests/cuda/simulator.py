@@ -261,8 +261,8 @@ def _gathered(kind, mask, value=None):
 
 def _converted(kind, remaining):
     """The next argument, or for a tuple the next few."""
-    if isinstance(kind, types.UniTuple):
-        return tuple(_converted(kind.dtype, remaining) for _ in range(kind.count))
+    if isinstance(kind, types.BaseTuple):
+        return tuple(_converted(part, remaining) for part in kind.types)
     argument = next(remaining)
     # ctypes' numbers have one
     value = getattr(argument, "value", argument)

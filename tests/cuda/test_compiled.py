@@ -122,14 +122,17 @@ def has_statistics(variant):
 def loads(variant):
     counts = Counts()
     size = variant.tile.held * variant.tile.width
-    dy_access, access, parameter_access = variant.accesses
+    dy_access, access, parameter_access, added_access = variant.accesses
     # an extreme row is read again
     attempts = 1 + has_statistics(variant)
     # the first element alone
-    counts.add(variant.x_dtype, has_statistics(variant))
+    counts.add(variant.x_dtype, has_statistics(variant) and variant.has_mean)
     if variant.direction == "forward":
         x, *parameters = variant.operands
+        # the second time as the total, where that is written
         counts.add(x, attempts * size, access)
+        counts.add(variant.beside, (1 if variant.with_total else attempts) * size, added_access)
+        counts.add(variant.beside, has_statistics(variant) and variant.has_mean)
         if variant.step == "normalise":
             counts.add(variant.dtype, STATE)
         if variant.step != "states":
@@ -152,9 +155,10 @@ def loads(variant):
         counts.add(dy, 2 * size, dy_access)
     if with_dx:
         counts.add(weight, size, parameter_access)
+        counts.add(variant.beside, size * (variant.step != "means"), added_access)
         if variant.step == "gradients":
             counts.add(variant.dtype, MEANS)
-        elif not variant.is_given:
+        elif not variant.is_given and variant.has_mean:
             # the row's first g
             counts.add(dy, 1)
             counts.add(weight, 1)
@@ -171,7 +175,8 @@ def stores(variant):
         else:
             counts.add(variant.x_dtype, size, access)
             # mean and rstd
-            counts.add("float64" if variant.x_dtype == "float64" else "float32", 2)
+            counts.add("float64" if variant.x_dtype == "float64" else "float32", 1 + variant.has_mean)
+        counts.add(variant.x_dtype, size * variant.with_total, access)
         return counts
     with_dx, *parameters = variant.output_mask
     if variant.step == "means":
@@ -197,10 +202,12 @@ def test_sums(problem, built):
     sums = barriers = 0
     if has_statistics(variant):
         # both attempts, and between them the sum for the scale of the second
-        sums, barriers = {"centred": (3 + 1 + 3, 2 + 1 + 2), "diff_of_squares": (3 + 1 + 3, 2 + 1 + 2)}[variant.variance]
+        sums, barriers = (3 + 1 + 3, 2 + 1 + 2) if variant.has_mean else (1 + 1 + 1, 1 + 1 + 1)
+    # before the total is written
+    barriers += variant.with_total
     is_backward = variant.direction == "backward"
     if is_backward and variant.output_mask[0] and variant.step != "gradients":
-        sums, barriers = sums + 2, barriers + 1
+        sums, barriers = sums + 1 + variant.has_mean, barriers + 1
     is_block = tile.team > WARP
     words = offline.itemsize(variant.dtype) // 4
     shuffles = sums * words * (2 * log2(WARP) if is_block else log2(tile.team))
@@ -248,13 +255,21 @@ def assert_only_float32(build):
 def test_rounding_to_16_bits(problem, built):
     """Two elements in one instruction, or one beside a 0, from compute capability 8.0 on."""
     capability, variant = problem
-    assert_rounds_pairs(built, capability, stores(variant).elements, variant.accesses[1])
+    elements = stores(variant).elements
+    alone = 0
+    if variant.direction == "forward" and variant.beside:
+        # the sum is rounded before it is written, and once more where it is not and an extreme row is read again
+        attempts = 1 if variant.with_total else 1 + has_statistics(variant)
+        elements[variant.x_dtype] += attempts * variant.tile.size
+        # the first element alone
+        alone = has_statistics(variant) and variant.has_mean
+    assert_rounds_pairs(built, capability, elements, variant.accesses[1], alone)
 
 
-def assert_rounds_pairs(build, capability, elements, access):
+def assert_rounds_pairs(build, capability, elements, access, alone=0):
     expected = Counter()
     if capability >= whole_rows.ROUNDS_PAIRS:
-        expected = Counter({name: elements.get(name, 0) // min(access, 2) for name in PAIRS})
+        expected = Counter({name: n // min(access, 2) + alone for name in PAIRS if (n := elements.get(name, 0))})
     assert Counter({name: build.ptx.count(instruction) for name, instruction in PAIRS.items()}) == expected
 
 

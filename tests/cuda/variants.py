@@ -133,7 +133,38 @@ def backward_variants():
     yield from of("float16", 2048, access=1, dy_access=2)
 
 
-VARIANTS = list(dict.fromkeys([*forward_variants(), *backward_variants()]))
+def rms_variants():
+    """In a part of a warp, a block, segments; as `test_rms.py` has them, too."""
+    of_rms = {"variance": "mean_square"}
+    for cols in (64, 1100, 131072):
+        yield from steps("forward", ("float32", "float32", None), cols, **of_rms)
+    yield from steps("forward", ("bfloat16", "bfloat16", None), 4096, **of_rms)
+    of_rms["output_mask"] = (True, True, False)
+    for cols in (64, 131072):
+        yield from steps("backward", ("float32",) * 3 + (None, None), cols, **of_rms)
+    # given rstd alone, and without dweight
+    yield from steps("backward", ("float32",) * 3 + (None, "float32"), 64, **of_rms)
+    of_rms["output_mask"] = (True, False, False)
+    yield from steps("backward", ("bfloat16",) * 3 + (None, None), 2048, **of_rms)
+
+
+def added_variants():
+    """Of a sum, written or not, and of dx with dtotal; as `test_residual.py` has them, too."""
+    for cols in (64, 1100, 131072):
+        yield from steps("forward", ("float32", "float32", None), cols, beside="float32", with_total=True)
+    yield from steps("forward", ("float32", "float32", None), 131072, beside="float32")
+    # the most elements of a thread, one by one; a residual that is wider; no mean
+    yield from steps("forward", ("float16",) * 3, 1001, beside="float16", with_total=True)
+    of_rms = {"variance": "mean_square"}
+    yield from steps("forward", ("bfloat16", "bfloat16", None), 4096, beside="float32", with_total=True, **of_rms)
+    yield from steps("forward", ("float32", "float32", None), 1100, beside="float32", **of_rms)
+    for cols in (2048, 131072):
+        yield from steps("backward", ("float32",) * 3 + (None, None), cols, beside="float32")
+    of_rms["output_mask"] = (True, True, False)
+    yield from steps("backward", ("bfloat16", "float32", None, None, None), 64, beside="float16", **of_rms)
+
+
+VARIANTS = list(dict.fromkeys([*forward_variants(), *backward_variants(), *rms_variants(), *added_variants()]))
 PROBLEMS = [(FULL, variant) for variant in VARIANTS]
 # each of the others gets a tenth, with every dtype: the source is the same but for rounding
 PROBLEMS += [(capability, v) for first, capability in enumerate(OTHERS) for v in VARIANTS[first::10]]

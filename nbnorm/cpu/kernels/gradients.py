@@ -31,9 +31,13 @@ GROUP_ELEMENTS = 1 << 14
 
 
 class BackwardOperands(NamedTuple):
-    """What a backward reads and writes; None for what is absent or not asked for. dweight and dbias are sums over rows."""
+    """What a backward reads and writes; None for what is absent or not asked for. dweight and dbias are sums over rows.
+
+    dtotal is added to dx.
+    """
 
     dy: Any
+    dtotal: Any
     x: Any
     weight: Any
     dx: Any
@@ -141,7 +145,7 @@ def gradients_of_four(operands, rows, columns, known, following, streaming, head
         dbiases = load(dbias, columns.sums_at + j)
         k = 64 * c
         for _ in range(4):
-            prefetch_both(operands.dy, operands.x, dx, dweight, k, following)
+            prefetch_inputs(operands, k, following)
             k += 16
         # all is read before the first is written, for the same reason
         dys0, x_hats0, dxs0 = gradients_at(operands, first, j, weights)
@@ -176,7 +180,7 @@ def gradients_of_rows(operands, rows, columns, known, following, streaming, head
         dbiases = load(dbias, columns.sums_at + j)
         k = (rows.end - rows.begin) * 16 * c
         for i in range(rows.begin, rows.end):
-            prefetch_both(operands.dy, operands.x, dx, dweight, k, following)
+            prefetch_inputs(operands, k, following)
             k += 16
             row = placed(rows, known, i)
             dys, x_hats, dxs = gradients_at(operands, row, j, weights)
@@ -203,7 +207,8 @@ def gradients_of_part(operands, rows, columns, known, j, count, streaming):
         xs = load_part(operands.x, row.at + j, count, 0.0)
         x_hats, dxs = row_gradients(dys, xs, row.known, weights)
         dweights, dbiases = with_row(dweights, dbiases, dys, x_hats)
-        put_part(operands.dx, row.at + j, count, dxs, streaming)
+        dtotals = load_part(operands.dtotal, row.at + j, count, 0.0)
+        put_part(operands.dx, row.at + j, count, multiply_add(dxs, None, dtotals), streaming)
     put_part(dweight, columns.sums_at + j, count, dweights, False)
     put_part(dbias, columns.sums_at + j, count, dbiases, False)
 
@@ -219,7 +224,7 @@ def gradients_at(operands, row, j, weights):
     """dy, x_hat and dx of sixteen elements of a row, from its column j on."""
     dys = load(operands.dy, row.at + j)
     x_hats, dxs = row_gradients(dys, load(operands.x, row.at + j), row.known, weights)
-    return dys, x_hats, dxs
+    return dys, x_hats, multiply_add(dxs, None, load(operands.dtotal, row.at + j))
 
 
 @inlined
@@ -232,9 +237,15 @@ def row_gradients(dys, xs, known, weights):
 
 
 @inlined
-def prefetch_both(dy, x, dx, dweight, k, following):
+def prefetch_inputs(operands, k, following):
     """Prefetch dy, and x where the gradients that are asked for need it."""
-    prefetch(dy, k, following)
+    prefetch(operands.dy, k, following)
+    prefetch(operands.dtotal, k, following)
+    prefetch_x(operands.x, operands.dx, operands.dweight, k, following)
+
+
+@inlined
+def prefetch_x(x, dx, dweight, k, following):
     if dx is not None or dweight is not None:
         prefetch(x, k, following)
 
@@ -254,8 +265,8 @@ def with_row(dweights, dbiases, dys, x_hats):
 def with_sums(operands, dweight, dbias):
     """The operands with other sums."""
     return BackwardOperands(
-        operands.dy, operands.x, operands.weight, operands.dx, dweight, dbias, operands.mean, operands.rstd, operands.cols,
-        operands.eps,
+        operands.dy, operands.dtotal, operands.x, operands.weight, operands.dx, dweight, dbias, operands.mean, operands.rstd,
+        operands.cols, operands.eps,
     )  # fmt: skip
 
 

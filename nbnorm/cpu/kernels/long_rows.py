@@ -62,7 +62,21 @@ from nbnorm.cpu.kernels.statistics import (
 )
 from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba the operations on lanes
 from nbnorm.cpu.lanes.inlined import inlined
-from nbnorm.cpu.lanes.meaning import fence, larger, operand, pointer, restore_mode, smaller, standard_mode, store, widen
+from nbnorm.cpu.lanes.meaning import (
+    added,
+    fence,
+    larger,
+    operand,
+    operand_beside,
+    pointer,
+    pointer_beside,
+    restore_mode,
+    shape_of,
+    smaller,
+    standard_mode,
+    store,
+    widen,
+)
 from nbnorm.cpu.sizes import LONG_GROUP_ELEMENTS, STREAMED_TASK_ELEMENTS
 
 SEGMENT = 1 << 14
@@ -71,22 +85,22 @@ SEGMENT = 1 << 14
 COLUMNS = 1 << 11
 
 
-def forward(x_dtype, dtype, has_weight, has_bias, variance):
+def forward(x_dtype, dtype, has_weight, has_bias, variance, residual_dtype=None, with_total=False):
     """One iteration owns a segment: of its statistics in the first loop, of y in the second."""
     element = dtype.type
     find_moments, find_statistics, normalise_part = _forward_steps(x_dtype, dtype, variance)
     has_mean = is_centred(variance)
 
     def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
-        rows, cols = x.shape
+        rows, cols = shape_of(x)
         segments = -(-cols // SEGMENT)
         group_rows = smaller(rows, larger(1, LONG_GROUP_ELEMENTS // cols))
         weight_or_none = pointer(weight) if has_weight else None
         bias_or_none = pointer(bias) if has_bias else None
         mean_or_none = pointer(mean) if has_mean else None
         operands = ForwardOperands(
-            operand(x, element), weight_or_none, bias_or_none, pointer(y), mean_or_none, pointer(rstd), rstd.size > 0,
-            rows, cols, eps,
+            added(operand(x, element), operand_beside(x, element)), weight_or_none, bias_or_none, pointer(y),
+            pointer_beside(y), mean_or_none, pointer(rstd), rstd.size > 0, rows, cols, eps,
         )  # fmt: skip
         of_segments = np.empty(SEGMENT_NUMBERS * group_rows * segments)
         of_rows = np.empty(KEPT * group_rows)
@@ -157,7 +171,9 @@ def _forward_steps(x_dtype, dtype, variance):
     return find_moments, find_statistics, normalise_part
 
 
-def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask):
+def backward(
+    dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask, dtotal_dtype=None
+):
     """One iteration owns a segment of a row in the first loop, and in the second some columns of all rows.
 
     Of those it writes dx, and with `last` dweight and dbias. Between calls for rows of the same problem, sums has what they
@@ -177,8 +193,8 @@ def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, 
         dx_or_none = pointer(dx) if with_dx else None
         mean_or_none = pointer(mean) if has_mean else None
         operands = BackwardOperands(
-            operand(dy, element), operand(x, element), weight_or_none, dx_or_none, None, None, mean_or_none, pointer(rstd),
-            cols, eps,
+            operand(dy, element), operand_beside(dy, element), operand(x, element), weight_or_none, dx_or_none, None, None,
+            mean_or_none, pointer(rstd), cols, eps,
         )  # fmt: skip
         of_segments = np.empty(SEGMENT_NUMBERS * group_rows * segments)
         of_rows = np.empty(KNOWN_NUMBERS * rows, element)

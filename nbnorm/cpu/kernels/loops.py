@@ -3,7 +3,8 @@
 `choice` says which kernel a call needs, and has it compiled, for one pinned signature: C-contiguous arrays, inputs declared
 read-only, which both writable and read-only arrays match. `dtype` is what a kernel computes in, the widest of all operands,
 and what weight and bias have; the rows may be narrower. What a kernel does not need (`has_weight=False`, say) it takes as an
-empty array.
+empty array. For x plus a residual, x is a tuple of both, and y one of y and the total where that is written; dy is one of dy
+and dtotal where dx has that added.
 
 The parallel build of a kernel gives the bits of the serial one: what is split, and where, depends on the shape alone. What
 one iteration does is a function of its own, of the same compile-time choices, which both builds share: it is typed and
@@ -18,7 +19,19 @@ from numba import prange
 from nbnorm.cpu.kernels.gradients import BackwardOperands, Columns, add_blocks, clear
 from nbnorm.cpu.kernels.normalise import ForwardOperands
 from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba the operations on lanes
-from nbnorm.cpu.lanes.meaning import fence, larger, operand, pointer, restore_mode, smaller, standard_mode
+from nbnorm.cpu.lanes.meaning import (
+    added,
+    fence,
+    larger,
+    operand,
+    operand_beside,
+    pointer,
+    pointer_beside,
+    restore_mode,
+    shape_of,
+    smaller,
+    standard_mode,
+)
 from nbnorm.cpu.sizes import STREAMED_TASK_ELEMENTS, TASK_ELEMENTS
 
 
@@ -26,13 +39,13 @@ def forward(rows_from, element, has_weight, has_bias, has_mean):
     """One iteration owns some rows, for which it calls `rows_from(operands, begin, end, streaming)`."""
 
     def kernel(x, weight, bias, eps, streaming, y, mean, rstd):
-        rows, cols = x.shape
+        rows, cols = shape_of(x)
         weight_or_none = pointer(weight) if has_weight else None
         bias_or_none = pointer(bias) if has_bias else None
         mean_or_none = pointer(mean) if has_mean else None
         operands = ForwardOperands(
-            operand(x, element), weight_or_none, bias_or_none, pointer(y), mean_or_none, pointer(rstd), rstd.size > 0,
-            rows, cols, eps,
+            added(operand(x, element), operand_beside(x, element)), weight_or_none, bias_or_none, pointer(y),
+            pointer_beside(y), mean_or_none, pointer(rstd), rstd.size > 0, rows, cols, eps,
         )  # fmt: skip
         task_rows = larger(1, (STREAMED_TASK_ELEMENTS if streaming else TASK_ELEMENTS) // cols)
         for task in prange(-(-rows // task_rows)):
@@ -65,8 +78,8 @@ def backward(rows_from, element, has_weight, output_mask, has_mean):
         dbias_sums = pointer(sums[-1]) if with_dbias else None
         mean_or_none = pointer(mean) if has_mean else None
         operands = BackwardOperands(
-            operand(dy, element), operand(x, element), weight_or_none, dx_or_none, dweight_sums, dbias_sums,
-            mean_or_none, pointer(rstd), cols, eps,
+            operand(dy, element), operand_beside(dy, element), operand(x, element), weight_or_none, dx_or_none,
+            dweight_sums, dbias_sums, mean_or_none, pointer(rstd), cols, eps,
         )  # fmt: skip
         for b in prange(first // block_rows, -(-(first + rows) // block_rows)):
             thread_mode, pinned = standard_mode(operands)

@@ -8,12 +8,13 @@ from nbnorm.cpu.lanes.meaning import load, load_part, multiply_add, store, store
 
 
 class ForwardOperands(NamedTuple):
-    """What a forward reads and writes; None for what is absent."""
+    """What a forward reads and writes; None for what is absent. Of x plus a residual, x is the sum, written to total."""
 
     x: Any
     weight: Any
     bias: Any
     y: Any
+    total: Any
     mean: Any
     rstd: Any
     has_statistics: Any
@@ -25,33 +26,31 @@ class ForwardOperands(NamedTuple):
 @inlined
 def normalise(operands, rows, first, cols, streaming):
     """Write y = (x - mean) * rstd * weight + bias of each of the rows, a tuple of `Placed`, in the same columns."""
-    x, weight, bias, y = operands.x, operands.weight, operands.bias, operands.y
+    weight, bias = operands.weight, operands.bias
     for c in range(cols >> 4):
         weights = load(weight, first + 16 * c)
         biases = load(bias, first + 16 * c)
         for row in rows:
-            k = row.at + 16 * c
-            put(y, k, normalised(load(x, k), row.known, weights, biases), streaming)
+            put_row(operands, row.at + 16 * c, row.known, weights, biases, streaming)
     count = cols & 15
     if count:
         j = cols - count
         weights = load_part(weight, first + j, count, 0.0)
         biases = load_part(bias, first + j, count, 0.0)
         for row in rows:
-            k = row.at + j
-            put_part(y, k, count, normalised(load_part(x, k, count, 0.0), row.known, weights, biases), streaming)
+            put_part_of_row(operands, row.at + j, count, row.known, weights, biases, streaming)
 
 
 @inlined
 def normalise_rows(operands, rows, kept, streaming):
     """As `normalise`, of short rows whose statistics are kept, column by column."""
-    x, weight, bias, y, cols = operands.x, operands.weight, operands.bias, operands.y, operands.cols
+    weight, bias, cols = operands.weight, operands.bias, operands.cols
     for c in range(cols >> 4):
         weights = load(weight, 16 * c)
         biases = load(bias, 16 * c)
         for i in range(rows.begin, rows.end):
             k = rows.at + i * rows.pitch + 16 * c
-            put(y, k, normalised(load(x, k), kept_statistics(kept, i), weights, biases), streaming)
+            put_row(operands, k, kept_statistics(kept, i), weights, biases, streaming)
     count = cols & 15
     if count:
         j = cols - count
@@ -59,8 +58,23 @@ def normalise_rows(operands, rows, kept, streaming):
         biases = load_part(bias, j, count, 0.0)
         for i in range(rows.begin, rows.end):
             k = rows.at + i * rows.pitch + j
-            values = normalised(load_part(x, k, count, 0.0), kept_statistics(kept, i), weights, biases)
-            put_part(y, k, count, values, streaming)
+            put_part_of_row(operands, k, count, kept_statistics(kept, i), weights, biases, streaming)
+
+
+@inlined
+def put_row(operands, k, statistics, weights, biases, streaming):
+    """Write sixteen elements of a row, from element k of x on, and of the total."""
+    xs = load(operands.x, k)
+    put(operands.total, k, xs, streaming)
+    put(operands.y, k, normalised(xs, statistics, weights, biases), streaming)
+
+
+@inlined
+def put_part_of_row(operands, k, count, statistics, weights, biases, streaming):
+    """As `put_row`, of `count` elements."""
+    xs = load_part(operands.x, k, count, 0.0)
+    put_part(operands.total, k, count, xs, streaming)
+    put_part(operands.y, k, count, normalised(xs, statistics, weights, biases), streaming)
 
 
 @inlined

@@ -125,7 +125,9 @@ def kept_rescaled_means(kept, r):
 def normalise_rescaled(operands, span, row):
     """As `normalise`, for a row that is `rescaled`."""
     for j in range(span.cols):
-        value = (load_one(operands.x, span.at + j) * row.factor - row.hi - row.lo) * row.scaled_rstd
+        x = load_one(operands.x, span.at + j)
+        store(operands.total, span.at + j, x)
+        value = (x * row.factor - row.hi - row.lo) * row.scaled_rstd
         store(operands.y, span.at + j, scaled_and_shifted(value, operands.weight, operands.bias, span.first + j))
 
 
@@ -172,7 +174,7 @@ def gradients_rescaled(operands, at, columns, row, means):
         add_one(operands.dweight, columns.sums_at + j, dy * x_hat)
         add_one(operands.dbias, columns.sums_at + j, dy)
         g = with_weight(dy, operands.weight, columns.first + j) - means.hi - means.lo - x_hat * means.projected
-        put_one(operands.dx, at + j, g, row)
+        put_one(operands.dx, operands.dtotal, at + j, g, row)
 
 
 @inlined
@@ -182,10 +184,16 @@ def add_one(sums, k, value):
 
 
 @inlined
-def put_one(dx, k, g, row):
+def put_one(dx, dtotal, k, g, row):
     if dx is not None:
         # where rstd is beyond float64, dx need not be
-        store(dx, k, g * row.rstd if row.rstd < np.inf else g * row.scaled_rstd * row.factor)
+        value = g * row.rstd if row.rstd < np.inf else g * row.scaled_rstd * row.factor
+        store(dx, k, with_total(value, dtotal, k))
+
+
+@inlined
+def with_total(value, dtotal, k):
+    return value if dtotal is None else value + load_one(dtotal, k)
 
 
 @inlined

@@ -38,12 +38,14 @@ from nbnorm.cpu.lanes.meaning import scratch, smaller, until_aligned
 from nbnorm.cpu.sizes import STREAMED_BYTES
 
 
-def forward(x_dtype, dtype, has_weight, has_bias, variance):
+def forward(x_dtype, dtype, has_weight, has_bias, variance, residual_dtype=None, with_total=False):
     """One iteration owns some rows, of which it takes sixteen at a time."""
     return loops.forward(_forward(x_dtype, dtype, variance), dtype.type, has_weight, has_bias, is_centred(variance))
 
 
-def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask):
+def backward(
+    dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask, dtotal_dtype=None
+):
     """One iteration owns a block of rows, of which it takes sixteen at a time, and adds to the block's own sums."""
     rows_from = _backward(x_dtype, dtype, statistics_from, output_mask)
     return loops.backward(rows_from, dtype.type, has_weight, output_mask, is_centred(statistics_from))

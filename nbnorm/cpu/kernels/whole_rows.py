@@ -37,7 +37,7 @@ PAIRED_COLS = 1 << 8
 KNOWN_SIZE = KNOWN_NUMBERS * GROUP_ROWS
 
 
-def forward(x_dtype, dtype, has_weight, has_bias, variance):
+def forward(x_dtype, dtype, has_weight, has_bias, variance, residual_dtype=None, with_total=False):
     """One iteration owns some rows, and of each writes y[r] and, where these are asked for, mean[r] and rstd[r].
 
     Formula: Ba, Kiros and Hinton 2016, eq. 4, where `variance` is "centred" or "diff_of_squares"; with "mean_square", Zhang
@@ -46,7 +46,9 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance):
     return loops.forward(_forward(x_dtype, dtype, variance), dtype.type, has_weight, has_bias, is_centred(variance))
 
 
-def backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask):
+def backward(
+    dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, has_weight, statistics_from, output_mask, dtotal_dtype=None
+):
     """Gradients of layer norm: one iteration owns a block of rows, writes dx of each and adds to the block's own sums.
 
     `statistics_from` is "given", "given rstd" or the variance to recompute them by.

@@ -6,8 +6,9 @@ from numba.core import cgutils
 
 from nbnorm.cpu.lanes import control, half, meaning
 from nbnorm.cpu.lanes.meaning import COUNT
-from nbnorm.cpu.lanes.rules import NOTHING, Lanes, Operand, element_of, lowers, returning_none
+from nbnorm.cpu.lanes.rules import NOTHING, Added, Lanes, Operand, element_of, lowers, returning_none
 from nbnorm.cpu.lanes.vectors import (
+    F64,
     I8,
     I32,
     I64,
@@ -27,18 +28,56 @@ from nbnorm.cpu.lanes.vectors import (
     vector,
 )
 
-# the place of the data pointer in Numba's structure of an array: after meminfo, parent, size and itemsize
-ARRAY_DATA = 4
+# the places of the data pointer and the shape in Numba's structure of an array, after meminfo, parent, size and itemsize
+ARRAY_DATA, ARRAY_SHAPE = 4, 5
+
+
+def _array(arrays, i):
+    """The type of an array, which may be one of a tuple, and where in the structures of both its data pointer is."""
+    return (arrays[i], [i, ARRAY_DATA]) if isinstance(arrays, types.BaseTuple) else (arrays, [ARRAY_DATA])
+
+
+@lowers(meaning.shape_of)
+def shape_of(arrays):
+    array, place = _array(arrays, 0)
+    return types.UniTuple(types.int64, array.ndim), lambda builder, value: builder.extract_value(
+        value, [*place[:-1], ARRAY_SHAPE]
+    )
 
 
 @lowers(meaning.operand)
-def operand(array, element):
-    return Operand(array.dtype, element.dtype), lambda builder, array, element: builder.extract_value(array, ARRAY_DATA)
+def operand(arrays, element):
+    array, place = _array(arrays, 0)
+    return Operand(array.dtype, element.dtype), lambda builder, value, element: builder.extract_value(value, place)
+
+
+@lowers(meaning.operand_beside)
+def operand_beside(arrays, element):
+    if not isinstance(arrays, types.BaseTuple):
+        return NOTHING
+    array, place = _array(arrays, 1)
+    return Operand(array.dtype, element.dtype), lambda builder, value, element: builder.extract_value(value, place)
+
+
+@lowers(meaning.added)
+def added(x, residual):
+    if residual == types.none:
+        return x, lambda builder, x, residual: x
+    return Added(x, residual), lambda builder, *parts: cgutils.pack_struct(builder, parts)
 
 
 @lowers(meaning.pointer)
-def pointer(array):
-    return types.CPointer(array.dtype), lambda builder, array: builder.extract_value(array, ARRAY_DATA)
+def pointer(arrays):
+    array, place = _array(arrays, 0)
+    return types.CPointer(array.dtype), lambda builder, value: builder.extract_value(value, place)
+
+
+@lowers(meaning.pointer_beside)
+def pointer_beside(arrays):
+    if not isinstance(arrays, types.BaseTuple):
+        return NOTHING
+    array, place = _array(arrays, 1)
+    return types.CPointer(array.dtype), lambda builder, value: builder.extract_value(value, place)
 
 
 @lowers(meaning.behind)
@@ -75,6 +114,8 @@ def restore_mode(thread_mode):
 def load(source, k):
     if source == types.none:
         return NOTHING
+    if isinstance(source, Added):
+        return _added(load, source, k)
     stored, wanted = source.dtype, element_of(source)
 
     def code(builder, source, k):
@@ -89,6 +130,14 @@ def load_part(source, k, count, rest):
     if source == types.none:
         return NOTHING
     stored, wanted = source.dtype, element_of(source)
+    if isinstance(source, Added):
+        _, sums = _added(load_part, source, k, count, rest)
+
+        def code_of_sums(builder, source, k, count, rest):
+            others = splat(builder, converted(builder, rest, types.float64, wanted))
+            return builder.select(first(builder, count), sums(builder, source, k, count, F64(0.0)), others)
+
+        return Lanes(wanted), code_of_sums
 
     def code(builder, source, k, count, rest):
         stored_vector = vector(LLVM_TYPES[stored])
@@ -103,6 +152,8 @@ def load_part(source, k, count, rest):
 
 @lowers(meaning.load_one)
 def load_one(source, k):
+    if isinstance(source, Added):
+        return _added(load_one, source, k)
     stored = source.dtype
 
     def code(builder, source, k):
@@ -116,6 +167,25 @@ def load_one(source, k):
         return builder.extract_element(values, I32(0))
 
     return types.float64, code
+
+
+def _added(rule, source, *argument_types):
+    """A rule that loads, for the sum of two operands: what it is for both, added, rounded, and again as it is in memory."""
+    result, _ = rule(source.x, *argument_types)
+    loads = [rule(part, *argument_types)[1] for part in (source.x, source.residual)]
+    is_one = result == types.float64
+    are_bfloat16 = source.element == types.float32 and source.dtype == source.residual.dtype == types.int16
+
+    def code(builder, source_, *arguments):
+        values = [load(builder, builder.extract_value(source_, i), *arguments) for i, load in enumerate(loads)]
+        if is_one:
+            values = [splat(builder, converted(builder, value, types.float64, source.element)) for value in values]
+        total = builder.fadd(*values)
+        raw = half.sum_to_bfloat16(builder, total) if are_bfloat16 else encoded(builder, total, source.element, source.dtype)
+        sums = decoded(builder, raw, source.dtype, types.float64 if is_one else source.element)
+        return builder.extract_element(sums, I32(0)) if is_one else sums
+
+    return result, code
 
 
 @lowers(meaning.store)
@@ -200,6 +270,14 @@ def fence():
 def prefetch(source, k, ahead):
     if source == types.none or ahead == types.none:
         return NOTHING
+    if isinstance(source, Added):
+        (_, of_x), (_, of_residual) = prefetch(source.x, k, ahead), prefetch(source.residual, k, ahead)
+
+        def code_of_both(builder, source, k, ahead):
+            of_x(builder, builder.extract_value(source, 0), k, ahead)
+            of_residual(builder, builder.extract_value(source, 1), k, ahead)
+
+        return types.none, returning_none(code_of_both)
 
     def code(builder, source, k, ahead):
         line = builder.bitcast(builder.gep(source, [builder.add(k, ahead)]), I8.as_pointer())

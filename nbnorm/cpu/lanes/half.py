@@ -26,13 +26,24 @@ def from_bfloat16(builder, raw):
 
 def to_bfloat16(builder, values):
     """Int16 from float32."""
-    bits = builder.bitcast(values, _like(values, I32))
-    last = builder.and_(builder.lshr(bits, _constant(bits, 16)), _constant(bits, 1))
-    rounded = builder.add(bits, builder.add(last, _constant(bits, 0x7FFF)))
+    bits, rounded = _rounded(builder, values)
     # a NaN stays one when its lower half is cut off
     is_nan = builder.fcmp_unordered("uno", values, values)
     chosen = builder.select(is_nan, builder.or_(bits, _constant(bits, 0x400000)), rounded)
     return builder.trunc(builder.lshr(chosen, _constant(bits, 16)), _like(values, I16))
+
+
+def sum_to_bfloat16(builder, values):
+    """The same of sums of two bfloat16: the lower half of a NaN among these is 0, and what is added to it stays there."""
+    _, rounded = _rounded(builder, values)
+    return builder.trunc(builder.lshr(rounded, _constant(rounded, 16)), _like(values, I16))
+
+
+def _rounded(builder, values):
+    """The bits of float32, and these with their upper halves rounded."""
+    bits = builder.bitcast(values, _like(values, I32))
+    last = builder.and_(builder.lshr(bits, _constant(bits, 16)), _constant(bits, 1))
+    return bits, builder.add(bits, builder.add(last, _constant(bits, 0x7FFF)))
 
 
 def from_float16(builder, raw):

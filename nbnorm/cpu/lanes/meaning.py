@@ -24,20 +24,50 @@ class Operand(NamedTuple):
     element: Any
 
 
-def operand(array, element):
-    """The elements of a C-contiguous array, which are read as the type `element`.
+class Added(NamedTuple):
+    """What `added` returns of two operands, but for compiled code."""
+
+    x: Any
+    residual: Any
+
+
+def shape_of(arrays):
+    """The shape of an array, or of both in a tuple."""
+    return _first(arrays).shape
+
+
+def operand(arrays, element):
+    """The elements of a C-contiguous array, or of the first of a tuple of two, which are read as the type `element`.
 
     Without the reference count that Numba keeps in every loop over an array. So it does not keep the array alive: something
     must refer to that for as long.
     """
-    return Operand(array.reshape(-1), element)
+    return Operand(_first(arrays).reshape(-1), element)
 
 
-def pointer(array):
-    """The same, read as what they are. Numbers are written to it by `store`, since Numba leaves out what is set in an array
-    that a loop knows by a field alone.
+def operand_beside(arrays, element):
+    """The same of the second of a tuple; None of a single array."""
+    return Operand(arrays[1].reshape(-1), element) if isinstance(arrays, tuple) else None
+
+
+def added(x, residual):
+    """An operand whose elements are the sums of those of two, rounded to what those of x are in memory.
+
+    It is x where the residual is None.
     """
-    return array.reshape(-1)
+    return x if residual is None else Added(x, residual)
+
+
+def pointer(arrays):
+    """As `operand`, of elements that are read as what they are. Numbers are written to it by `store`, since Numba leaves out
+    what is set in an array that a loop knows by a field alone.
+    """
+    return _first(arrays).reshape(-1)
+
+
+def pointer_beside(arrays):
+    """The same of the second of a tuple; None of a single array."""
+    return arrays[1].reshape(-1) if isinstance(arrays, tuple) else None
 
 
 def behind(source, k):
@@ -47,6 +77,8 @@ def behind(source, k):
 
 def element_of(source):
     """The type that the elements of an operand are read as."""
+    if isinstance(source, Added):
+        return source.x.element
     return source.element if isinstance(source, Operand) else source.dtype.type
 
 
@@ -66,6 +98,8 @@ def load(source, k):
     """Elements k to k + 15, as lanes; None of None."""
     if source is None:
         return None
+    if isinstance(source, Added):
+        return _sum(source, load(source.x, k), load(source.residual, k))
     return _decoded(_stored(source)[k : k + COUNT], element_of(source))
 
 
@@ -74,6 +108,9 @@ def load_part(source, k, count, rest):
     if source is None:
         return None
     element = element_of(source)
+    if isinstance(source, Added):
+        sums = _sum(source, load_part(source.x, k, count, 0.0), load_part(source.residual, k, count, 0.0))
+        return np.where(np.arange(COUNT) < count, sums, element(rest))
     lanes = np.full(COUNT, rest, element)
     lanes[:count] = _decoded(_stored(source)[k : k + count], element)
     return lanes
@@ -86,6 +123,10 @@ def keep(lanes, count):
 
 def load_one(source, k):
     """Element k as a float64."""
+    if isinstance(source, Added):
+        element = element_of(source)
+        values = (np.full(1, load_one(part, k), np.float64).astype(element) for part in source)
+        return np.float64(_sum(source, *values)[0])
     return _decoded(_stored(source)[k : k + 1], np.float64)[0]
 
 
@@ -210,6 +251,15 @@ def to_odd(values):
         is_inexact = (near != values) & (bits & 1 == 0) & (values == values)
         step = np.where(np.abs(near) < np.abs(values), 1, -1)
     return np.where(is_inexact, bits + step, bits).astype(np.uint32).view(np.float32)
+
+
+def _first(arrays):
+    return arrays[0] if isinstance(arrays, tuple) else arrays
+
+
+def _sum(source, a, b):
+    with np.errstate(all="ignore"):
+        return _decoded(_encoded(a + b, _stored(source.x).dtype), element_of(source))
 
 
 def _stored(source):

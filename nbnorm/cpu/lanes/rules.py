@@ -1,7 +1,7 @@
 """The types of the language, and how Numba is taught an operation: what its result is, and the code that computes it."""
 
 from numba import types
-from numba.core.datamodel.models import PointerModel, PrimitiveModel
+from numba.core.datamodel.models import PointerModel, PrimitiveModel, StructModel
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import lower_builtin, register_model
 
@@ -36,6 +36,21 @@ class Operand(types.CPointer):
         return self.dtype, self.element
 
 
+class Added(types.Type):
+    """Numba's type of the sum of two operands, which is rounded to what the first is in memory."""
+
+    def __init__(self, x, residual):
+        self.x, self.residual = x, residual
+        self.dtype, self.element = x.dtype, x.element
+        super().__init__(name=f"Added({x}, {residual})")
+
+
+@register_model(Added)
+class AddedModel(StructModel):
+    def __init__(self, manager, added):
+        super().__init__(manager, added, [("x", added.x), ("residual", added.residual)])
+
+
 @register_model(Lanes)
 class LanesModel(PrimitiveModel):
     def __init__(self, manager, lanes_type):
@@ -54,7 +69,7 @@ MASK = Mask()
 
 def element_of(source):
     """The type that the elements of an operand, or of any other pointer, are read as."""
-    return source.element if isinstance(source, Operand) else source.dtype
+    return source.element if isinstance(source, Operand | Added) else source.dtype
 
 
 def lowers(function):

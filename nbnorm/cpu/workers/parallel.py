@@ -95,7 +95,7 @@ def watched(chosen, kernel):
         kernel(first, *others)
         seconds = perf_counter() - start
         if seconds > STALL_SECONDS:
-            rows, cols = first.shape
+            rows, cols = shape_of(first)
             elements, kind = rows * cols, kind_of(rows, cols)
             per_element = seconds / elements
             least = shortest.get(kind, math.inf)
@@ -113,8 +113,13 @@ def timed(without, kernel, first, *others):
     """Call a kernel without Numba's threads, and keep how long that takes in its `shortest_without`."""
     start = perf_counter()
     kernel(first, *others)
-    rows, cols = first.shape
+    rows, cols = shape_of(first)
     keep(without, kind_of(rows, cols), (perf_counter() - start) / (rows * cols))
+
+
+def shape_of(arrays):
+    """That of a kernel's rows, or of both arrays that are beside each other."""
+    return arrays[0].shape if isinstance(arrays, tuple) else arrays.shape
 
 
 def keep(without, kind, per_element):

@@ -31,14 +31,14 @@ _calls: SimpleQueue = SimpleQueue()
 
 def forward(kernel, x, weight, bias, eps, streaming, y, mean, rstd):
     """`kernel` of a factory `forward`, its rows shared by the threads."""
-    rows, cols = x.shape
+    rows, cols = parallel.shape_of(x)
     parallel.end_pause()
     if rows * cols < ELEMENTS:
         kernel(x, weight, bias, eps, streaming, y, mean, rstd)
         return
     threads = parallel.our_threads()
     pieces = [
-        (x[piece], weight, bias, eps, streaming, y[piece], mean[piece], rstd[piece])
+        (_rows(x, piece), weight, bias, eps, streaming, _rows(y, piece), mean[piece], rstd[piece])
         for piece in _pieces(rows, 1, cols, threads)
     ]
     share(kernel, pieces, threads)
@@ -61,7 +61,7 @@ def backward(kernel, dy, x, weight, eps, mean, rstd, first, block_rows, last, st
         piece = slice(max(span.start - begun, 0), span.stop - begun)
         pieces.append(
             (
-                dy[piece], x[piece], weight, eps, mean[piece], rstd[piece], first + piece.start, block_rows, False,
+                _rows(dy, piece), x[piece], weight, eps, mean[piece], rstd[piece], first + piece.start, block_rows, False,
                 streaming, dx[piece], sums, dweight, dbias,
             )
         )  # fmt: skip
@@ -69,8 +69,14 @@ def backward(kernel, dy, x, weight, eps, mean, rstd, first, block_rows, last, st
     if last and len(sums):
         # no rows, only the sums of the blocks
         kernel(
-            dy[:0], x[:0], weight, eps, mean[:0], rstd[:0], 0, block_rows, True, streaming, dx[:0], sums, dweight, dbias
+            _rows(dy, slice(0)), x[:0], weight, eps, mean[:0], rstd[:0], 0, block_rows, True, streaming, dx[:0], sums,
+            dweight, dbias,
         )  # fmt: skip
+
+
+def _rows(arrays, piece):
+    """A piece of an array, or of both in a tuple."""
+    return tuple(array[piece] for array in arrays) if isinstance(arrays, tuple) else arrays[piece]
 
 
 def _pieces(rows, step, cols, threads):

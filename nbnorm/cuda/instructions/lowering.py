@@ -151,6 +151,19 @@ def _store(computed, stored, width, access, rounds_pairs):
     return code
 
 
+@accesses(meaning.round_as)
+def _round_as(computed, stored, width, rounds_pairs):
+    def code(builder, values, k, *_):
+        if LLVM_TYPES[stored] == LLVM_TYPES[computed]:
+            return
+        places = [_element(builder, values, k, i) for i in range(width)]
+        raw = _encoded(builder, list(map(builder.load, places)), stored, rounds_pairs)
+        for place, element in zip(places, _decoded(builder, _parts(builder, raw), stored, computed), strict=True):
+            builder.store(element, place)
+
+    return code
+
+
 def _computes(function, code):
     """Decorate nothing: a function of one float32 or float64 is what `code` builds."""
 

@@ -38,6 +38,11 @@ def store(values, k, destination, at, width, access, rounds_pairs):
     destination[at : at + width] = values[k : k + width]
 
 
+def round_as(values, k, memory, at, width, rounds_pairs):
+    """values[k : k + width] as they are once they have been stored there; nothing is stored."""
+    values[k : k + width] = values[k : k + width].astype(memory[at:at].dtype)
+
+
 def inverse(value):
     """1 / value, a float32 within an eps of it: an exact one is a call, around which registers are spilled."""
     return type(value)(1) / value

@@ -5,7 +5,7 @@ from numba import cuda
 from nbnorm.cuda.instructions.meaning import load
 from nbnorm.cuda.kernels.known import Means, Normaliser, Start
 from nbnorm.cuda.kernels.reduce import add_teams, inlined, team_sum, team_sums, thread_index
-from nbnorm.cuda.kernels.rows import add_row, column, element_at, has, means_of, start_of, store_row
+from nbnorm.cuda.kernels.rows import add_row, add_to_row, column, element_at, has, means_of, start_of, store_row
 from nbnorm.cuda.kernels.statistics import subtract
 from nbnorm.cuda.sizes import PIECE
 
@@ -98,10 +98,12 @@ def team_means(parts, share, room):
 
 
 @inlined
-def store_dx(held, means, normaliser, dx, share):
+def store_dx(held, means, normaliser, dx, dtotal, share):
     made = share.made
     for i in range(made.tile.size):
         held.dy[i] = (held.dy[i] - means.g - held.x[i] * means.gx) * normaliser.part * normaliser.larger
+    if made.is_added:
+        add_to_row(held.dy, dtotal, share)
     store_row(held.dy, dx, share, made.access, made.rounds_pairs)
 
 

@@ -27,6 +27,15 @@ def teams_before(team):
 
 
 @inlined
+def meet(team):
+    """Have no thread go on before all of its team are here."""
+    if team <= WARP:
+        cuda.syncwarp()
+    else:
+        cuda.syncthreads()
+
+
+@inlined
 def team_sum(value, team, room, element):
     """The sum of the team's values. A team of several warps uses WARP elements of the room, which no other sum may use."""
     if team <= WARP:

@@ -6,13 +6,15 @@ can there be any.
 
 from numba import cuda
 
-from nbnorm.cuda.instructions.meaning import fetch, load, store, unpack
+from nbnorm.cuda.instructions.meaning import fetch, load, round_as, store, unpack
 from nbnorm.cuda.kernels.known import Means, Segment, Start, Statistics
 from nbnorm.cuda.kernels.reduce import inlined
 
 # numbers of a state, which are `Statistics`, and of means in memory, which are `Means`
 STATE = len(Statistics._fields)
 MEANS = len(Means._fields)
+# elements of the widest vector
+WIDEST = 8
 
 
 @inlined
@@ -60,6 +62,17 @@ def element_at(start, element):
 
 
 @inlined
+def sum_at(start, residual, made):
+    """Of x + residual the element that starts there, in x's type; of x where nothing is added."""
+    value = cuda.local.array(1, made.element)
+    load(value, 0, start.memory, start.at, 1, 1)
+    if made.is_added:
+        value[0] += element_at(residual, made.element)
+        round_as(value, 0, start.memory, start.at, 1, made.rounds_pairs)
+    return value[0]
+
+
+@inlined
 def load_row(values, start, share, access, beyond):
     """The row that starts there, and what is to be beyond its end."""
     tile = share.made.tile
@@ -68,6 +81,27 @@ def load_row(values, start, share, access, beyond):
             load(values, k * tile.width, start.memory, start.at + column(share, k), tile.width, access)
         else:
             fill(values, k, share, beyond)
+
+
+@inlined
+def add_to_row(values, start, share):
+    """Add the row that starts there."""
+    made, tile = share.made, share.made.tile
+    added = cuda.local.array(WIDEST, made.element)
+    for k in range(tile.held):
+        if has(share, k):
+            load(added, 0, start.memory, start.at + column(share, k), tile.width, made.added_access)
+            for i in range(tile.width):
+                values[k * tile.width + i] += added[i]
+
+
+@inlined
+def round_row(values, start, share):
+    """To the type that there is in memory."""
+    tile = share.made.tile
+    for k in range(tile.held):
+        if has(share, k):
+            round_as(values, k * tile.width, start.memory, start.at, tile.width, share.made.rounds_pairs)
 
 
 @inlined

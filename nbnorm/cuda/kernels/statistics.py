@@ -5,7 +5,7 @@ from numba import cuda
 from nbnorm.cuda.instructions.meaning import inverse, inverse_power_of_two, inverse_root, load
 from nbnorm.cuda.kernels.known import Normaliser, Room, Statistics
 from nbnorm.cuda.kernels.reduce import ALL_LANES, inlined, team_sum, team_sums
-from nbnorm.cuda.kernels.rows import column, has, load_row, statistics_of
+from nbnorm.cuda.kernels.rows import add_to_row, column, has, load_row, round_row, statistics_of
 from nbnorm.cuda.sizes import PIECE, WARP
 
 # elements of shared memory that `statistics` takes, and `row_statistics`
@@ -14,10 +14,11 @@ ROW_SHARED = 2 * SHARED + WARP
 
 
 @inlined
-def row_statistics(values, origin, start, share, eps, room):
+def row_statistics(values, origin, start, residual, share, eps, room):
     """The row's, of which hi is subtracted. The origin is its first element.
 
-    A row whose squares overflow or vanish is read once more, and scaled.
+    A row whose squares overflow or vanish is read once more, and scaled: from `start` on, and what starts at `residual` is
+    added again, where the sum is not in memory.
     """
     made = share.made
     found = statistics(values, origin, share, room)
@@ -27,6 +28,9 @@ def row_statistics(values, origin, start, share, eps, room):
     is_extreme = not (smallest <= var + added and hi * hi + var + added <= largest)
     if cuda.any_sync(ALL_LANES, is_extreme):
         load_row(values, start, share, made.access, origin)
+        if made.is_sum_unwritten:
+            add_to_row(values, residual, share)
+            round_row(values, start, share)
         power = rescaling(values, share, Room(room.shared, room.at + SHARED))
         # the other rows of a warp are not changed by one that is extreme
         factor = power if is_extreme else made.element(1)

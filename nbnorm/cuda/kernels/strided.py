@@ -7,7 +7,7 @@ from numba import cuda, types
 
 from nbnorm.cuda import launch
 from nbnorm.cuda.compiled import compiled
-from nbnorm.cuda.kernels.whole_rows import STORAGE
+from nbnorm.cuda.kernels.signatures import STORAGE
 
 THREADS = 256
 # dimensions that a copy takes, after those are joined that follow each other in memory

@@ -9,7 +9,7 @@ and bias: at most a vector, fewer where an address does not allow it. Neither ch
 import functools
 
 import numpy as np
-from numba import cuda, types
+from numba import cuda
 
 from nbnorm.cuda.compiled import compiled
 from nbnorm.cuda.instructions.meaning import Constants, inverse, inverse_power_of_two, store
@@ -23,8 +23,9 @@ from nbnorm.cuda.kernels.gradients import (
     team_means,
 )
 from nbnorm.cuda.kernels.known import Eps, Held, Normaliser, Room, Rows, Segment, Share, Start, Sums
-from nbnorm.cuda.kernels.reduce import teams_before, thread_index
+from nbnorm.cuda.kernels.reduce import meet, teams_before, thread_index
 from nbnorm.cuda.kernels.rows import (
+    add_to_row,
     column,
     element_at,
     fetch_rows,
@@ -32,16 +33,17 @@ from nbnorm.cuda.kernels.rows import (
     keep_means,
     keep_segment,
     load_row,
+    round_row,
     row_of,
     segment_of,
     start_of,
+    store_row,
+    sum_at,
     unpack_rows,
 )
 from nbnorm.cuda.kernels.statistics import ROW_SHARED, merged_statistics, normalise, normaliser_of, row_statistics
 from nbnorm.cuda.sizes import WARP
 
-# what an element is in memory; numba-cuda has no bfloat16 that its arrays or pointers could be of
-STORAGE = {"float16": types.uint16, "bfloat16": types.int16, "float32": types.float32, "float64": types.float64}
 # where the variance is outside these bounds, a square may be 0 or Inf where the deviation is not
 VARIANCE_BOUNDS = {"float32": (2.0**-80, 2.0**120), "float64": (2.0**-960, 2.0**960)}
 # from which on a device can round two elements to 16 bits in one instruction
@@ -51,63 +53,6 @@ MEAN_ALONE = ("mean_square", "given rstd")
 # rows of a team whose dweight and dbias are added up one after another, before they are added to the group's: equal numbers
 # are rounded the same way each time, and 1000 in a row are 80 eps off
 CHUNK = 32
-
-
-def pointer(dtype_name):
-    """The type of an address; where there is nothing, of any."""
-    return types.CPointer(STORAGE[dtype_name or "float32"])
-
-
-def forward_signature(operand_dtypes, dtype):
-    x_dtype, weight_dtype, bias_dtype = operand_dtypes
-    computed = pointer(dtype).dtype
-    statistics_dtype = "float64" if x_dtype == "float64" else "float32"
-    return types.void(
-        pointer(x_dtype),  # x
-        pointer(weight_dtype),  # weight
-        pointer(bias_dtype),  # bias
-        types.int64,  # rows
-        types.int64,  # cols
-        types.int64,  # segments
-        types.int64,  # segment_cols
-        types.int64,  # x_pitch: elements from one row to the next
-        types.int64,  # y_pitch
-        computed,  # eps
-        computed,  # eps_power: of two, the largest that is not above the root of eps
-        computed,  # eps_rest: what 1 / root is times that
-        types.boolean,  # has_statistics
-        pointer(x_dtype),  # y
-        pointer(statistics_dtype),  # mean
-        pointer(statistics_dtype),  # rstd
-        types.CPointer(computed),  # states
-    )
-
-
-def backward_signature(operand_dtypes, dtype):
-    dy_dtype, x_dtype, weight_dtype, mean_dtype, rstd_dtype = operand_dtypes
-    computed = pointer(dtype).dtype
-    return types.void(
-        pointer(dy_dtype),  # dy
-        pointer(x_dtype),  # x
-        pointer(weight_dtype),  # weight
-        pointer(mean_dtype),  # mean
-        pointer(rstd_dtype),  # rstd
-        types.int64,  # rows
-        types.int64,  # cols
-        types.int64,  # groups
-        types.int64,  # segments
-        types.int64,  # segment_cols
-        types.int64,  # dy_pitch: elements from one row to the next
-        types.int64,  # x_pitch
-        types.int64,  # dx_pitch
-        computed,  # eps
-        computed,  # eps_power: of two, the largest that is not above the root of eps
-        computed,  # eps_rest: what 1 / root is times that
-        pointer(x_dtype),  # dx
-        types.CPointer(computed),  # states
-        types.CPointer(computed),  # means
-        types.CPointer(computed),  # sums
-    )
 
 
 def made_of(dtype, tile, is_whole, **choices):
@@ -127,14 +72,16 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
     """One team owns a row, and writes y[row] and, where asked for, mean[row] and rstd[row].
 
     Of a long row it owns a segment, in two steps: "states" writes states[row, segment], from which `merge` makes
-    states[row] for "normalise". `accesses` are those of x and y, and of weight and bias.
+    states[row] for "normalise". `accesses` are those of x, y and total, of weight and bias, and of the residual.
+    Where there is a residual, x + residual, rounded to x's type, is what is normalised, and written as total if that is
+    wanted.
     Formula: Ba, Kiros and Hinton 2016, eq. 4, where the `variance` is "centred" or "diff_of_squares"; Zhang and Sennrich
     2019, eq. 4, where it is "mean_square".
     """
-    x_dtype, weight_dtype, bias_dtype = operand_dtypes
+    x_dtype, weight_dtype, bias_dtype, residual_dtype, total_dtype = operand_dtypes
     element = getattr(np, dtype)
     statistic = np.float64 if x_dtype == "float64" else np.float32
-    access, parameter_access = accesses
+    access, parameter_access, added_access = accesses
     is_whole, is_states, is_normalise = (step == name for name in ("whole", "states", "normalise"))
     width, team, held, teams = tile[:4]
     size, shares_warp = tile.size, team < WARP
@@ -142,15 +89,17 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
     has_weight, has_bias = weight_dtype is not None, bias_dtype is not None
     has_mean = variance not in MEAN_ALONE
     has_origin = has_mean and not is_normalise
+    is_added, with_total = residual_dtype is not None, total_dtype is not None
     made = made_of(
         dtype, tile, is_whole, is_centred=variance == "centred", has_mean=has_mean,
-        access=access, parameter_access=parameter_access, has_weight=has_weight, has_bias=has_bias,
+        access=access, parameter_access=parameter_access, added_access=added_access, rounds_pairs=rounds_pairs,
+        has_weight=has_weight, has_bias=has_bias, is_added=is_added, is_sum_unwritten=is_added and not with_total,
     )  # fmt: skip
 
     @compiled(compute_capability, tile.launch_bounds)
     def kernel(
         x, weight, bias, rows, cols, segments, segment_cols, x_pitch, y_pitch, eps, eps_power, eps_rest, has_statistics,
-        y, mean, rstd, states,
+        y, mean, rstd, states, added,
     ):  # fmt: skip
         values = cuda.local.array(size, element)
         room = Room(cuda.shared.array(ROW_SHARED, element), 0)
@@ -169,14 +118,29 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
 
         # load
         start = start_of(Rows(x, x_pitch, segment.first), row)
-        origin = element_at(start, element) if has_origin else element(0)
+        beside = start
+        if is_added:
+            residual, residual_pitch, total, total_pitch = added
+            beside = start_of(Rows(residual, residual_pitch, segment.first), row)
+        origin = sum_at(start, beside, made) if has_origin else element(0)
         load_row(values, start, share, access, origin)
+
+        # the sum, which is what an extreme row is read from again, where it is written
+        if is_added:
+            add_to_row(values, beside, share)
+            round_row(values, start, share)
+            if with_total:
+                # over what others still read: the first element, or the row of a team that has none
+                meet(team)
+                start = start_of(Rows(total, total_pitch, segment.first), row)
+                if is_mine:
+                    store_row(values, start, share, access, rounds_pairs)
 
         # statistics
         if is_normalise:
             statistics = merged_statistics(values, states, row, share)
         else:
-            statistics = row_statistics(values, origin, start, share, eps_parts, room)
+            statistics = row_statistics(values, origin, start, beside, share, eps_parts, room)
         if is_states:
             if lane == 0:
                 keep_segment(states, number, statistics, element(segment.cols))
@@ -202,7 +166,7 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
     """Gradients: a block takes row after row of its group, while the next one is on its way from memory.
 
     `statistics_from` is "given", "given rstd" or the variance to recompute them by; `accesses` are those of dy, of x and dx,
-    and of weight.
+    of weight, and of dtotal, which is added to dx where there is one.
     A team writes dx[row], and adds dy * x_hat and dy to sums of its own. In the end the block adds up those of its teams,
     and writes sums[0, group] and sums[1, group], of which there is only the one that is asked for where the other is not.
     Row r is of group r // teams % groups.
@@ -211,10 +175,10 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
     Formula: the derivative of eq. 4 of Ba, Kiros and Hinton 2016, as in llm.c's doc/layernorm.
     """
     element = getattr(np, dtype)
-    dy_access, access, parameter_access = accesses
+    dy_access, access, parameter_access, added_access = accesses
     is_whole, is_means, is_gradients = (step == name for name in ("whole", "means", "gradients"))
     is_given, has_mean = statistics_from in ("given", "given rstd"), statistics_from not in MEAN_ALONE
-    with_dx = output_mask[0]
+    with_dx, is_added = output_mask[0], operand_dtypes[5] is not None
     with_dweight, with_dbias = (wanted and not is_means for wanted in output_mask[1:])
     has_x, has_dy = with_dx or output_mask[1], with_dx or not is_means
     # whose statistics and means are those of its segments
@@ -228,8 +192,8 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
     shared_size = 2 * row_shared if teams == 1 else tile.threads // 2 * size
     made = made_of(
         dtype, tile, is_whole, is_centred=statistics_from == "centred", rounds_pairs=int(compute_capability >= ROUNDS_PAIRS),
-        access=access, dy_access=dy_access, parameter_access=parameter_access,
-        sums_access=min(tile.width, 16 // np.dtype(dtype).itemsize),
+        access=access, dy_access=dy_access, parameter_access=parameter_access, added_access=added_access,
+        is_added=is_added, is_sum_unwritten=False, sums_access=min(tile.width, 16 // np.dtype(dtype).itemsize),
         has_x=has_x, has_dy=has_dy, is_given=is_given, has_mean=has_mean, has_means=has_means,
         has_shift=with_dx and has_mean and not is_given,
         with_weight=with_dx and operand_dtypes[2] is not None, with_dweight=with_dweight, with_dbias=with_dbias,
@@ -238,7 +202,7 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
     @compiled(compute_capability, tile.launch_bounds)
     def kernel(
         dy, x, weight, mean, rstd, rows, cols, groups, segments, segment_cols, dy_pitch, x_pitch, dx_pitch,
-        eps, eps_power, eps_rest, dx, states, means, sums,
+        eps, eps_power, eps_rest, dx, states, means, sums, added,
     ):  # fmt: skip
         now = Held(cuda.local.array(size, element), cuda.local.array(size, element))
         ahead = Held(cuda.local.array(size, element), cuda.local.array(size, element))
@@ -256,6 +220,10 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
         group, first = segment.row, segment.first
         share = Share(made, lane, segment.cols)
         x_rows, dy_rows, dx_rows = Rows(x, x_pitch, first), Rows(dy, dy_pitch, first), Rows(dx, dx_pitch, first)
+        dtotal_rows = dx_rows
+        if is_added:
+            dtotal, dtotal_pitch = added
+            dtotal_rows = Rows(dtotal, dtotal_pitch, first)
         per_element = inverse(element(cols))
         begin = group * teams
         shared_at = 0
@@ -288,7 +256,7 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
                 elif is_merged:
                     statistics = merged_statistics(now.x, states, row, share)
                 elif has_statistics:
-                    statistics = row_statistics(now.x, origin, x_start, share, eps_parts, Room(shared, shared_at))
+                    statistics = row_statistics(now.x, origin, x_start, x_start, share, eps_parts, Room(shared, shared_at))
                 if has_statistics and is_means:
                     # a segment has no deviation of its own to be divided by
                     normaliser = Normaliser(statistics.lo, element(1), element(1), element(1))
@@ -311,7 +279,7 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
 
                 # dx
                 if with_dx and not is_means and is_mine:
-                    store_dx(now, row_means, normaliser, start_of(dx_rows, row), share)
+                    store_dx(now, row_means, normaliser, start_of(dx_rows, row), start_of(dtotal_rows, row), share)
                 shared_at = row_shared - shared_at
 
             # the sums of the block's teams
