@@ -76,7 +76,7 @@ def arrow(panel, start, end, label="", color=GREY, offset=(0, 0), **style):
 
 def architecture(path):
     figure, panel = canvas(92, 66, 13)
-    box(panel, 26, 1.5, 40, 6, "layer_norm(x, ...)", ["functional.py, layers.py"])
+    box(panel, 26, 1.5, 40, 6, "layer_norm(x, ...)", ["functional/, layers.py"])
     box(panel, 31, 16, 30, 7, "calls/checks.py", ["every raise; returns a Problem"], ORANGE)
     box(panel, 31, 29, 30, 7, "calls/arrays.py", ["array type: device and library"], ORANGE)
     box(panel, 7, 42, 34, 7.5, "cpu/__init__.py", ["into rows (staging.py);", "whose threads? (workers/)"], BLUE)
