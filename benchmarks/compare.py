@@ -1,4 +1,4 @@
-"""The time of layer norm here, in other libraries, and of the memory traffic that it cannot do without.
+"""The time of the norms here, in other libraries, and of the memory traffic that they cannot do without.
 
 Prints Markdown tables, and saves STEM.json with every number and STEM.png. Libraries that are not installed are left out.
 Nothing else should run meanwhile: with one of two cores taken, OpenMP's threads wait for each other for a time slice of the
@@ -6,6 +6,7 @@ system's, 8 ms, in every call.
 
     python benchmarks/compare.py
     python benchmarks/compare.py --shapes 8192x768,1x64 --dtypes float32,bfloat16 --passes forward
+    python benchmarks/compare.py --norms rms,add-layer
     python benchmarks/compare.py --device cuda
     python benchmarks/compare.py --render benchmarks/results/compare-cpu.json README.md docs/index.md docs/performance.md
 """
@@ -20,11 +21,15 @@ import contestants
 import machine
 import numba
 import numpy as np
+import residual_contestants
+import rms_contestants
 import tables
 from timing import measure
 from tqdm import tqdm
 
 PASSES = ["forward", "backward"]
+# what the names of a norm's passes begin with; "add" is that of x + residual
+NORMS = {"layer": "", "rms": "RMS ", "add-layer": "residual ", "add-rms": "residual RMS "}
 RESULTS = Path(__file__).parent / "results"
 LARGE = (
     (8192, 768),
@@ -37,6 +42,9 @@ LARGE = (
     (1, 1 << 24),
 )
 LARGE_BACKWARD = ((1 << 20, 16), (4, 1 << 20))
+# of the other norms, which have the same kernels: as much as decides whether these serve them
+OTHER_NORMS = ((8192, 768), (65536, 256))
+OTHER_NORMS_SMALL = ((1, 64), (32, 768))
 SMALL = ((1, 64), (8, 64), (1, 768), (8, 768), (32, 768), (128, 768))
 # the first of them, for what is not float32
 COMMON = 5
@@ -73,6 +81,9 @@ def parse():
     parser.add_argument("--shapes", type=shapes, help="ROWSxCOLS,... for every dtype and pass")
     parser.add_argument("--dtypes", type=one_of(*TOLERANCE), default=["float32", "float16", "bfloat16"])
     parser.add_argument("--passes", type=one_of(*PASSES), default=PASSES, help="default: both")
+    parser.add_argument(
+        "--norms", type=one_of(*NORMS), default=list(NORMS), help="on the CPU, some of layer,rms,add-layer,add-rms"
+    )
     parser.add_argument("--seconds", type=float, default=1.5, help="for each problem, about (default: 1.5)")
     parser.add_argument("--threads", type=int, default=numba.get_num_threads(), help="for everybody (default: %(default)s)")
     parser.add_argument("--keep-memory", action="store_true", help="allocations reuse what was freed (glibc): kernels alone")
@@ -126,41 +137,45 @@ def run(options):
     if options.keep_memory:
         machine.keep_memory()
     problems = [
-        (pass_, dtype, rows, cols)
+        (norm, pass_, dtype, shape)
+        for norm in options.norms
         for pass_ in options.passes
         for dtype in options.dtypes
-        for rows, cols in options.shapes or default_shapes(pass_, dtype)
+        for shape in options.shapes or default_shapes(norm, pass_, dtype)
     ]
     timed = []
     with tqdm(problems, file=sys.stderr, unit=" problems", leave=False, disable=None) as bar:
-        for pass_, dtype, rows, cols in bar:
-            bar.set_description(f"{pass_} {dtype} {rows}x{cols}")
-            timed.append(run_problem(pass_, dtype, rows, cols, peers, options))
+        for norm, pass_, dtype, shape in bar:
+            bar.set_description(f"{NORMS[norm]}{pass_} {dtype} {shape[0]}x{shape[1]}")
+            timed.append(run_problem(norm, pass_, dtype, shape, peers, options))
     settings = {"threads": options.threads, "keep_memory": options.keep_memory}
     return {**machine.description(peers), **settings, "left_out": left_out, "problems": timed}
 
 
-def default_shapes(pass_, dtype):
+def default_shapes(norm, pass_, dtype):
+    if norm != "layer":
+        return OTHER_NORMS + (OTHER_NORMS_SMALL if dtype == "float32" else ())
     if dtype != "float32":
         return LARGE[:COMMON]
     return LARGE + (LARGE_BACKWARD if pass_ == "backward" else ()) + SMALL
 
 
-def run_problem(pass_, dtype, rows, cols, peers, options):
-    arrays = contestants.make_arrays(dtype, rows, cols)
-    if pass_ == "forward":
-        calls = contestants.forward(arrays, peers, options.threads)
-        bytes_moved = 2 * arrays.flat[0].nbytes
-    else:
-        calls = contestants.backward(arrays, peers)
-        bytes_moved = 3 * arrays.flat[0].nbytes
+def run_problem(norm, pass_, dtype, shape, peers, options):
+    asked, choices = {
+        "layer": (contestants, {}),
+        "rms": (rms_contestants, {}),
+        "add-layer": (residual_contestants, {"is_rms": False}),
+        "add-rms": (residual_contestants, {"is_rms": True}),
+    }[norm]
+    arrays = asked.make_arrays(dtype, *shape)
+    calls = getattr(asked, pass_)(arrays, peers, options.threads, **choices)
     check_that_they_agree(calls, dtype)
     return {
-        "pass": pass_,
+        "pass": NORMS[norm] + pass_,
         "dtype": dtype,
-        "rows": rows,
-        "cols": cols,
-        "bytes": bytes_moved,
+        "rows": shape[0],
+        "cols": shape[1],
+        "bytes": asked.bytes_moved(pass_, arrays),
         "contestants": measure(calls, options.seconds),
     }
 
@@ -188,8 +203,8 @@ def as_float32(result):
 
 
 def plot(results, path):
-    """The bandwidths: of the first dtype's large problems, or on a CUDA device of every dtype's."""
-    large = [problem for problem in results["problems"] if not tables.is_small(problem)]
+    """The bandwidths of layer norm: of the first dtype's large problems, or on a CUDA device of every dtype's."""
+    large = [problem for problem in results["problems"] if problem["pass"] in PASSES and not tables.is_small(problem)]
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no {path.name} without matplotlib: pip install matplotlib", file=sys.stderr)
     elif large:

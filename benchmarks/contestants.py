@@ -18,6 +18,13 @@ from nbnorm.calls.arrays import give_back
 
 EPS = 1e-5
 MODULES = {"torch": ["torch"], "ONNX Runtime": ["onnxruntime", "onnx"], "JAX": ["jax"]}
+# ONNX Runtime's operators: the domain, inputs and outputs of each
+OPERATORS = {
+    "LayerNormalization": ("", ["x", "w", "b"], ["y"]),
+    "SimplifiedLayerNormalization": ("", ["x", "w"], ["y"]),
+    "SkipLayerNormalization": ("com.microsoft", ["x", "residual", "w", "b"], ["y", "", "", "total"]),
+    "SkipSimplifiedLayerNormalization": ("com.microsoft", ["x", "residual", "w"], ["y", "", "", "total"]),
+}
 
 
 class Arrays(NamedTuple):
@@ -46,6 +53,10 @@ def make_arrays(dtype, rows, cols):
     dy, x, out = (array[: rows * cols].reshape(rows, cols) for array in flat)
     weight, bias = rng.standard_normal((2, cols), np.float32).astype(parameter_dtype)
     return Arrays(dy, x, out, weight, bias, flat)
+
+
+def bytes_moved(pass_, arrays):
+    return (2 if pass_ == "forward" else 3) * arrays.flat[0].nbytes
 
 
 def installed(needed=MODULES):
@@ -95,7 +106,7 @@ def forward(arrays, peers, threads):
     return calls
 
 
-def backward(arrays, peers):
+def backward(arrays, peers, threads):
     """The name of each contestant and its call, which returns dx, dweight and dbias; the limit returns None."""
     dy, x, dx, weight, bias, flat = arrays
     cols = x.shape[1]
@@ -153,26 +164,35 @@ def torch_backward(arrays, mean, rstd):
 
 
 def onnx_forward(arrays, threads):
-    """ONNX has LayerNormalization with parameters of the type of x alone."""
+    feed = onnx_feed({"x": arrays.x, "w": arrays.weight, "b": arrays.bias}, arrays.x.dtype)
     session = onnx_session(arrays.x.dtype, threads)
-    feed = {
-        name: array.astype(arrays.x.dtype, copy=False) for name, array in zip("xwb", arrays[1:2] + arrays[3:5], strict=True)
-    }
     return lambda: session.run(None, feed)[0]
 
 
-def onnx_session(dtype, threads):
+def onnx_feed(operands, dtype):
+    """ONNX Runtime has kernels with parameters of the type of x alone."""
+    return {name: array.astype(dtype, copy=False) for name, array in operands.items()}
+
+
+def onnx_session(dtype, threads, operator="LayerNormalization"):
     import onnx
     import onnxruntime
     from onnx import helper
 
+    domain, inputs, outputs = OPERATORS[operator]
     element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    vector = {name: helper.make_tensor_value_info(name, element, ["cols"]) for name in "wb"}
-    matrix = {name: helper.make_tensor_value_info(name, element, ["rows", "cols"]) for name in "xy"}
-    node = helper.make_node("LayerNormalization", ["x", "w", "b"], ["y"], axis=-1, epsilon=EPS)
-    graph = helper.make_graph([node], "layer_norm", [matrix["x"], *vector.values()], [matrix["y"]])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.checker.check_model(model)
+    values = {
+        name: helper.make_tensor_value_info(name, element, ["cols"] if name in "wb" else ["rows", "cols"])
+        for name in filter(None, (*inputs, *outputs))
+    }
+    axis = {} if domain else {"axis": -1}
+    node = helper.make_node(operator, inputs, outputs, domain=domain, epsilon=EPS, **axis)
+    infos = [[values[name] for name in names if name] for names in (inputs, outputs)]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "norm", *infos), opset_imports=opsets, ir_version=8)
+    # which knows ONNX's own operators
+    if operator == "LayerNormalization":
+        onnx.checker.check_model(model)
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

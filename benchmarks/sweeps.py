@@ -48,7 +48,7 @@ def parse():
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--render", action="store_true", help="measure nothing, draw what the JSON files have")
     options = parser.parse_args()
-    options.dtypes = ["float32"]
+    options.norms, options.dtypes = ["layer"], ["float32"]
     if options.quick:
         options.seconds = compare.QUICK_SECONDS
     return options

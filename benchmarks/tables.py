@@ -9,7 +9,7 @@ import re
 
 PEERS = ("NumPy", "torch", "torch.compile", "Triton", "Liger", "CuPy", "ONNX Runtime", "JAX")
 # nbnorm's variants that are shown beside the limit
-OF_THE_LIMIT = ("nbnorm out=", "difference of squares", "given statistics")
+OF_THE_LIMIT = ("nbnorm out=", "difference of squares", "given statistics", "two steps")
 # problems of up to this many elements have a table in microseconds: calls cost more than memory there
 SMALL_ELEMENTS = 1 << 17
 CUDA = "CUDA "

@@ -83,8 +83,8 @@ def results():
 @pytest.mark.compiled
 def test_compare_prints_and_saves_whatever_is_installed(tmp_path, python_environment):
     stem = tmp_path / "new" / "quick.v1"
-    shapes = ["--shapes", "8x64,512x320", "--dtypes", "float32,bfloat16"]
-    result = run(python_environment, "compare.py", "--quick", *shapes, "--output", stem)
+    problems = ["--norms", "layer", "--shapes", "8x64,512x320", "--dtypes", "float32,bfloat16"]
+    result = run(python_environment, "compare.py", "--quick", *problems, "--output", stem)
     assert result.returncode == 0, result.stderr
     saved = json.loads((tmp_path / "new" / "quick.v1.json").read_text())
     installed = [name for name, modules in MODULES.items() if is_installed(*modules)]
@@ -113,8 +113,73 @@ def test_compare_prints_and_saves_whatever_is_installed(tmp_path, python_environ
 
 @pytest.mark.deep
 @pytest.mark.compiled
+def test_compare_of_the_other_norms(tmp_path, python_environment):
+    problems = ["--norms", "rms,add-layer,add-rms", "--shapes", "8x64", "--dtypes", "float32,bfloat16"]
+    result = run(python_environment, "compare.py", "--quick", *problems, "--output", tmp_path / "norms")
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((tmp_path / "norms.json").read_text())
+    names = ["RMS ", "residual ", "residual RMS "]
+    assert [(problem["pass"], problem["dtype"]) for problem in saved["problems"]] == [
+        (name + pass_, dtype) for name in names for pass_ in ("forward", "backward") for dtype in ("float32", "bfloat16")
+    ]
+    for problem in saved["problems"]:
+        absent = {"JAX"}
+        if "backward" in problem["pass"] or problem["dtype"] == "bfloat16":
+            absent.add("ONNX Runtime")
+        peers = {name for name, modules in MODULES.items() if is_installed(*modules)} - absent
+        ours = {"limit", "nbnorm out=", "nbnorm", "NumPy"}
+        if problem["pass"] == "RMS backward":
+            ours.add("given statistics")
+        elif "residual" in problem["pass"]:
+            ours.add("two steps")
+        assert set(problem["contestants"]) == ours | peers
+    moved = {problem["pass"]: problem["bytes"] / 4 for problem in saved["problems"] if problem["dtype"] == "float32"}
+    # a residual's forward moves x, residual, total and y, its backward dy, dtotal, total and dx
+    assert moved["RMS forward"] == 2 * (8 * 64 + 64)
+    assert moved["residual forward"] == moved["residual RMS backward"] == 4 * 8 * 64
+    for name in ("RMS forward float32 small", "Residual backward bfloat16 small", "Residual RMS forward float32 small"):
+        assert f"\n{name}:\n" in result.stdout
+    # which shows layer norm
+    assert not (tmp_path / "norms.png").exists()
+
+
+def test_every_norm_has_its_default_problems(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    compare = importlib.import_module("compare")
+    for norm in compare.NORMS:
+        large = {shape for dtype in compare.TOLERANCE for shape in compare.default_shapes(norm, "forward", dtype)}
+        assert {(8192, 768), (65536, 256), (1, 64)} <= large
+
+
+@pytest.mark.deep
+@pytest.mark.compiled
+@pytest.mark.parametrize("streamed_bytes", [1 << 24, 1 << 10], ids=["by the caches", "past them"])
+def test_limits_of_a_residual_move_every_byte(monkeypatch, rng, streamed_bytes):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    limits = importlib.import_module("residual_limits")
+    monkeypatch.setattr(limits.sizes, "STREAMED_BYTES", streamed_bytes)
+    # the last part of sixteen, and the end of a piece
+    for size in (44, (1 << 16) + 12):
+        first, second, third = rng.standard_normal((3, size), np.float32)
+        total, y = np.full((2, size), np.nan, np.float32)
+        limits.forward(first, second, total, y)
+        np.testing.assert_array_equal(total, first + second)
+        np.testing.assert_array_equal(y, total)
+        limits.backward(first, second, third, y)
+        np.testing.assert_array_equal(y, first + second + third)
+        for dtype in ("bfloat16", "float16", "float64"):
+            x, residual = first.astype(np.dtype(dtype)), second.astype(np.dtype(dtype))
+            exact, apart = x + residual, np.empty_like(x)
+            limits.add(x, residual, apart)
+            limits.add(x, residual, x)
+            np.testing.assert_array_equal(apart, exact)
+            np.testing.assert_array_equal(x, exact)
+
+
+@pytest.mark.deep
+@pytest.mark.compiled
 def test_compare_runs_without_any_other_library(tmp_path, python_environment):
-    problem = ["--shapes", "512x320", "--dtypes", "float32", "--passes", "forward"]
+    problem = ["--norms", "layer", "--shapes", "512x320", "--dtypes", "float32", "--passes", "forward"]
     kept = ["--keep-memory"] if platform.libc_ver()[0] == "glibc" else []
     arguments = ["--quick", *problem, *kept, "--output", tmp_path / "alone"]
     result = run(python_environment, "compare.py", *arguments, hidden="torch,onnxruntime,jax,matplotlib")
@@ -456,6 +521,15 @@ def test_a_page_has_the_tables_of_both_devices(tmp_path, python_environment, res
     page.write_text("<!-- compare: CUDA forward int8 -->\n<!-- /compare -->\n")
     result = run(python_environment, "compare.py", "--render", tmp_path / "cuda.json", page)
     assert "no table CUDA forward int8" in result.stderr
+
+
+def test_two_steps_are_beside_the_limit(tables, results):
+    residual = {**results["problems"][0], "pass": "residual forward"}
+    residual["contestants"] = {"two steps": {"median": 2e-3}, **residual["contestants"]}
+    texts = tables.tables({**results, "problems": [residual]})
+    header, _, row = texts["residual forward float32"].splitlines()
+    assert header.startswith("| rows x columns | limit, GB/s | nbnorm out=, of the limit | two steps, of the limit | faster")
+    assert row.startswith("| 8192 x 768 | 50.3 | 0.80 | 0.50 | 15.0x")
 
 
 def test_how_much_faster_than_each_peer(tables, results):
