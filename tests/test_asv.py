@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 import nbnorm
+from nbnorm import reference
 from nbnorm.commands import report
 
 ROOT = Path(__file__).parent.parent
 SUITES = ["memory", "quality", "speed", "start"]
 # what takes seconds, in what is as good here
-SMALLER = {(8192, 768): (4, 40), (524288, 32): (5, 24), (16, 1 << 20): (2, 3000), 1000: 4}
+SMALLER = {(8192, 768): (4, 40), (65536, 256): (6, 24), (524288, 32): (5, 24), (16, 1 << 20): (2, 3000), 1000: 4}
 MEASURES = ("time_", "timeraw_", "track_", "peakmem_")
 # in the simulator of tests/cuda, where every event is a millisecond after the last one
 ON_CUDA = """
@@ -59,6 +60,7 @@ def suites(monkeypatch, python_environment):
     with np.errstate(under="ignore"):
         yield package
     package.problems.problem.cache_clear()
+    package.problems.other.cache_clear()
 
 
 def measures(module):
@@ -112,6 +114,34 @@ def test_a_suite_measures_what_is_here_and_skips_the_rest(suites, name):
                 suite.teardown(*case)
             assert numba.get_num_threads() == threads
             suites.problems.problem.cache_clear()
+            suites.problems.other.cache_clear()
+
+
+@pytest.mark.deep
+@pytest.mark.compiled
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_other_norms_are_what_they_are_called(suites, pass_):
+    arrays = importlib.import_module("residual_contestants").make_arrays("float32", 6, 24)
+    x, residual, total, _, weight, bias = (array.astype(np.float64) for array in arrays)
+    for name in suites.problems.OTHERS:
+        is_rms, is_added = "rms" in name, "add" in name
+        if pass_ == "forward":
+            norm = reference.rms_norm if is_rms else reference.layer_norm
+            operands = x + residual if is_added else x, 1, *((weight,) if is_rms else (weight, bias))
+            exact = [norm(*operands, eps=suites.problems.EPS)[0], *([x + residual] if is_added else [])]
+        else:
+            gradients = reference.rms_norm_backward if is_rms else reference.layer_norm_backward
+            dx, *exact = gradients(x, total, 1, weight, eps=suites.problems.EPS)
+            exact = [dx + residual if is_added else dx, *exact]
+        results = suites.problems.other(name, pass_, (6, 24), "float32")()
+        for result, wanted in zip(results if isinstance(results, tuple) else [results], exact, strict=True):
+            np.testing.assert_allclose(result, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_older_commit_has_no_other_norms(suites, monkeypatch):
+    monkeypatch.delattr(nbnorm, "rms_norm")
+    with pytest.raises(NotImplementedError, match="no rms_norm"):
+        suites.problems.other("rms_norm", "forward", (2, 3), "float32")
 
 
 def test_an_error_is_of_the_results(suites):

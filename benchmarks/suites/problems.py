@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 LARGE = ((8192, 768), (524288, 32), (16, 1 << 20))
 EPS = 1e-5
 PASSES = ("forward", "backward")
+# of nbnorm, beside layer_norm and layer_norm_backward
+OTHERS = ("rms_norm", "add_layer_norm", "add_rms_norm")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 # use_diff_of_squares
 MODES = (False, True)
@@ -61,6 +63,30 @@ def problem(pass_, shape, dtype, use_diff_of_squares, device, has_out=True, mean
     made.move()
     made.wait()
     return made
+
+
+@functools.cache
+def other(name, pass_, shape, dtype):
+    """A call of another norm on the CPU, into arrays that are there already. It is compiled."""
+    import numpy as np
+
+    import nbnorm
+
+    if not hasattr(nbnorm, name):
+        raise NotImplementedError(f"this commit has no {name}")
+    x, residual, total, y, weight, bias = module_beside("residual_contestants").make_arrays(dtype, *shape)
+    parameters = (weight, bias) if "layer" in name else (weight,)
+    added = (residual,) if "add" in name else ()
+    if pass_ == "forward":
+        function, operands = getattr(nbnorm, name), (x, *added, shape[1], *parameters, EPS)
+        outs = {"out": y, "total_out": total} if added else {"out": y}
+    else:
+        # x is dy here, and the residual is dtotal
+        function, operands = getattr(nbnorm, f"{name}_backward"), (x, *added, total, shape[1], weight, EPS)
+        outs = {"out": (y, *map(np.empty_like, parameters))}
+    call = functools.partial(function, *operands, **outs)
+    call()
+    return call
 
 
 class CPU:

@@ -2,7 +2,7 @@
 
 import time
 
-from .problems import DEVICES, DTYPES, LARGE, MODES, PASSES, problem, use_threads
+from .problems import DEVICES, DTYPES, LARGE, MODES, OTHERS, PASSES, other, problem, use_threads
 
 SMALL = ((1, 64), (8, 768), (32, 768))
 # samples in each process: at least 5, at most 50, else as many as half a second has
@@ -20,6 +20,21 @@ class LargeCalls:
     def time_call(self, *case):
         self.problem.call()
         self.problem.wait()
+
+
+class OtherNorms:
+    """On the CPU, with `out=`: RMS norm, and the norms of x + residual, which write that sum too."""
+
+    params = (OTHERS, PASSES, ((8192, 768), (65536, 256)), ("float32", "bfloat16"))
+    param_names = ("norm", "pass", "shape", "dtype")
+    # half as long as the others, which have the same kernels
+    repeat = (5, 25, 0.25)
+
+    def setup(self, *case):
+        self.call = other(*case)
+
+    def time_call(self, *case):
+        self.call()
 
 
 class SmallCalls:
