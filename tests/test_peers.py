@@ -1,4 +1,4 @@
-"""Is docs/howto/migrate.md right about other libraries' layer norms? Its table, measured with the libraries themselves.
+"""Is docs/howto/migrate.md right about other libraries' norms? Its tables, measured with the libraries themselves.
 
 A library that is not installed is left out. The extra `peers`, and a line of .ci/run, have those that are in no other extra.
 """
@@ -13,6 +13,7 @@ import nbnorm
 from pages import ROOT
 
 PAGE, DEFAULTS, DTYPES = "docs/howto/migrate.md", "Defaults, names and variance", "Dtypes of the result"
+RMS_NORMS = "RMS norms"
 SIZE = 8
 
 pytestmark = [pytest.mark.deep, pytest.mark.compiled, pytest.mark.filterwarnings("ignore")]
@@ -45,15 +46,15 @@ def torch_layer(x, weight, bias):
     return list(layer.state_dict()), layer(x).detach().numpy()
 
 
-def onnx_model(x, domain, operator, inputs, **attributes):
+def onnx_model(x, domain, operator, inputs, opset=17, **attributes):
     onnx, ort = library("onnx"), library("onnxruntime")
     helper = onnx.helper
     of_numpy = helper.np_dtype_to_tensor_dtype
     infos = [helper.make_tensor_value_info(k, of_numpy(v.dtype), v.shape) for k, v in inputs.items()]
     y = helper.make_tensor_value_info("y", of_numpy(x.dtype), None)
     node = helper.make_node(operator, list(inputs), ["y"], domain=domain, **attributes)
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(helper.make_graph([node], "one", infos, [y]), opset_imports=opsets, ir_version=8)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "one", infos, [y]), opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -349,3 +350,230 @@ def test_thinc_gives_the_backward_with_the_result(rng):
     np.testing.assert_allclose(backward(dy), ours.dx, rtol=0, atol=1e-5)
     np.testing.assert_allclose(layer.get_grad("G"), ours.dweight, rtol=0, atol=1e-5)
     np.testing.assert_allclose(layer.get_grad("b"), ours.dbias, rtol=0, atol=1e-5)
+
+
+# RMS norms: each takes x and weight, and gives the same two
+
+
+def nbnorm_rms(x, weight):
+    layer = nbnorm.RMSNorm(x.shape[-1])
+    layer.load_state_dict({"weight": weight})
+    return list(layer.state_dict()), layer(x)
+
+
+def torch_rms(x, weight):
+    torch = library("torch")
+    x = torch.from_numpy(x)
+    layer = torch.nn.RMSNorm(x.shape[-1], dtype=x.dtype)
+    layer.load_state_dict({"weight": torch.from_numpy(weight)})
+    return list(layer.state_dict()), layer(x).detach().numpy()
+
+
+def onnxruntime_rms(x, weight):
+    return ["scale"], onnx_model(x, "", "RMSNormalization", {"X": x, "scale": weight.astype(x.dtype)}, opset=23)
+
+
+def onnxruntime_simplified(x, weight):
+    return ["scale"], onnx_model(x, "", "SimplifiedLayerNormalization", {"X": x, "scale": weight.astype(x.dtype)})
+
+
+def onnxruntime_skip_simplified(x, weight):
+    inputs = {"input": x[None], "skip": np.zeros_like(x[None]), "gamma": weight.astype(x.dtype)}
+    return ["gamma"], onnx_model(x, "com.microsoft", "SkipSimplifiedLayerNormalization", inputs)[0]
+
+
+def flax_linen_rms(x, weight):
+    layer = library("flax.linen").RMSNorm()
+    variables = layer.init(library("jax").random.key(0), x)
+    return list(variables["params"]), np.asarray(layer.apply({"params": {"scale": weight}}, x))
+
+
+def flax_nnx_rms(x, weight):
+    nnx = library("flax.nnx")
+    layer = nnx.RMSNorm(x.shape[-1], rngs=nnx.Rngs(0))
+    layer.scale[...] = weight
+    return sorted(nnx.state(layer)), np.asarray(layer(library("jax.numpy").asarray(x)))
+
+
+def haiku_rms(x, weight):
+    hk = library("haiku")
+    function = hk.transform(lambda x: hk.RMSNorm(-1)(x))
+    names = list(function.init(library("jax").random.key(0), x)["rms_norm"])
+    return names, np.asarray(function.apply({"rms_norm": {"scale": weight}}, None, x))
+
+
+def equinox_rms(x, weight):
+    eqx, jnp = library("equinox"), library("jax.numpy")
+    layer = eqx.nn.RMSNorm(x.shape[-1])
+    names = [name for name in vars(layer) if eqx.is_array(getattr(layer, name))]
+    layer = eqx.tree_at(lambda layer: layer.weight, layer, jnp.asarray(weight))
+    return names, np.asarray(library("jax").vmap(layer)(x))
+
+
+def keras_rms(x, weight):
+    layer = library("keras").layers.RMSNormalization()
+    layer.build(x.shape)
+    layer.set_weights([weight])
+    return [variable.name for variable in layer.weights], np.asarray(layer(x))
+
+
+def keras_rms_operation(x, weight):
+    return ["scale"], np.asarray(library("keras").ops.rms_normalization(x, scale=weight))
+
+
+def mlx_rms(x, weight):
+    mx, nn = library("mlx.core"), library("mlx.nn")
+    with mx.stream(mx.cpu):
+        layer = nn.RMSNorm(x.shape[-1])
+        layer.update({"weight": mx.array(weight)})
+        return list(layer.parameters()), np.array(layer(mx.array(x)))
+
+
+def tinygrad_rms(x, weight):
+    nn, tensor = library("tinygrad.nn"), library("tinygrad").Tensor
+    layer = nn.RMSNorm(x.shape[-1])
+    layer.weight = tensor(weight, device="PYTHON")
+    return list(nn.state.get_state_dict(layer)), layer(tensor(x, device="PYTHON")).numpy()
+
+
+RMS_ROWS = {
+    "**nbnorm**": nbnorm_rms,
+    "torch, `nn.RMSNorm`": torch_rms,
+    "ONNX Runtime, `RMSNormalization`": onnxruntime_rms,
+    "ONNX Runtime, `SimplifiedLayerNormalization`": onnxruntime_simplified,
+    "ONNX Runtime, `SkipSimplifiedLayerNormalization`": onnxruntime_skip_simplified,
+    "Flax, `linen.RMSNorm`": flax_linen_rms,
+    "Flax, `nnx.RMSNorm`": flax_nnx_rms,
+    "Haiku, `RMSNorm`": haiku_rms,
+    "Equinox, `nn.RMSNorm`": equinox_rms,
+    "Keras, `RMSNormalization`": keras_rms,
+    "Keras, `ops.rms_normalization`": keras_rms_operation,
+    "MLX, `nn.RMSNorm`": mlx_rms,
+    "tinygrad, `nn.RMSNorm`": tinygrad_rms,
+}
+
+
+def eps_of_small_rows(call, dtype, sizes):
+    """Two sizes give the same number where eps is added to the mean square, before the root. None for another dtype."""
+    found = []
+    for size in sizes:
+        x = np.tile(np.array([size, -size], dtype), (4, SIZE // 2))
+        names, y = call(x, np.ones(SIZE, dtype))
+        if y.dtype != dtype:
+            return names, None
+        found.append(float(x[0, 0]) ** 2 * (float(y[0, 0]) ** -2 - 1))
+    assert found[0] == pytest.approx(found[1], rel=0.01)
+    return names, found[0]
+
+
+def two_digits(eps):
+    return "-" if eps is None else f"{eps:.1e}".replace(".0e", "e").replace("e-0", "e-")
+
+
+def measured_rms(call):
+    """The cells of a library's row."""
+    names, eps = eps_of_small_rows(call, np.float32, (1e-5, 1e-4))
+    try:
+        eps_of_float64 = eps_of_small_rows(call, np.float64, (1e-8, 1e-7))[1]
+    except Exception:
+        eps_of_float64 = None
+    # whose squares are beyond float16
+    x = np.float16(300) * np.random.default_rng(0).standard_normal((4, SIZE)).astype(np.float16)
+    y = call(x, np.ones(SIZE, np.float32))[1]
+    if (y == 0).all():
+        result_dtype = f"{y.dtype}, 0"
+    else:
+        np.testing.assert_allclose(y.astype(np.float32), nbnorm.rms_norm(x.astype(np.float64), SIZE), rtol=0, atol=2e-3)
+        result_dtype = str(y.dtype)
+    return [two_digits(eps), two_digits(eps_of_float64), ", ".join(f"`{name}`" for name in names), result_dtype]
+
+
+@pytest.mark.parametrize("row", RMS_ROWS)
+def test_what_the_page_says_of_an_rms_norm(row):
+    assert table(RMS_NORMS)[row] == measured_rms(RMS_ROWS[row])
+
+
+def test_every_row_of_an_rms_norm_is_measured():
+    assert set(RMS_ROWS) == set(table(RMS_NORMS))
+
+
+@pytest.mark.parametrize("row", RMS_ROWS)
+def test_the_same_numbers_of_an_rms_norm(row, rng):
+    x, weight = (rng.standard_normal(shape, dtype=np.float32) for shape in ((4, SIZE), SIZE))
+    eps = eps_of_small_rows(RMS_ROWS[row], np.float32, (1e-5, 1e-4))[1]
+    y = RMS_ROWS[row](x, weight)[1]
+    np.testing.assert_allclose(y, nbnorm.rms_norm(x, SIZE, weight, eps), rtol=0, atol=1e-5)
+
+
+# what else the page says of them
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_eps_of_16_bits_is_that_of_float32_in_torch_and_here(dtype):
+    torch = library("torch")
+    x = torch.tensor([[1e-3, -1e-3] * (SIZE // 2)], dtype=getattr(torch, dtype))
+    expected = torch.nn.functional.rms_norm(x.double(), (SIZE,), eps=2**-23).to(x.dtype)
+    torch.testing.assert_close(torch.nn.functional.rms_norm(x, (SIZE,)), expected)
+    torch.testing.assert_close(nbnorm.rms_norm(x, SIZE), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_torchs_rms_norm_takes_a_weight_of_any_dtype(dtype, rng):
+    torch = library("torch")
+    x = torch.from_numpy(rng.standard_normal((4, SIZE))).bfloat16()
+    weight = torch.from_numpy(rng.standard_normal(SIZE)).to(getattr(torch, dtype))
+    theirs, ours = torch.nn.functional.rms_norm(x, (SIZE,), weight), nbnorm.rms_norm(x, SIZE, weight)
+    assert theirs.dtype == ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("library_", ["torch", "ONNX Runtime"])
+def test_squares_beyond_float32_give_zeros_elsewhere(library_):
+    x = np.full((1, SIZE), 1e20, np.float32)
+    y = {"torch": torch_rms, "ONNX Runtime": onnxruntime_rms}[library_](x, np.ones(SIZE, np.float32))[1]
+    assert (y == 0).all()
+    np.testing.assert_array_equal(nbnorm.rms_norm(x, SIZE), 1)
+
+
+def test_onnx_s_own_reference_squares_in_float16():
+    """ONNX says float32, by stash_type, and ONNX Runtime computes so."""
+    helper, reference = library("onnx").helper, library("onnx.reference")
+    x, scale = np.full((1, SIZE), 300, np.float16), np.ones(SIZE, np.float16)
+    kinds = [helper.make_tensor_value_info(n, 10, a.shape) for n, a in (("X", x), ("scale", scale), ("Y", x))]
+    node = helper.make_node("RMSNormalization", ["X", "scale"], ["Y"], stash_type=1)
+    graph = helper.make_graph([node], "one", kinds[:2], kinds[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+    with np.errstate(over="ignore"):
+        (y,) = reference.ReferenceEvaluator(model).run(None, {"X": x, "scale": scale})
+    assert (y == 0).all()
+    np.testing.assert_array_equal(onnxruntime_rms(x, scale)[1], 1)
+    np.testing.assert_array_equal(nbnorm.rms_norm(x, SIZE, scale, 1e-5), 1)
+
+
+@pytest.mark.parametrize("is_rms", [False, True])
+def test_onnxruntime_skip_is_the_norm_of_the_sum_and_gives_that(rng, is_rms):
+    x, skip = rng.standard_normal((2, 2, 4, SIZE), dtype=np.float32)
+    gamma, beta = rng.standard_normal((2, SIZE), dtype=np.float32)
+    inputs = {"input": x, "skip": skip, "gamma": gamma}
+    if is_rms:
+        y = onnx_model(x, "com.microsoft", "SkipSimplifiedLayerNormalization", inputs, epsilon=1e-6)
+        expected, total = nbnorm.add_rms_norm(x, skip, SIZE, gamma, 1e-6)
+    else:
+        y = onnx_model(x, "com.microsoft", "SkipLayerNormalization", inputs | {"beta": beta}, epsilon=1e-6)
+        expected, total = nbnorm.add_layer_norm(x, skip, SIZE, gamma, beta, 1e-6)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(total, x + skip)
+
+
+def test_onnxruntime_skip_loses_the_digits_of_nearly_equal_elements():
+    """Its variance is the mean of the squares minus the square of the mean, of which 256 and a 255 have most in common."""
+    cols = 10240
+    x = np.full((1, 2, cols), 256, np.float32)
+    x[..., 0] = 255
+    ones, zeros = np.ones(cols, np.float32), np.zeros(cols, np.float32)
+    exact = nbnorm.layer_norm(x.astype(np.float64), cols, eps=1e-5)
+    inputs = {"input": x, "skip": np.zeros_like(x), "gamma": ones, "beta": zeros}
+    theirs = onnx_model(x, "com.microsoft", "SkipLayerNormalization", inputs, epsilon=1e-5)
+    ours, _ = nbnorm.add_layer_norm(x, np.zeros_like(x), cols)
+    assert np.abs(theirs / exact - 1).max() > 0.01
+    np.testing.assert_allclose(ours, exact, rtol=1e-5)
