@@ -25,7 +25,12 @@ numpydoc_show_class_members = False
 # all but: sections that a docstring of one line does without, and how a sentence is put
 numpydoc_validation_checks = {"all", "ES01", "EX01", "SA01", "RT01", "RT03", "RT04", "RT05", "PR08", "SS05", "GL01", "YD01"}
 # the names of whose parameters say all
-numpydoc_validation_exclude = {r"LayerNorm(Result|Grads)$", r"LayerNorm\.(forward|backward|__call__)$"}
+numpydoc_validation_exclude = {
+    r"Norm(Result|Grads)$",
+    r"Norm\.(forward|backward|__call__)$",
+    # as LayerNorm's
+    r"RMSNorm\.load_state_dict$",
+}
 
 html_theme = "pydata_sphinx_theme"
 html_title = "nbnorm"
