@@ -105,7 +105,8 @@ def torch_forward(arrays, is_rms):
     x, residual, weight, bias = map(tensor, (arrays.x, arrays.residual, arrays.weight, arrays.bias))
     norm, parameters = torch.nn.functional.layer_norm, (weight, bias)
     if is_rms:
-        norm, parameters = torch.nn.functional.rms_norm, (weight,)
+        # see rms_contestants
+        norm, parameters = torch.nn.functional.rms_norm, (weight.to(x.dtype),)
 
     def call():
         total = x + residual

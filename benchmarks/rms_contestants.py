@@ -60,17 +60,18 @@ def numpy_backward(dy, x, weight):
 
 
 def torch_forward(arrays):
+    """Its fused kernel wants a weight of x's dtype."""
     import torch
 
-    x, weight = map(tensor, (arrays.x, arrays.weight))
+    x, weight = map(tensor, (arrays.x, arrays.weight.astype(arrays.x.dtype, copy=False)))
     return lambda: torch.nn.functional.rms_norm(x, x.shape[1:], weight, EPS)
 
 
 def torch_backward(arrays):
-    """By autograd, since torch has no kernel of its own for it on a CPU: the graph is made once, and kept."""
+    """By autograd, whose graph is made once, and kept."""
     import torch
 
-    dy, x, weight = map(tensor, (arrays.dy, arrays.x, arrays.weight))
+    dy, x, weight = map(tensor, (arrays.dy, arrays.x, arrays.weight.astype(arrays.x.dtype, copy=False)))
     with torch.enable_grad():
         operands = x.detach().requires_grad_(), weight.detach().requires_grad_()
         y = torch.nn.functional.rms_norm(operands[0], x.shape[1:], operands[1], EPS)

@@ -5,6 +5,7 @@ A library that is not installed is left out. The extra `peers`, and a line of .c
 
 import importlib
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -522,7 +523,14 @@ def test_torchs_rms_norm_takes_a_weight_of_any_dtype(dtype, rng):
     torch = library("torch")
     x = torch.from_numpy(rng.standard_normal((4, SIZE))).bfloat16()
     weight = torch.from_numpy(rng.standard_normal(SIZE)).to(getattr(torch, dtype))
-    theirs, ours = torch.nn.functional.rms_norm(x, (SIZE,), weight), nbnorm.rms_norm(x, SIZE, weight)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # it warns once a process, unless it is told to
+        torch.set_warn_always(True)
+        theirs = torch.nn.functional.rms_norm(x, (SIZE,), weight)
+        torch.set_warn_always(False)
+    assert ["fused" in str(warning.message) for warning in caught] == [True] * (dtype != "bfloat16")
+    ours = nbnorm.rms_norm(x, SIZE, weight)
     assert theirs.dtype == ours.dtype == torch.bfloat16
     torch.testing.assert_close(ours, theirs)
 
