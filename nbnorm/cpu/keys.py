@@ -86,9 +86,10 @@ def added_key(key, other, total_out=None):
     """The same where another array is added, from the key without it."""
     if key is None:
         return None
-    # which is no array, and not that there is none
-    total = "spared" if total_out is False else total_out
-    return *key, *(part if part is None or type(part) is str else _seen(part) for part in (other, total))
+    if total_out is False:
+        # which is no array, and not that there is none
+        return (*key, _seen(other), "spared")
+    return (*key, _seen(other), None if total_out is None else _seen(total_out))
 
 
 def _seen(array):

@@ -14,6 +14,7 @@ from numpy import empty, may_share_memory, ndarray
 from nbnorm.calls.problem import given_dtype, wide_dtype
 from nbnorm.cpu import choice
 from nbnorm.cpu import sizes as limits
+from nbnorm.cpu.compiled import entry_of
 from nbnorm.cpu.staging import is_ready, rows_of, storage
 from nbnorm.cpu.workers import blocks, parallel, threads
 from nbnorm.cpu.workers.parallel import ONE
@@ -89,38 +90,50 @@ def added(problem, call):
     """The same where a residual is added: the function returns y, total, mean and rstd, None for what is not asked for."""
     with_total = call.total_out is not False
     arrays = call.x, call.residual, call.out, call.total_out if with_total else None
-    weight, bias, dtype, cols = call.weight, call.bias, problem.compute_dtype, problem.cols
+    weight, bias, dtype, cols, usual_eps = call.weight, call.bias, problem.compute_dtype, problem.cols, problem.eps
     if not _is_one_call(problem, *arrays) or not _are_rows(dtype, weight, bias):
         return None
     chosen = choice.forward(problem, weight is not None, bias is not None, call.residual.dtype, with_total)
     kernels = _Kernels(chosen, threads.forward)
-    are_owners = _are_owners(*arrays, weight, bias)
+    y_dtype, statistics_dtype, return_stats = problem.dtype, problem.statistics_dtype, call.return_stats
+    ndim, ones, most = len(problem.batch), (1,) * len(problem.normalized_shape), limits.STREAMED_BYTES // 8
+    is_shaped, are_owners = ndim != 1 or len(ones) != 1, _are_owners(*arrays, weight, bias)
+    stored, residual_stored = _stored(y_dtype), _stored(call.residual.dtype)
+    absent, no_statistics, no_total = np.empty(0, dtype), np.empty(0, statistics_dtype), np.empty((0, cols), y_dtype)
 
     def run(x, residual, weight, bias, eps, out, total_out):
-        if not 0 < x.size * 8 < limits.STREAMED_BYTES:
+        shape, size = x.shape, x.size
+        if not 0 < size < most:
             return None
-        for result, other in ((out, total_out), (total_out, out)) if with_total else ((out, None),):
-            inputs = (None if array is result else array for array in (x, residual))
-            if _shares_memory(result, (*inputs, weight, bias, other), are_owners):
-                return None
-        y, total = out, total_out if with_total else None
-        if out is None:
-            y = empty(x.shape, problem.dtype)
-        if with_total and total is None:
-            total = empty(x.shape, problem.dtype)
-        mean, rstd = (empty(x.size // cols if call.return_stats else 0, problem.statistics_dtype) for _ in range(2))
-        weight, bias = (_as_row(array, dtype) for array in (weight, bias))
-        x_rows, residual_rows, y_rows = (rows_of(array, None, cols) for array in (x, residual, y))
-        if with_total:
-            y_rows = y_rows, rows_of(total, None, cols)
-        kernel = kernels[ONE if x.size < parallel.from_elements else parallel.workers(x.size)]
-        kernel(
-            (x_rows, residual_rows), weight, bias, problem.eps if eps is None else eps, False, y_rows, mean, rstd
-        )  # fmt: skip
-        if not call.return_stats:
-            return y, total, None, None
-        shape = x.shape[: x.ndim - len(problem.normalized_shape)] + (1,) * len(problem.normalized_shape)
-        return y, total, mean.reshape(shape), rstd.reshape(shape)
+        y, total = out, total_out if with_total else no_total
+        if out is not None and _is_shared(y, x, residual, (weight, bias, total), are_owners):
+            return None
+        if with_total and total is not None and _is_shared(total, x, residual, (weight, bias, y), are_owners):
+            return None
+        if y is None:
+            y = empty(shape, y_dtype)
+        if total is None:
+            total = empty(shape, y_dtype)
+        mean = rstd = no_statistics
+        if return_stats:
+            mean, rstd = empty(size // cols, statistics_dtype), empty(size // cols, statistics_dtype)
+        weight = absent if weight is None else weight.astype(dtype, copy=False).reshape(-1)
+        bias = absent if bias is None else bias.astype(dtype, copy=False).reshape(-1)
+        x_rows, y_rows, total_rows = x, y, total
+        if is_shaped:
+            x_rows, residual = x.reshape(-1, cols), residual.reshape(-1, cols)
+            y_rows, total_rows = y.reshape(-1, cols), total.reshape(-1, cols)
+        if residual_stored is not None:
+            residual = residual.view(residual_stored)
+        if stored is not None:
+            x_rows, y_rows, total_rows = x_rows.view(stored), y_rows.view(stored), total_rows.view(stored)
+        kernel = kernels[ONE if size < parallel.from_elements else parallel.workers(size)]
+        written = (y_rows, total_rows) if with_total else y_rows
+        kernel((x_rows, residual), weight, bias, usual_eps if eps is None else eps, False, written, mean, rstd)
+        if not return_stats:
+            return y, total if with_total else None, None, None
+        statistics_shape = shape[:ndim] + ones
+        return y, total if with_total else None, mean.reshape(statistics_shape), rstd.reshape(statistics_shape)
 
     return run
 
@@ -215,8 +228,9 @@ class _Kernels(dict):
         self.chosen, self.share = chosen, share
 
     def __missing__(self, workers):
-        self[workers] = kernel = blocks.kernel_for(workers, self.chosen, self.share)
-        return kernel
+        kernel = blocks.kernel_for(workers, self.chosen, self.share)
+        self[workers] = entry_of(kernel) if workers == ONE else kernel
+        return self[workers]
 
 
 def _is_one_call(problem, *arrays):
@@ -246,11 +260,6 @@ def _is_narrow(array, dtype):
     return array is not None and _is_plain(array) and array.itemsize == 2 and dtype == np.float32
 
 
-def _as_row(array, dtype):
-    """A parameter, or None, as a kernel takes it."""
-    return np.empty(0, dtype) if array is None else array.astype(dtype, copy=False).reshape(-1)
-
-
 def _stored(dtype):
     """What a kernel takes elements of this dtype as, if not as they are."""
     return storage(dtype) if dtype.itemsize == 2 else None
@@ -259,6 +268,12 @@ def _stored(dtype):
 def _are_owners(*arrays):
     """Whether each array has memory of its own, which two of them share only where they are one array."""
     return all(array is None or array.flags.owndata for array in arrays)
+
+
+def _is_shared(result, x, residual, others, are_owners):
+    """Whether a result shares memory with another array; it may be x or residual."""
+    inputs = None if result is x else x, None if result is residual else residual
+    return _shares_memory(result, (*inputs, *others), are_owners)
 
 
 def _shares_memory(result, others, are_owners):

@@ -58,7 +58,13 @@ def add_layer_norm(
         As in `layer_norm`.
     residual : array_like, shape of x
         What is added to x, of any of the dtypes of x, on its device.
-    normalized_shape, weight, bias, eps, use_diff_of_squares
+    normalized_shape : int or sequence of int
+        As in `layer_norm`.
+    weight, bias : array_like, shape normalized_shape, optional
+        As in `layer_norm`.
+    eps : float
+        As in `layer_norm`.
+    use_diff_of_squares : bool
         As in `layer_norm`.
     out : array, shape of x, dtype of y, optional
         Where to write y. It may be x or residual itself, or overlap any input.
@@ -142,8 +148,22 @@ def add_layer_norm_backward(
         The gradient with respect to total, from where else it went; None where it went nowhere.
     total : array_like, shape ``(*batch, *normalized_shape)``
         What `add_layer_norm` returned.
-    normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream
-        As in `layer_norm_backward`; dx may be written to dy, dtotal or total itself.
+    normalized_shape : int or sequence of int
+        As in `layer_norm`.
+    weight : array_like, shape normalized_shape, optional
+        As in `layer_norm`.
+    eps : float
+        As in `layer_norm`.
+    use_diff_of_squares : bool
+        As in `layer_norm`.
+    mean, rstd : array_like, shape ``(*batch, 1, ..., 1)``, optional
+        The statistics that `add_layer_norm` returned. Both or neither.
+    output_mask : sequence of three bools
+        As in `layer_norm_backward`.
+    out : tuple of three arrays or None, optional
+        Where to write the gradients. dx may be dy, dtotal or total itself, or overlap any input.
+    stream : stream or int, optional
+        As in `layer_norm`.
 
     Returns
     -------
@@ -201,12 +221,20 @@ def add_rms_norm(
 
     Parameters
     ----------
-    x, residual, out, total_out, stream
+    x, residual : array_like, shape ``(*batch, *normalized_shape)``
         As in `add_layer_norm`.
-    normalized_shape, weight, eps
+    normalized_shape : int or sequence of int
         As in `rms_norm`.
+    weight : array_like, shape normalized_shape, optional
+        As in `rms_norm`.
+    eps : float, optional
+        As in `rms_norm`.
+    out, total_out : array, shape of x, dtype of y, optional
+        As in `add_layer_norm`.
     return_stats : bool
         Return rstd of the sum too.
+    stream : stream or int, optional
+        As in `layer_norm`.
 
     Returns
     -------
@@ -270,10 +298,22 @@ def add_rms_norm_backward(
 
     Parameters
     ----------
-    dy, dtotal, total
+    dy, dtotal, total : array_like, shape of total
         As in `add_layer_norm_backward`.
-    normalized_shape, weight, eps, rstd, output_mask, out, stream
-        As in `rms_norm_backward`; dx may be written to dy, dtotal or total itself.
+    normalized_shape : int or sequence of int
+        As in `rms_norm`.
+    weight : array_like, shape normalized_shape, optional
+        As in `rms_norm`.
+    eps : float, optional
+        As in `rms_norm`.
+    rstd : array_like, shape ``(*batch, 1, ..., 1)``, optional
+        What `add_rms_norm` returned.
+    output_mask : sequence of two bools
+        As in `rms_norm_backward`.
+    out : tuple of two arrays or None, optional
+        Where to write the gradients. dx may be dy, dtotal or total itself, or overlap any input.
+    stream : stream or int, optional
+        As in `layer_norm`.
 
     Returns
     -------

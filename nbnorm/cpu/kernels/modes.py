@@ -7,8 +7,9 @@ It is "centred", "diff_of_squares" or "mean_square", as `Problem.variance` has i
 import numpy as np
 
 # how the variance is found: from the deviations from a number in the row's range, in one sweep; from those from the mean,
-# with compensated sums, for float64 rows; or as mean(x²) - mean(x)², where that has digits. From MEAN_SQUARE on rows have no
-# mean: it is found from the elements, for float64 rows with compensated sums. Where results are float64 (_64), so are all sums
+# with compensated sums, for float64 rows; or as mean(x²) - mean(x)², where that has digits. From MEAN_SQUARE on, rows have
+# no mean: it is found from the elements, in compensated sums for float64 rows. Where results are float64 (_64), so are all
+# sums
 ONE_SWEEP, ONE_SWEEP_64, TWO_SWEEPS, DIFF_OF_SQUARES, DIFF_OF_SQUARES_64 = range(5)
 MEAN_SQUARE, MEAN_SQUARE_64, MEAN_SQUARE_COMPENSATED = range(5, 8)
 
