@@ -92,8 +92,8 @@ def add_layer_norm(
     Notes
     -----
     ``total = x + residual`` in the wider of both dtypes, rounded to x's, and ``y = layer_norm(total, ...)``: the same bits
-    as in two steps, with x and residual read, and total and y written once. A pre-norm block goes on with total, a
-    post-norm block with y.
+    as in two steps, with x and residual read, and total and y written once. Beside a float64 residual, y is computed in
+    float64, which the second step alone would not do. A pre-norm block goes on with total, a post-norm block with y.
 
     Examples
     --------
