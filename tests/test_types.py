@@ -35,6 +35,18 @@ ln.backward(ln(x), ln.forward(x)).dweight
 shape: tuple[int, ...] = ln.normalized_shape
 text: str = ln.extra_repr() + nbnorm.__version__
 
+z: np.ndarray[Any, Any] = nbnorm.rms_norm(x, 8, eps=None)
+dx_dweight: nbnorm.RMSNormGrads = nbnorm.rms_norm_backward(y, x, 8, output_mask=(True, False))
+y, total = nbnorm.add_layer_norm(x, x, 8, total_out=None)
+added: LayerNormGrads = nbnorm.add_layer_norm_backward(y, None, total, 8)
+nbnorm.add_rms_norm(x, x, (6, 8), total_out=False, return_stats=True)
+nbnorm.add_rms_norm_backward(y, x, total, 8).dweight
+rms: nbnorm.RMSNorm = nbnorm.RMSNorm(8, 1e-6, dtype="float32")
+rms.backward(rms(x), x).dx
+
+nbnorm.rms_norm(x, 8, bias=None)  # type: ignore[call-arg]
+nbnorm.add_layer_norm(x, 8)  # type: ignore[call-arg]
+nbnorm.RMSNorm(8, bias=True)  # type: ignore[call-arg]
 layer_norm(x, 8.0)  # type: ignore[arg-type]
 layer_norm(x, "8")  # type: ignore[arg-type]
 layer_norm(x)  # type: ignore[call-arg]
