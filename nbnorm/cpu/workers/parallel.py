@@ -14,7 +14,7 @@ import functools
 import math
 import os
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -57,10 +57,23 @@ _pause = PAUSE
 _paused_until = 0.0
 # the seconds that Numba's threads have worked since they last paused
 _worked = 0.0
+_alone = threading.local()
+
+
+@contextmanager
+def alone():
+    """A context in which the calling thread works by itself, since it may be one of a parallel region."""
+    _alone.depth = getattr(_alone, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _alone.depth -= 1
 
 
 def workers(elements):
     """Who works on a call of so many elements; launches Numba's threads if it may be the first time."""
+    if getattr(_alone, "depth", 0):
+        return ONE
     end_pause()
     if elements >= from_elements and not _is_decided:
         # held at forks too: a child must not find the launch half done
@@ -71,6 +84,8 @@ def workers(elements):
 
 def our_threads():
     """How many of ours may work on a call: as many as Numba is told to use, and as there are processors."""
+    if getattr(_alone, "depth", 0):
+        return 1
     # get_num_threads() takes locks that a fork, or a child that is killed, may leave taken
     told = numbas_threads._get_num_threads() if _is_launched() else config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
     return min(told, processors())
