@@ -19,6 +19,7 @@ from nbnorm.functional import (
     rms_norm_backward,
 )
 from nbnorm.layers import LayerNorm, RMSNorm
+from nbnorm.nopython import overloads as _overloads  # noqa: F401  teaches Numba the functions
 
 __version__ = "0.1.0"
 

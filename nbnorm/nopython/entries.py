@@ -1,0 +1,212 @@
+"""What a table's compiled function is: it calls a kernel where the call is plain, and leaves any other to Python.
+
+Such an entry is compiled with this package, and kept on disk as its kernels are. So all that is known of kernels, which one
+takes what, how it is called and what it wants prepared, is known here, and not in functions of users.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+from nbnorm.cpu import choice, compiled, sizes
+from nbnorm.cpu.lanes.inlined import inlined
+from nbnorm.disk.sources import digest
+from nbnorm.nopython.instructions import I32, I64, KERNELS, call_address, holds_lock, word_of
+
+# from so many elements on, several threads gain what the way through Python costs: 9 us above a kernel that takes 26, on a
+# busy Intel Xeon, where a call from Python costs 5
+MANY_ELEMENTS = 1 << 17
+
+
+class Entry(NamedTuple):
+    """A factory of this file, by its name, and its arguments: what the cache on disk knows an entry by."""
+
+    name: str
+    choices: tuple
+    sources: str
+
+    def __str__(self):
+        return f"nopython.{self.name}({', '.join(map(str, self.choices))})"
+
+
+@functools.cache
+def ready(name, *choices):
+    """The address of an entry for kernels of these choices, compiled now or loaded."""
+    factory, signature = FACTORIES[name]
+    entry = Entry(name, choices, digest(__file__))
+    return address(compiled.compiled(entry, signature, False, functools.partial(factory, *choices)))
+
+
+def address(function):
+    """Where the code of what `compiled` has made lies."""
+    (made,) = function.overloads.values()
+    return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
+
+
+def most(has_lock):
+    """A kernel takes calls of fewer elements: larger ones are worth several threads, or other stores."""
+    return MANY_ELEMENTS if has_lock else sizes.STREAMED_BYTES // 8
+
+
+def kernel_at(is_short, use_diff_of_squares):
+    """Where a table has the address of a kernel."""
+    return KERNELS + 2 * use_diff_of_squares + is_short
+
+
+def _forward(x_dtype, dtype):
+    size, dtype_size = x_dtype.itemsize, dtype.itemsize
+    signature = choice.SIGNATURES["forward"](x_dtype, dtype, True, True, "centred")
+    call = _calling(signature)
+    rows_at, y_at, row_at, statistics_at = (_array_at(signature.args[i]) for i in (0, 5, 1, 6))
+
+    def entry(table, rows, cols, x, weight, bias, eps, use_diff_of_squares, y, mean, rstd):
+        kernel = kernel_in(table, rows, cols, size, use_diff_of_squares)
+        if kernel == 0 or (x | y | mean | rstd) % size != 0 or (weight | bias) % dtype_size != 0:
+            return False
+        y_bytes, row_bytes = rows * cols * size, cols * dtype_size
+        if (y != x and overlaps(y, y_bytes, x, y_bytes)) or overlaps(y, y_bytes, weight, row_bytes):
+            return False
+        if overlaps(y, y_bytes, bias, row_bytes):
+            return False
+        operands = (
+            rows_at(x, (rows, cols)), row_at(weight, (given(weight, cols),)), row_at(bias, (given(bias, cols),)),
+            eps, False, y_at(y, (rows, cols)), statistics_at(mean, (given(mean, rows),)),
+            statistics_at(rstd, (given(rstd, rows),)),
+        )  # fmt: skip
+        call(kernel, operands)
+        return True
+
+    return entry
+
+
+def _backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, sums):
+    dy_size, size, dtype_size = dy_dtype.itemsize, x_dtype.itemsize, dtype.itemsize
+    statistics_size, sum_size = statistics_dtype.itemsize, sum_dtype.itemsize
+    signature = choice.SIGNATURES["backward"](
+        dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, True, "given", (True,) * 3
+    )
+    call = _calling(signature)
+    dy_at, x_at, row_at, statistics_at = (_array_at(signature.args[i]) for i in (0, 1, 2, 4))
+    dx_at, sum_at = _array_at(signature.args[10]), _array_at(signature.args[12])
+
+    def entry(table, rows, cols, dy, x, weight, eps, use_diff_of_squares, mean, rstd, dx, dweight, dbias):
+        kernel = kernel_in(table, rows, cols, size, use_diff_of_squares)
+        if kernel == 0 or dy % dy_size != 0 or (x | dx) % size != 0 or weight % dtype_size != 0:
+            return False
+        if (mean | rstd) % statistics_size != 0 or (dweight | dbias) % sum_size != 0:
+            return False
+        dx_bytes, sum_bytes = given(dx, rows * cols * size), cols * sum_size
+        if (dx != x and overlaps(dx, dx_bytes, x, dx_bytes)) or overlaps(dx, dx_bytes, weight, cols * dtype_size):
+            return False
+        if (dx != dy or size != dy_size) and overlaps(dx, dx_bytes, dy, rows * cols * dy_size):
+            return False
+        if overlaps(dx, dx_bytes, mean, rows * statistics_size) or overlaps(dx, dx_bytes, rstd, rows * statistics_size):
+            return False
+        if overlaps(dx, dx_bytes, dweight, sum_bytes) or overlaps(dx, dx_bytes, dbias, sum_bytes):
+            return False
+        if dweight != 0 and overlaps(dweight, sum_bytes, dbias, sum_bytes):
+            return False
+        block_rows = rows_of_block(rows, cols)
+        room = np.empty((sums, -(-rows // block_rows), cols))
+        operands = (
+            dy_at(dy, (rows, cols)), x_at(x, (rows, cols)), row_at(weight, (given(weight, cols),)), eps,
+            statistics_at(mean, (given(mean, rows),)), statistics_at(rstd, (given(rstd, rows),)), 0, block_rows, True, False,
+            dx_at(dx, (given(dx, rows), cols)), room, sum_at(dweight, (given(dweight, cols),)),
+            sum_at(dbias, (given(dbias, cols),)),
+        )  # fmt: skip
+        call(kernel, operands)
+        return True
+
+    return entry
+
+
+INTEGERS = [types.int64] * 9
+FACTORIES: dict[str, Any] = {
+    # table, rows, cols, x, weight, bias, eps, use_diff_of_squares, y, mean, rstd
+    "forward": (_forward, types.boolean(*INTEGERS[:6], types.float64, types.boolean, *INTEGERS[:3])),
+    # table, rows, cols, dy, x, weight, eps, use_diff_of_squares, mean, rstd, dx, dweight, dbias
+    "backward": (_backward, types.boolean(*INTEGERS[:6], types.float64, types.boolean, *INTEGERS[:5])),
+}
+
+most_of_call = inlined(most)
+place_of_kernel = inlined(kernel_at)
+is_short = inlined(sizes.is_short)
+rows_of_block = inlined(sizes.block_rows)
+
+
+@inlined
+def kernel_in(table, rows, cols, itemsize, use_diff_of_squares):
+    """The address of the kernel for a call; 0 where it has not been loaded, or the call is for Python to make."""
+    fewer_than = most_of_call(is_locked())  # type: ignore[call-arg]
+    if not 0 < rows * cols < fewer_than or cols > sizes.LONG_ROW:
+        return 0
+    return word(table, place_of_kernel(is_short(cols, itemsize), use_diff_of_squares))
+
+
+@inlined
+def given(array, size):
+    """The size of an array that may be absent: its address is 0 then."""
+    return size if array != 0 else 0
+
+
+@inlined
+def overlaps(a, a_bytes, b, b_bytes):
+    return a < b + b_bytes and b < a + a_bytes
+
+
+@intrinsic
+def word(typing_context, table, index):
+    def codegen(context, builder, signature, args):
+        return word_of(builder, args[0], args[1])
+
+    return types.int64(table, index), codegen
+
+
+@intrinsic
+def is_locked(typing_context):
+    def codegen(context, builder, signature, args):
+        return builder.icmp_signed("!=", holds_lock(builder), I32(0))
+
+    return types.boolean(), codegen
+
+
+def _array_at(kind):
+    """An instruction that makes an array, of a type, of what lies at an address."""
+
+    @intrinsic
+    def array_at(typing_context, data, shape):
+        def codegen(context, builder, signature, args):
+            array = context.make_array(kind)(context, builder)
+            shape = cgutils.unpack_tuple(builder, args[1])
+            itemsize = I64(context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+            strides = [itemsize]
+            for size in reversed(shape[1:]):
+                strides.insert(0, builder.mul(strides[0], size))
+            data = builder.inttoptr(args[0], array.data.type)
+            populate_array(array, data=data, shape=shape, strides=strides, itemsize=itemsize, meminfo=None)
+            return array._getvalue()
+
+        return kind(data, shape), codegen
+
+    return array_at
+
+
+def _calling(signature):
+    """An instruction that calls the kernel at an address."""
+
+    @intrinsic
+    def call(typing_context, kernel, operands):
+        def codegen(context, builder, types_of_call, args):
+            values = cgutils.unpack_tuple(builder, args[1], len(signature.args))
+            given = zip(values, types_of_call.args[1].types, signature.args, strict=True)
+            call_address(context, builder, args[0], signature, [context.cast(builder, *parts) for parts in given])
+            return context.get_dummy_value()
+
+        return types.void(kernel, operands), codegen
+
+    return call
