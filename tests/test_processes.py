@@ -373,6 +373,50 @@ while len(statuses) < 5:
 signal.setitimer(signal.ITIMER_REAL, 0)
 assert not any(statuses)
 """,
+    "calls in compiled code, from threads, in prange, and in a child": """
+expect()
+@numba.njit
+def compiled(dy, x, weight, bias):
+    return nbnorm.layer_norm(x, 768, weight, bias), nbnorm.layer_norm_backward(dy, x, 768, weight)
+unlocked = numba.njit(nogil=True)(compiled.py_func)
+@numba.njit(parallel=True)
+def in_prange(x, weight, bias, y):
+    for i in numba.prange(4):
+        # the largest go by way of Python
+        nbnorm.layer_norm(x[: 800 if i else 3000], 768, weight, bias, out=y[i, : 800 if i else 3000])
+    return y
+def is_right_compiled(function):
+    y, grads = function(dy, x, weight, bias)
+    return is_right([y, *grads])
+many = np.tile(x, (4, 1))
+y = in_prange(many, weight, bias, np.empty((4, 3000, 768), np.float32))
+assert all(np.array_equal(y[i, :800], expected[0]) for i in range(4))
+assert np.array_equal(y[0], nbnorm.layer_norm(many[:3000], 768, weight, bias))
+def work():
+    with ThreadPoolExecutor(8) as pool:
+        return all(pool.map(is_right_compiled, [compiled, unlocked] * 20))
+assert is_right_compiled(compiled) and is_right_compiled(unlocked)
+assert child(lambda: is_right_compiled(compiled) and is_right_compiled(unlocked) and has_help()) == 0
+assert child(work) == 0
+assert child(lambda: child(lambda: is_right_compiled(compiled)) == 0) == 0
+# no fork after it, at which TBB may say that it can't join threads
+assert work()
+""",
+    "compiled code that is first called in prange, by threads of Numba's": """
+@numba.njit
+def dx_of(dy, x, weight, out):
+    nbnorm.layer_norm_backward(dy, x, 768, weight, output_mask=(True, False, False), out=(out, None, None))
+@numba.njit(parallel=True)
+def in_prange(x, dy, weight, y, dx):
+    for i in numba.prange(8):
+        nbnorm.layer_norm(x, 768, weight, out=y[i])
+        dx_of(dy, x, weight, dx[i])
+y, dx = np.empty((2, 8, 800, 768), np.float32)
+in_prange(x, dy, weight, y, dx)
+for i in range(8):
+    assert np.array_equal(y[i], nbnorm.layer_norm(x, 768, weight))
+    assert np.array_equal(dx[i], nbnorm.layer_norm_backward(dy, x, 768, weight, output_mask=(True, False, False)).dx)
+""",
     "pools of processes": """
 expect()
 assert is_right(call())
