@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from levels import deep
+from levels import deep, deep_and_compiled
 from nbnorm.cpu.workers.parallel import WORKERS
 from tolerances import EPS
 
@@ -13,10 +13,10 @@ BFLOAT16 = ml_dtypes.bfloat16
 NORMS = ["layer", "rms"]
 # short rows, a vector and a rest, whole rows, long ones
 ROWS = [(np.float32, 5), (np.float32, 37)]
-ROWS += deep((np.float32, 300), (np.float32, 70_001), (np.float64, 37), (np.float64, 70_001), (np.float16, 37))
-ROWS += deep((BFLOAT16, 37), (BFLOAT16, 300), (BFLOAT16, 70_001))
+ROWS += deep((np.float32, 300), (np.float64, 37), (np.float16, 37), (BFLOAT16, 37), (BFLOAT16, 300))
+ROWS += deep_and_compiled((np.float32, 70_001), (np.float64, 70_001), (BFLOAT16, 70_001))
 SHORT = [(np.float32, 37)]
-SEVERAL = [(np.float32, 37), *deep((np.float32, 300), (np.float32, 70_001), (BFLOAT16, 37))]
+SEVERAL = [(np.float32, 37), *deep((np.float32, 300), (BFLOAT16, 37)), *deep_and_compiled((np.float32, 70_001))]
 
 
 class Case:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from levels import deep
+from levels import deep, deep_and_compiled
 from magnitudes import EPSILONS, SCALES
 from nbnorm.cpu.workers.parallel import WORKERS
 from tolerances import LARGEST, SMALLEST, assert_grads, assert_statistics, assert_y
@@ -90,7 +90,7 @@ def test_every_eps(rng, dtype, cols, eps):
     assert_grads(nbnorm.rms_norm_backward(dy, x, cols, None, eps), dy, x, 1, None, eps, is_rms=True)
 
 
-@pytest.mark.parametrize("cols", [COLS, 300, *deep(70_001)])
+@pytest.mark.parametrize("cols", [COLS, 300, *deep_and_compiled(70_001)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_hard_rows(rng, dtype, cols):
     x, dy, weight = operands(rng, (9, cols), (cols,), dtype)
@@ -118,7 +118,7 @@ def test_float64_sums_do_not_grow_with_the_row(rng):
     assert_y(nbnorm.rms_norm(x, 60_000, None, 0.0), x, 1, eps=0.0, is_rms=True)
 
 
-@pytest.mark.parametrize("cols", [COLS, 300, *deep(70_001)])
+@pytest.mark.parametrize("cols", [COLS, 300, *deep_and_compiled(70_001)])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_or_inf_stays_in_its_row(rng, cols, bad):
     x, dy, weight = operands(rng, (6, cols), (cols,), np.float32)
