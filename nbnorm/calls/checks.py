@@ -6,7 +6,6 @@ begins with the argument's name and says what came and what was expected.
 
 import functools
 import importlib.util
-import itertools
 import math
 import operator
 import re
@@ -22,7 +21,8 @@ from nbnorm.calls.problem import BackwardArrays, ForwardArrays, Problem, wide_dt
 from nbnorm.calls.shown import described, is_array, shown, type_name
 
 MAX_NDIM = 64
-NUMBERS = {2: "two", 3: "three"}
+# how many gradients layer norm has, and RMS norm, which has no bias
+LAYER_GRADIENTS, RMS_GRADIENTS = (3, "three", "dx, dweight and dbias"), (2, "two", "dx and dweight")
 ORDER = "; the order of the arguments is x, normalized_shape, weight, bias, or dy, x, normalized_shape, weight"
 # the exact answer can take exponential time for contrived strides
 OVERLAP_WORK: Any = 1_000_000
@@ -65,12 +65,9 @@ def backward(call):
         raise ValueError(f"{absent}: None, but {given} is given; expected both, or neither to have them recomputed")
     for name, array in (("mean", mean), ("rstd", rstd)):
         operands.shape(name, array, problem.statistics_shape, f"{x_name}'s, with 1 for each normalized dimension")
-    names = "dx and dweight" if call.is_rms else "dx, dweight and dbias"
-    mask = _mask(call.output_mask, names)
-    outs = _outs(call.out, problem, mask, device, names)
-    # of RMS norm, which has no bias, nothing is asked for in the third place
-    missing = 3 - len(mask)
-    mask, outs = mask + (False,) * missing, outs + (None,) * missing
+    gradients = RMS_GRADIENTS if call.is_rms else LAYER_GRADIENTS
+    mask = _mask(call.output_mask, gradients)
+    outs = _outs(call.out, problem, mask, device, gradients)
     return problem, BackwardArrays(dy, dtotal, x, weight, mean, rstd, mask, outs)
 
 
@@ -189,9 +186,9 @@ def description(calls):
         )
         for names in (("x", "weight", "bias", "residual"), ("x", "weight", "dy"))
     ]
-    wanted = "dx and dweight" if rms else "dx, dweight and dbias"
-    mask = (True, True, not rms) if calls.output_mask is None else _mask(calls.output_mask, wanted)
-    return *problems, dtypes, (*mask, False)[:3]
+    gradients = RMS_GRADIENTS if rms else LAYER_GRADIENTS
+    mask = (True, True, not rms) if calls.output_mask is None else _mask(calls.output_mask, gradients)
+    return *problems, dtypes, mask
 
 
 def _rows(rows):
@@ -301,21 +298,23 @@ def cuda_fault():
     return None if cuda.is_available() else " ".join(str(cuda.cuda_error() or "no device").split())
 
 
-def _outs(out, problem, mask, device, names):
-    """One for each entry of the mask; `names` are those of the results."""
+def _outs(out, problem, mask, device, gradients):
+    """Three, None for what is not given."""
     if out is None:
-        return (None,) * len(mask)
+        return None, None, None
+    number, word, names = gradients
     if not isinstance(out, tuple | list):
         raise TypeError(f"out: {type_name(out)}; expected a tuple of arrays or None for {names}")
-    if len(out) != len(mask):
-        raise ValueError(f"out: {len(out)} entries; expected {NUMBERS[len(mask)]}, arrays or None for {names}")
+    if len(out) != number:
+        raise ValueError(f"out: {len(out)} entries; expected {word}, arrays or None for {names}")
     dtypes = (problem.dtype, problem.weight_dtype, problem.weight_dtype)
     shapes = (problem.shape, problem.normalized_shape, problem.normalized_shape)
+    given = (*out, None)[:3]
     for i, wanted in enumerate(mask):
-        if out[i] is not None and not wanted:
-            raise ValueError(f"out[{i}]: {type_name(out[i])}; expected None, since output_mask[{i}] is False")
-    result = tuple(operands.out(f"out[{i}]", out[i], shapes[i], dtypes[i], device) for i in range(len(mask)))
-    for i, j in itertools.combinations(range(len(mask)), 2):
+        if given[i] is not None and not wanted:
+            raise ValueError(f"out[{i}]: {type_name(given[i])}; expected None, since output_mask[{i}] is False")
+    result = tuple(operands.out(f"out[{i}]", given[i], shapes[i], dtypes[i], device) for i in range(3))
+    for i, j in ((0, 1), (0, 2), (1, 2)):
         if result[i] is not None and result[j] is not None and _shares_memory(result[i], result[j]):
             raise ValueError(f"out[{j}]: shares memory with out[{i}]; expected arrays that do not overlap")
     return result
@@ -328,13 +327,15 @@ def _shares_memory(a, b):
         return True
 
 
-def _mask(output_mask, names="dx, dweight and dbias"):
-    number = names.count(",") + 2
+def _mask(output_mask, gradients):
+    """Of three; in the place of a bias that there is not, nothing is asked for."""
+    number, word, names = gradients
     if not _is_sequence(output_mask) or isinstance(output_mask, str):
-        raise TypeError(f"output_mask: {shown(output_mask)}; expected {NUMBERS[number]} bools, for {names}")
+        raise TypeError(f"output_mask: {shown(output_mask)}; expected {word} bools, for {names}")
     if len(output_mask) != number:
-        raise ValueError(f"output_mask: {shown(output_mask)}; expected {NUMBERS[number]} bools, for {names}")
-    return tuple(flag(f"output_mask[{i}]", wanted) for i, wanted in enumerate(output_mask))
+        raise ValueError(f"output_mask: {shown(output_mask)}; expected {word} bools, for {names}")
+    mask = tuple(flag(f"output_mask[{i}]", wanted) for i, wanted in enumerate(output_mask))
+    return (*mask, False)[:3]
 
 
 def _is_sequence(value):
