@@ -169,6 +169,11 @@ def run(dtypes=DTYPES, whose=(parallel.ONE, parallel.NUMBAS), modes=(False, True
     print(count, "checked")
 
 
+def run_bfloat16():
+    """What 16 bits change where a processor lacks AVX-512's masks."""
+    run([ml_dtypes.bfloat16], (parallel.ONE,), (False,))
+
+
 @njit
 def read_and_write(array, k, start):
     meaning.store(meaning.pointer(array), start, meaning.load(meaning.pointer(array), k))
@@ -180,4 +185,4 @@ def touch(at, k, start):
 
 
 if __name__ == "__main__":
-    {"run": run, "touch": touch}[sys.argv[1]](*sys.argv[2:])
+    {"run": run, "run_bfloat16": run_bfloat16, "touch": touch}[sys.argv[1]](*sys.argv[2:])

@@ -4,6 +4,7 @@ Under NUMBA_DISABLE_JIT=1 the same loops work on slices of NumPy arrays, which a
 """
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -42,3 +43,10 @@ def test_one_element_too_far_ends_the_process(python_environment, at, k, start, 
 def test_nothing_outside_an_array_is_touched(python_environment):
     result = guarded(python_environment, "run")
     assert (result.returncode, result.stderr, result.stdout) == (0, "", "1880 checked\n")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compiles for x86-64")
+def test_nothing_is_touched_without_masks(python_environment):
+    features = "+ssse3,+avx,+avx2,+fma,+f16c"
+    result = guarded(python_environment | {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": features}, "run_bfloat16")
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", "132 checked\n")

@@ -12,15 +12,17 @@ from numba import njit
 
 from levels import deep
 from nbnorm.cpu.kernels.normalise import put, put_part
-from nbnorm.cpu.lanes import half, lowering, meaning  # noqa: F401  lowering teaches Numba the operations
+from nbnorm.cpu.lanes import lowering, meaning, processor  # noqa: F401  lowering teaches Numba the operations
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# what numbers are in memory, to a kernel
+KINDS = {"float16": np.uint16, "bfloat16": np.int16, "float32": np.float32, "float64": np.float64}
 
 
 @pytest.fixture(params=["the processor's conversions", *deep("integer conversions")], autouse=True)
 def conversions(request, monkeypatch):
     if request.param == "integer conversions":
-        monkeypatch.setattr(half, "has_half_instructions", lambda: False)
+        monkeypatch.setattr(processor, "has_half_instructions", lambda: False)
 
 
 def copier(element):
@@ -35,11 +37,14 @@ def copier(element):
     return copy
 
 
+def stored(array):
+    return array.view(KINDS[array.dtype.name])
+
+
 def converted(values, element, dtype):
-    stored = {"float16": np.uint16, "bfloat16": np.int16}
-    source = values.view(stored.get(values.dtype.name, values.dtype))
+    source = stored(values)
     result = np.empty(values.size, dtype)
-    copier(element)(source, result.view(stored.get(result.dtype.name, result.dtype)))
+    copier(element)(source, stored(result))
     return result
 
 
@@ -92,23 +97,38 @@ def test_float64_is_rounded_once(rng, dtype):
         assert_same(converted(values, np.float64, dtype), expected.astype(dtype))
 
 
-def test_parts_of_sixteen(rng):
-    @njit
-    def part(source, count, destination):
-        values = meaning.load_part(meaning.pointer(source), 1, count, 7.0)
-        meaning.store(meaning.pointer(destination), 0, values)
-        meaning.store_part(meaning.pointer(destination), 16, count, values)
-        return meaning.total(meaning.keep(values, count)), meaning.load_one(meaning.pointer(source), 1)
+@pytest.fixture(params=["the processor's masks", "no masks"])
+def masks(request, monkeypatch):
+    if request.param == "no masks":
+        monkeypatch.setattr(processor, "has_masks", lambda itemsize: False)
 
-    source = rng.standard_normal(32).astype(np.float32)
-    for count in range(1, 16):
-        destination = np.zeros(40, np.float32)
-        total, first = part(source, count, destination)
-        taken = source[1 : 1 + count]
-        np.testing.assert_array_equal(destination[:16], np.append(taken, np.full(16 - count, 7)))
-        np.testing.assert_array_equal(destination[16:], np.append(taken, np.zeros(24 - count)))
-        assert abs(total - taken.sum()) < 1e-5
-        assert first == source[1]
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64)], ids=str)
+@pytest.mark.usefixtures("masks")
+def test_parts_of_sixteen(dtype):
+    element = np.float64 if dtype == np.float64 else np.float32
+
+    @njit
+    def part(source, k, count, lanes, destination):
+        values = meaning.load_part(meaning.operand(source, element), k, count, 7.0)
+        meaning.store(meaning.pointer(lanes), 0, values)
+        meaning.store_part(meaning.pointer(destination), k, count, values)
+        return meaning.total(meaning.keep(values, count))
+
+    source = np.arange(1, 33).astype(dtype)
+    # 16 bytes that end with the last element begin within the array, or before it
+    for k, count in itertools.product((0, 1, 2, 5, 16), range(1, 16)):
+        lanes, destination = np.zeros(16, element), np.zeros(32, dtype)
+        total = part(stored(source), k, count, lanes, stored(destination))
+        taken = source[k : k + count].astype(element)
+        np.testing.assert_array_equal(lanes, np.append(taken, np.full(16 - count, 7)))
+        np.testing.assert_array_equal(destination.astype(element), [*np.zeros(k), *taken, *np.zeros(32 - k - count)])
+        assert total == taken.sum()
+
+
+def test_one_element():
+    load_one = njit(lambda source, k: meaning.load_one(meaning.pointer(source), k))
+    assert load_one(np.arange(3, dtype=np.float32), 1) == 1
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.float64])
@@ -252,8 +272,7 @@ def test_totals_of_sixteen_rows_are_those_of_each(rng, dtype):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_what_is_streamed_goes_past_the_caches(dtype):
     """LLVM may drop the hint, as it did for float16, and for the part of a row that was a loop."""
-    stored = {"float16": np.uint16, "bfloat16": np.int16}.get(dtype)
-    array = np.zeros(40, stored or dtype)
+    array = np.zeros(40, KINDS[dtype])
     element = np.float64 if dtype == "float64" else np.float32
 
     @njit
@@ -271,9 +290,6 @@ def test_what_is_streamed_goes_past_the_caches(dtype):
     code = "".join(write.inspect_asm().values())
     # each piece of 16 bytes of the sixteen, and of at most fifteen elements, is an instruction of its own
     assert len(re.findall(r"\bv?movnt(?:ps|pd|dq)\b", code)) >= 2 * array.itemsize - 1
-
-
-KINDS = {"float16": np.uint16, "bfloat16": np.int16, "float32": np.float32, "float64": np.float64}
 
 
 @pytest.mark.parametrize("dtype", KINDS)

@@ -244,10 +244,10 @@ import ml_dtypes
 import numpy as np
 import nbnorm
 import oracle
-from nbnorm.cpu.lanes import half
+from nbnorm.cpu.lanes import processor
 from tolerances import assert_grads, assert_y
 
-assert not half.has_half_instructions()
+assert not processor.has_half_instructions()
 rng = np.random.default_rng(0)
 np.seterr(all="ignore")
 

@@ -6,6 +6,8 @@ from numba.core import cgutils
 
 from nbnorm.cpu.lanes import control, half, meaning
 from nbnorm.cpu.lanes.meaning import COUNT
+from nbnorm.cpu.lanes.parts import load_first, store_first
+from nbnorm.cpu.lanes.processor import MACHINE
 from nbnorm.cpu.lanes.rules import NOTHING, Added, Lanes, Operand, element_of, lowers, returning_none
 from nbnorm.cpu.lanes.vectors import (
     F64,
@@ -20,7 +22,6 @@ from nbnorm.cpu.lanes.vectors import (
     encoded,
     first,
     halves_added,
-    name,
     shuffle,
     size,
     splat,
@@ -90,7 +91,7 @@ def standard_mode(operands):
     def code(builder, values):
         bits = control.read(builder)
         with builder.if_then(control.is_other(builder, bits), likely=False):
-            control.write(builder, I64(control.STANDARD[control.MACHINE]))
+            control.write(builder, I64(control.STANDARD[MACHINE]))
         pinned = values
         for i, operand in enumerate(operands):
             if operand != types.none:
@@ -140,12 +141,9 @@ def load_part(source, k, count, rest):
         return Lanes(wanted), code_of_sums
 
     def code(builder, source, k, count, rest):
-        stored_vector = vector(LLVM_TYPES[stored])
-        mask = first(builder, count)
-        arguments = [address(builder, source, k, stored_vector), I32(size(stored)), mask, stored_vector(None)]
-        raw = call(builder, f"llvm.masked.load.{name(stored_vector)}.p0", stored_vector, arguments)
+        raw = load_first(builder, source, k, count, LLVM_TYPES[stored])
         others = splat(builder, converted(builder, rest, types.float64, wanted))
-        return builder.select(mask, decoded(builder, raw, stored, wanted), others)
+        return builder.select(first(builder, count), decoded(builder, raw, stored, wanted), others)
 
     return (Lanes(wanted), code) if rest == types.float64 else None
 
@@ -216,9 +214,7 @@ def store_part(destination, k, count, lanes):
     stored = destination.dtype
 
     def code(builder, destination, k, count, values):
-        raw = encoded(builder, values, lanes.element, stored)
-        arguments = [raw, address(builder, destination, k, raw.type), I32(size(stored)), first(builder, count)]
-        call(builder, f"llvm.masked.store.{name(raw.type)}.p0", ir.VoidType(), arguments)
+        store_first(builder, encoded(builder, values, lanes.element, stored), destination, k, count)
 
     return types.none, returning_none(code)
 

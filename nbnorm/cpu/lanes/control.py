@@ -3,15 +3,13 @@
 It is MXCSR on x86-64 and FPCR on aarch64. Elsewhere none is touched, and MACHINE is None.
 """
 
-import platform
-
 from llvmlite import ir
 from numba.core import cgutils
 
+from nbnorm.cpu.lanes.processor import MACHINE
 from nbnorm.cpu.lanes.vectors import I8, I32, I64, call
 
 VOID = ir.VoidType()
-MACHINE = {"x86_64": "x86", "AMD64": "x86", "aarch64": "arm", "arm64": "arm", "ARM64": "arm"}.get(platform.machine())
 # to nearest even, with subnormal numbers, no exception trapped: what a process begins with
 STANDARD = {"x86": 0x1F80, "arm": 0, None: 0}
 # the others say which exceptions there have been

@@ -5,17 +5,11 @@ The processor's own instructions where it has them for float16; elsewhere, and f
 
 from llvmlite import ir
 from numba.core import cgutils
-from numba.core.registry import cpu_target
+
+from nbnorm.cpu.lanes import processor
 
 I16, I32 = ir.IntType(16), ir.IntType(32)
 F32 = ir.FloatType()
-# where a processor has neither, LLVM would call a function that the process does not have
-HALF_FEATURES = ("+f16c", "+fullfp16")
-
-
-def has_half_instructions():
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    return any(feature in features for feature in HALF_FEATURES)
 
 
 def from_bfloat16(builder, raw):
@@ -48,7 +42,7 @@ def _rounded(builder, values):
 
 def from_float16(builder, raw):
     """Float32 from uint16."""
-    if has_half_instructions():
+    if processor.has_half_instructions():
         return builder.fpext(builder.bitcast(raw, _like(raw, ir.HalfType())), _like(raw, F32))
     return from_float16_by_integers(builder, raw)
 
@@ -68,7 +62,7 @@ def from_float16_by_integers(builder, raw):
 
 def to_float16(builder, values):
     """Uint16 from float32."""
-    if has_half_instructions():
+    if processor.has_half_instructions():
         return builder.bitcast(builder.fptrunc(values, _like(values, ir.HalfType())), _like(values, I16))
     bits = builder.bitcast(values, _like(values, I32))
     size = builder.and_(bits, _constant(bits, 0x7FFFFFFF))

@@ -1,12 +1,10 @@
 """The instructions of LLVM's on vectors of sixteen that operations are made of."""
 
-import platform
-
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from nbnorm.cpu.lanes import half
+from nbnorm.cpu.lanes import half, processor
 from nbnorm.cpu.lanes.meaning import COUNT
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -14,7 +12,6 @@ F32, F64 = ir.FloatType(), ir.DoubleType()
 LLVM_TYPES = {types.float32: F32, types.float64: F64, types.uint16: I16, types.int16: I16}
 FROM_HALF = {types.uint16: half.from_float16, types.int16: half.from_bfloat16}
 TO_HALF = {types.uint16: half.to_float16, types.int16: half.to_bfloat16}
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def vector(element):
@@ -66,7 +63,7 @@ def halves_added(builder, value):
 def stream_piece(builder, raw, start, destination, k, itemsize):
     """Write 16 bytes of what lanes are in memory, past the caches; more, LLVM would cut by way of the stack."""
     piece = shuffle(builder, raw, range(start, start + 16 // itemsize))
-    if IS_X86:
+    if processor.MACHINE == "x86":
         # LLVM must not see what these are: float16 it would write by way of the caches, and a line that is written in both
         # ways takes twice as long
         piece = builder.asm(ir.FunctionType(piece.type, [piece.type]), "", "=x,0", [piece], side_effect=False)
