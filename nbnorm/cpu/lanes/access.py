@@ -8,7 +8,7 @@ from nbnorm.cpu.lanes import control, half, meaning
 from nbnorm.cpu.lanes.meaning import COUNT
 from nbnorm.cpu.lanes.parts import load_first, store_first
 from nbnorm.cpu.lanes.processor import MACHINE
-from nbnorm.cpu.lanes.rules import NOTHING, Added, Lanes, Operand, element_of, lowers, returning_none
+from nbnorm.cpu.lanes.rules import NOTHING, Added, Holder, Lanes, Operand, element_of, lowers, returning_none
 from nbnorm.cpu.lanes.vectors import (
     F64,
     I8,
@@ -22,6 +22,7 @@ from nbnorm.cpu.lanes.vectors import (
     encoded,
     first,
     halves_added,
+    held,
     shuffle,
     size,
     splat,
@@ -78,7 +79,7 @@ def pointer_beside(arrays):
     if not isinstance(arrays, types.BaseTuple):
         return NOTHING
     array, place = _array(arrays, 1)
-    return types.CPointer(array.dtype), lambda builder, value: builder.extract_value(value, place)
+    return Holder(array.dtype), lambda builder, value: builder.extract_value(value, place)
 
 
 @lowers(meaning.behind)
@@ -190,20 +191,27 @@ def _added(rule, source, *argument_types):
 def store(destination, k, values):
     if destination == types.none:
         return NOTHING
-    stored = destination.dtype
+    encode = _encoder(destination, values.element if isinstance(values, Lanes) else values)
     if not isinstance(values, Lanes):
-        return _store_one(stored, values)
+        return _store_one(encode, values)
+    stored = destination.dtype
 
     def code(builder, destination, k, lanes):
-        raw = encoded(builder, lanes, values.element, stored)
+        raw = encode(builder, lanes)
         builder.store(raw, address(builder, destination, k, raw.type), align=size(stored))
 
     return types.none, returning_none(code)
 
 
-def _store_one(stored, number):
+def _encoder(destination, element):
+    """What gives what to write of lanes."""
+    encode = held if isinstance(destination, Holder) else encoded
+    return lambda builder, values: encode(builder, values, element, destination.dtype)
+
+
+def _store_one(encode, number):
     def code(builder, destination, k, value):
-        raw = encoded(builder, splat(builder, value), number, stored)
+        raw = encode(builder, splat(builder, value))
         builder.store(builder.extract_element(raw, I32(0)), builder.gep(destination, [k]))
 
     return (types.none, returning_none(code)) if number in (types.float32, types.float64) else None
@@ -211,20 +219,21 @@ def _store_one(stored, number):
 
 @lowers(meaning.store_part)
 def store_part(destination, k, count, lanes):
-    stored = destination.dtype
+    encode = _encoder(destination, lanes.element)
 
     def code(builder, destination, k, count, values):
-        store_first(builder, encoded(builder, values, lanes.element, stored), destination, k, count)
+        store_first(builder, encode(builder, values), destination, k, count)
 
     return types.none, returning_none(code)
 
 
 @lowers(meaning.stream)
 def stream(destination, k, lanes):
+    encode = _encoder(destination, lanes.element)
     stored = destination.dtype
 
     def code(builder, destination, k, values):
-        raw = encoded(builder, values, lanes.element, stored)
+        raw = encode(builder, values)
         for start in range(0, COUNT, 16 // size(stored)):
             stream_piece(builder, raw, start, destination, k, size(stored))
 
@@ -233,10 +242,11 @@ def stream(destination, k, lanes):
 
 @lowers(meaning.stream_part)
 def stream_part(destination, k, count, lanes):
+    encode = _encoder(destination, lanes.element)
     stored = destination.dtype
 
     def code(builder, destination, k, count, values):
-        raw = encoded(builder, values, lanes.element, stored)
+        raw = encode(builder, values)
         for start in range(0, COUNT - 1, 16 // size(stored)):
             with builder.if_then(builder.icmp_signed("<", I64(start), count)):
                 stream_piece(builder, raw, start, destination, k, size(stored))

@@ -33,6 +33,12 @@ def sum_to_bfloat16(builder, values):
     return builder.trunc(builder.lshr(rounded, _constant(rounded, 16)), _like(values, I16))
 
 
+def held_by_bfloat16(builder, values):
+    """The same of float32 that are bfloat16."""
+    bits = builder.bitcast(values, _like(values, I32))
+    return builder.trunc(builder.lshr(bits, _constant(bits, 16)), _like(values, I16))
+
+
 def _rounded(builder, values):
     """The bits of float32, and these with their upper halves rounded."""
     bits = builder.bitcast(values, _like(values, I32))

@@ -36,6 +36,14 @@ class Operand(types.CPointer):
         return self.dtype, self.element
 
 
+class Holder(types.CPointer):
+    """Numba's type of a pointer to which only numbers are written that its type can hold."""
+
+    def __init__(self, dtype):
+        super().__init__(dtype)
+        self.name = f"Holder({dtype})"
+
+
 class Added(types.Type):
     """Numba's type of the sum of two operands, which is rounded to what the first is in memory."""
 
@@ -64,6 +72,7 @@ class MaskModel(PrimitiveModel):
 
 
 register_model(Operand)(PointerModel)
+register_model(Holder)(PointerModel)
 MASK = Mask()
 
 

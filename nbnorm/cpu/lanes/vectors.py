@@ -93,3 +93,12 @@ def encoded(builder, values, values_type, stored):
         near = half.to_odd(builder, values) if values_type == types.float64 else values
         return TO_HALF[stored](builder, near)
     return converted(builder, values, values_type, stored)
+
+
+def held(builder, values, values_type, stored):
+    """As `encoded`, of values that need no rounding."""
+    if stored == types.int16:
+        return half.held_by_bfloat16(builder, converted(builder, values, values_type, types.float32))
+    if stored == types.uint16:
+        return half.to_float16(builder, converted(builder, values, values_type, types.float32))
+    return converted(builder, values, values_type, stored)
