@@ -12,13 +12,13 @@ SAMPLE_SECONDS = 50e-6
 MIN_SAMPLES = 5
 
 
-def measure(calls, seconds):
+def measure(calls, seconds, clock=time.perf_counter):
     """A dict of median and quartiles in seconds and the number of samples for each call, in about `seconds` for all.
 
     The calls take turns in an order that is shuffled each round. One whose share of the time is used up sits out once it
     has enough samples.
     """
-    timers = {name: timeit.Timer(call) for name, call in calls.items()}
+    timers = {name: timeit.Timer(call, timer=clock) for name, call in calls.items()}
     repeats = {name: calls_in_a_sample(timer) for name, timer in timers.items()}
     samples = {name: [] for name in calls}
     share = {name: seconds / len(calls) for name in calls}

@@ -429,6 +429,18 @@ def test_triton_kernels(python_environment):
 
 @pytest.mark.deep
 @pytest.mark.compiled
+def test_two_builds_in_one_process(python_environment):
+    calls = "forward:bfloat16:4x40,backward:float32:3x200"
+    arguments = "--beside", BENCHMARKS.parent, "--calls", calls, "--seconds", 0.01, "--threads", 1
+    result = run(python_environment, "builds.py", *arguments)
+    assert result.stderr == ""
+    _, _, *rows = result.stdout.splitlines()
+    assert [row.partition(") | ")[0] for row in rows] == ["| forward, bfloat16, (4, 40", "| backward, float32, (3, 200"]
+    assert all(float(number) > 0 for row in rows for number in row.strip("| ").split(" | ")[1:])
+
+
+@pytest.mark.deep
+@pytest.mark.compiled
 def test_host_cost_without_a_device(python_environment):
     """With a driver that does nothing, and every library's arrays that can be had."""
     if not is_installed("numba_cuda", "cuda.core") or sys.platform != "linux" or shutil.which("cc") is None:
