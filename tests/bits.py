@@ -1,7 +1,7 @@
 """Digests of results, which are those of any processor: `python tests/bits.py` writes them into bits.json, for test_bits.py.
 
-What goes into a result is exact on every processor: integers, powers of two, roundings. Of a NaN, only that it is one is in a
-digest: its sign is the processor's.
+What goes into a result is exact on every processor: integers, powers of two, roundings. All NaN are alike to a digest, since
+their sign is the processor's.
 """
 
 import hashlib
