@@ -25,11 +25,11 @@ class Target(NamedTuple):
     features: str
 
 
-# the features beside those that LLVM knows a processor to have: of x86-64 what decides about float16, of ARM on Linux what
+# the features beside those that LLVM knows a processor to have: of x86-64 what `processor` asks for, of ARM on Linux what
 # LLVM reads there in /proc/cpuinfo, of macOS nothing, as there
 TARGETS = {
-    "znver3": Target(LINUX_X86, "x86_64", "znver3", "+f16c"),
-    "skylake-avx512": Target(LINUX_X86, "x86_64", "skylake-avx512", "+f16c"),
+    "znver3": Target(LINUX_X86, "x86_64", "znver3", "+avx,+f16c,+ssse3"),
+    "skylake-avx512": Target(LINUX_X86, "x86_64", "skylake-avx512", "+avx,+avx512bw,+f16c,+ssse3"),
     "neoverse-v1": Target(LINUX_ARM, "aarch64", "neoverse-v1", "+aes,+crc,+fp-armv8,+lse,+neon,+rand,+sha2,+sha3,+sm4,+sve"),
     "apple-m1": Target(MACOS_ARM, "arm64", "apple-m1", ""),
 }
