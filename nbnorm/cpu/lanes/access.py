@@ -156,13 +156,11 @@ def load_one(source, k):
     stored = source.dtype
 
     def code(builder, source, k):
-        raw = splat(builder, builder.load(builder.gep(source, [k])))
-        if stored == types.uint16:
-            # the instruction that loads one float16 keeps the rest of a register, for whose last value it so waits: with it,
-            # a backward of rows of 16 or 32 takes 1.4 times as long
-            values = converted(builder, half.from_float16_by_integers(builder, raw), types.float32, types.float64)
-        else:
-            values = decoded(builder, raw, stored, types.float64)
+        # beside zeros: a float16 that is loaded into a register's first lane waits for what the others had, with which a
+        # backward of rows of 16 or 32 takes 1.4 times as long
+        value = builder.load(builder.gep(source, [k]))
+        raw = builder.insert_element(vector(value.type)(None), value, I32(0))
+        values = decoded(builder, raw, stored, types.float64)
         return builder.extract_element(values, I32(0))
 
     return types.float64, code
