@@ -1,4 +1,4 @@
-"""Without OpenMP, and for a user without a home, calls work and nothing is kept. `.ci/elsewhere` runs this there."""
+"""Without OpenMP, for a user without a home, calls work and nothing is kept. `.ci/elsewhere` runs this in such a place."""
 
 import importlib
 import os

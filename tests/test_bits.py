@@ -1,4 +1,4 @@
-"""Are the bits those of any other processor? They are in bits.json; `.ci/elsewhere arm` runs this on an emulated ARM."""
+"""Are the bits those of any other processor? They are in bits.json; `.ci/elsewhere` runs this on an emulated 64-bit ARM."""
 
 import json
 

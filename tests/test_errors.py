@@ -250,7 +250,7 @@ def test_an_array_of_a_wrong_eps():
     wrong += [
         np.ma.masked,
         np.ma.masked_array(1e-5),
-        np.timedelta64(1),
+        np.timedelta64(1, "s"),
         np.complex64(1),
         np.str_("1"),
         bytearray(b"1"),
