@@ -17,6 +17,11 @@ class _Brief(reprlib.Repr):
         # by their types' names, reprlib would take another library's for Python's own
         return super().repr1(x, level) if type(x).__module__ == "builtins" else self.repr_instance(x, level)
 
+    def repr_int(self, x, level):
+        # Python refuses to show thousands of digits, for which reprlib has an address since Python 3.14
+        repr(x)
+        return super().repr_int(x, level)
+
     def repr_instance(self, x, level):
         if is_array(x):
             return f"{type_name(x)} of shape {tuple(x.shape)} and dtype {x.dtype!s:.80}"
