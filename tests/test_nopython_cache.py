@@ -115,7 +115,7 @@ def test_an_entry_that_is_edited(site, start):
     assert printed(start())[:2] == RIGHT
     entries = site / "nbnorm" / "nopython" / "entries.py"
     source = entries.read_text()
-    edited = source.replace("eps, False, y_at", "0.25, False, y_at")
+    edited = source.replace("eps, False,", "0.25, False,")
     assert edited != source
     entries.write_text(edited)
     assert printed(start())[0] != RIGHT[0]

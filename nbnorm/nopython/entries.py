@@ -58,25 +58,37 @@ def kernel_at(is_short, use_diff_of_squares):
     return KERNELS + 2 * use_diff_of_squares + is_short
 
 
-def _forward(x_dtype, dtype):
-    size, dtype_size = x_dtype.itemsize, dtype.itemsize
-    signature = choice.SIGNATURES["forward"](x_dtype, dtype, True, True, "centred")
+def _forward(x_dtype, dtype, residual_dtype, with_total):
+    is_added = residual_dtype is not None
+    size, dtype_size, residual_size = x_dtype.itemsize, dtype.itemsize, residual_dtype.itemsize if is_added else 1
+    signature = choice.SIGNATURES["forward"](x_dtype, dtype, True, True, "centred", residual_dtype, with_total)
     call = _calling(signature)
-    rows_at, y_at, row_at, statistics_at = (_array_at(signature.args[i]) for i in (0, 5, 1, 6))
+    (rows_at, residual_at), (y_at, total_at) = (_each_array_at(signature.args[i]) for i in (0, 5))
+    row_at, statistics_at = (_array_at(signature.args[i]) for i in (1, 6))
 
-    def entry(table, rows, cols, x, weight, bias, eps, use_diff_of_squares, y, mean, rstd):
+    def entry(table, rows, cols, x, residual, weight, bias, eps, use_diff_of_squares, y, total, mean, rstd):
         kernel = kernel_in(table, rows, cols, size, use_diff_of_squares)
-        if kernel == 0 or (x | y | mean | rstd) % size != 0 or (weight | bias) % dtype_size != 0:
+        if kernel == 0 or (x | y | total | mean | rstd) % size != 0:
             return False
-        y_bytes, row_bytes = rows * cols * size, cols * dtype_size
-        if (y != x and overlaps(y, y_bytes, x, y_bytes)) or overlaps(y, y_bytes, weight, row_bytes):
+        if residual % residual_size != 0 or (weight | bias) % dtype_size != 0:
             return False
-        if overlaps(y, y_bytes, bias, row_bytes):
+        y_bytes, row_bytes, residual_bytes = rows * cols * size, cols * dtype_size, rows * cols * residual_size
+        for result in (y, total):
+            result_bytes = given(result, y_bytes)
+            if result != x and overlaps(result, result_bytes, x, y_bytes):
+                return False
+            if (result != residual or size != residual_size) and overlaps(result, result_bytes, residual, residual_bytes):
+                return False
+            if overlaps(result, result_bytes, weight, row_bytes) or overlaps(result, result_bytes, bias, row_bytes):
+                return False
+        if overlaps(y, y_bytes, total, given(total, y_bytes)):
             return False
+        x_rows, y_rows = rows_at(x, (rows, cols)), y_at(y, (rows, cols))
         operands = (
-            rows_at(x, (rows, cols)), row_at(weight, (given(weight, cols),)), row_at(bias, (given(bias, cols),)),
-            eps, False, y_at(y, (rows, cols)), statistics_at(mean, (given(mean, rows),)),
-            statistics_at(rstd, (given(rstd, rows),)),
+            (x_rows, residual_at(residual, (rows, cols))) if is_added else x_rows,
+            row_at(weight, (given(weight, cols),)), row_at(bias, (given(bias, cols),)), eps, False,
+            (y_rows, total_at(total, (rows, cols))) if with_total else y_rows,
+            statistics_at(mean, (given(mean, rows),)), statistics_at(rstd, (given(rstd, rows),)),
         )  # fmt: skip
         call(kernel, operands)
         return True
@@ -84,26 +96,33 @@ def _forward(x_dtype, dtype):
     return entry
 
 
-def _backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, sums):
+def _backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, dtotal_dtype, sums):
+    is_added = dtotal_dtype is not None
     dy_size, size, dtype_size = dy_dtype.itemsize, x_dtype.itemsize, dtype.itemsize
-    statistics_size, sum_size = statistics_dtype.itemsize, sum_dtype.itemsize
+    statistics_size, sum_size, dtotal_size = (
+        statistics_dtype.itemsize,
+        sum_dtype.itemsize,
+        (dtotal_dtype or x_dtype).itemsize,
+    )
     signature = choice.SIGNATURES["backward"](
-        dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, True, "given", (True,) * 3
+        dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, True, "given", (True,) * 3, dtotal_dtype
     )
     call = _calling(signature)
-    dy_at, x_at, row_at, statistics_at = (_array_at(signature.args[i]) for i in (0, 1, 2, 4))
-    dx_at, sum_at = _array_at(signature.args[10]), _array_at(signature.args[12])
+    dy_at, dtotal_at = _each_array_at(signature.args[0])
+    x_at, row_at, statistics_at, dx_at, sum_at = (_array_at(signature.args[i]) for i in (1, 2, 4, 10, 12))
 
-    def entry(table, rows, cols, dy, x, weight, eps, use_diff_of_squares, mean, rstd, dx, dweight, dbias):
+    def entry(table, rows, cols, dy, dtotal, x, weight, eps, use_diff_of_squares, mean, rstd, dx, dweight, dbias):
         kernel = kernel_in(table, rows, cols, size, use_diff_of_squares)
         if kernel == 0 or dy % dy_size != 0 or (x | dx) % size != 0 or weight % dtype_size != 0:
             return False
-        if (mean | rstd) % statistics_size != 0 or (dweight | dbias) % sum_size != 0:
+        if dtotal % dtotal_size != 0 or (mean | rstd) % statistics_size != 0 or (dweight | dbias) % sum_size != 0:
             return False
         dx_bytes, sum_bytes = given(dx, rows * cols * size), cols * sum_size
         if (dx != x and overlaps(dx, dx_bytes, x, dx_bytes)) or overlaps(dx, dx_bytes, weight, cols * dtype_size):
             return False
         if (dx != dy or size != dy_size) and overlaps(dx, dx_bytes, dy, rows * cols * dy_size):
+            return False
+        if (dx != dtotal or size != dtotal_size) and overlaps(dx, dx_bytes, dtotal, rows * cols * dtotal_size):
             return False
         if overlaps(dx, dx_bytes, mean, rows * statistics_size) or overlaps(dx, dx_bytes, rstd, rows * statistics_size):
             return False
@@ -113,9 +132,11 @@ def _backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, sums):
             return False
         block_rows = rows_of_block(rows, cols)
         room = np.empty((sums, -(-rows // block_rows), cols))
+        dy_rows = dy_at(dy, (rows, cols))
         operands = (
-            dy_at(dy, (rows, cols)), x_at(x, (rows, cols)), row_at(weight, (given(weight, cols),)), eps,
-            statistics_at(mean, (given(mean, rows),)), statistics_at(rstd, (given(rstd, rows),)), 0, block_rows, True, False,
+            (dy_rows, dtotal_at(dtotal, (rows, cols))) if is_added else dy_rows, x_at(x, (rows, cols)),
+            row_at(weight, (given(weight, cols),)), eps, statistics_at(mean, (given(mean, rows),)),
+            statistics_at(rstd, (given(rstd, rows),)), 0, block_rows, True, False,
             dx_at(dx, (given(dx, rows), cols)), room, sum_at(dweight, (given(dweight, cols),)),
             sum_at(dbias, (given(dbias, cols),)),
         )  # fmt: skip
@@ -127,10 +148,10 @@ def _backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, sums):
 
 INTEGERS = [types.int64] * 9
 FACTORIES: dict[str, Any] = {
-    # table, rows, cols, x, weight, bias, eps, use_diff_of_squares, y, mean, rstd
-    "forward": (_forward, types.boolean(*INTEGERS[:6], types.float64, types.boolean, *INTEGERS[:3])),
-    # table, rows, cols, dy, x, weight, eps, use_diff_of_squares, mean, rstd, dx, dweight, dbias
-    "backward": (_backward, types.boolean(*INTEGERS[:6], types.float64, types.boolean, *INTEGERS[:5])),
+    # table, rows, cols, x, residual, weight, bias, eps, use_diff_of_squares, y, total, mean, rstd
+    "forward": (_forward, types.boolean(*INTEGERS[:7], types.float64, types.boolean, *INTEGERS[:4])),
+    # table, rows, cols, dy, dtotal, x, weight, eps, use_diff_of_squares, mean, rstd, dx, dweight, dbias
+    "backward": (_backward, types.boolean(*INTEGERS[:7], types.float64, types.boolean, *INTEGERS[:5])),
 }
 
 most_of_call = inlined(most)
@@ -173,6 +194,12 @@ def is_locked(typing_context):
         return builder.icmp_signed("!=", holds_lock(builder), I32(0))
 
     return types.boolean(), codegen
+
+
+def _each_array_at(kind):
+    """`_array_at` of rows and of what is beside them, in its place the former where there are no others."""
+    rows, *beside = map(_array_at, getattr(kind, "types", (kind,)))
+    return rows, beside[0] if beside else rows
 
 
 def _array_at(kind):

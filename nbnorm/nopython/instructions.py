@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import _empty_nd_impl
 
-from nbnorm.nopython.roles import EPS, FLAG, LIKE_X, ROW, SHAPE, STATISTICS, X, is_absent
+from nbnorm.nopython.roles import ARRAYS, BESIDE, EPS, FLAG, LIKE_X, ROW, SHAPE, USUAL_EPS, X, is_absent
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 # words of a table, after which come those that nbnorm's compiled function reads. What is compiled for users knows these, and
@@ -24,6 +24,8 @@ SERVED = "nbnorm.nopython.served"
 NOT_SERVED = "nbnorm: not found, or of another version than this function was compiled with: delete the files of its cache"
 # of a finite number that is not negative: told by its bits, whatever the fast-math flags of the user's function are
 LARGEST_BITS = 0x7FEFFFFFFFFFFFFF
+# what options are handed on as
+NUMBERS = {EPS: types.float64, USUAL_EPS: types.float64, FLAG: types.boolean}
 # what Python says of a call: nothing, or what to raise, with a message
 FINE, VALUE, MEMORY, INTERRUPT, OTHER = range(5)
 ERRORS = {VALUE: ValueError, MEMORY: MemoryError, INTERRUPT: KeyboardInterrupt, OTHER: RuntimeError}
@@ -47,7 +49,8 @@ class Shapes(NamedTuple):
 
     def of(self, role):
         """That of an array with this role."""
-        return {X: self.batch + self.row, LIKE_X: self.x, ROW: self.row}.get(role, self.batch + [I64(1)] * len(self.row))
+        known = {X: self.batch + self.row, LIKE_X: self.x, BESIDE: self.x, ROW: self.row}
+        return known.get(role, self.batch + [I64(1)] * len(self.row))
 
 
 def calling(request, roles, results):
@@ -103,10 +106,10 @@ def _fits(context, builder, operands, shapes):
     """Whether shapes and eps are right; what is wrong with them, Python says."""
     right = cgutils.true_bit
     for role, kind, value in operands:
-        if role == EPS:
+        if role in (EPS, USUAL_EPS):
             bits = builder.bitcast(_number(context, builder, kind, value, types.float64), I64)
             right = builder.and_(right, builder.icmp_unsigned("<=", bits, I64(LARGEST_BITS)))
-        elif role in (X, LIKE_X, ROW, STATISTICS) and not is_absent(kind):
+        elif role in ARRAYS and not is_absent(kind):
             for size, expected in zip(_shape(context, builder, kind, value), shapes.of(role), strict=True):
                 right = builder.and_(right, builder.icmp_signed("==", size, expected))
     return right
@@ -128,8 +131,8 @@ def _run(context, builder, table, operands, shapes):
     kinds: list[Any] = [types.int64] * 3
     values = [table, *sizes]
     for role, kind, value in operands:
-        if role in (EPS, FLAG):
-            kinds.append(types.float64 if role == EPS else types.boolean)
+        if role in NUMBERS:
+            kinds.append(NUMBERS[role])
             values.append(_number(context, builder, kind, value, kinds[-1]))
         elif role != SHAPE:
             kinds.append(types.int64)
@@ -243,7 +246,7 @@ def _boxed(context, builder, python, role, kind, value):
             python.decref(size)
         return result
     if not isinstance(kind, types.Array):
-        wanted = {EPS: types.float64, FLAG: types.boolean, SHAPE: types.int64}[role]
+        wanted = NUMBERS.get(role, types.int64)
         return python.from_native_value(wanted, _number(context, builder, kind, value, wanted))
     context.nrt.incref(builder, kind, value)
     return python.from_native_value(kind, value, context.get_env_manager(builder))

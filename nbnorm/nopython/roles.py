@@ -3,12 +3,18 @@
 Types decide what is compiled, so that what depends on a value, shapes for one, is for `served` to check.
 """
 
+import numpy as np
 from numba import types
 from numba.core.errors import TypingError
+from numba.np.numpy_support import as_dtype
 
-# x; what has its shape; its trailing dimensions; its shape with 1 in their place; options; what is made for the call
-X, LIKE_X, ROW, STATISTICS, SHAPE, EPS, FLAG, FRESH = "x", "like x", "row", "statistics", "shape", "eps", "flag", "fresh"
-OPTIONS = {"eps": EPS, "use_diff_of_squares": FLAG}
+# x; what has its shape, and what has it or is None; its trailing dimensions; its shape with 1 in their place; options.
+# ROW and STATISTICS may be None too
+X, LIKE_X, BESIDE, ROW, STATISTICS, SHAPE, EPS, FLAG = "x", "like x", "beside", "row", "statistics", "shape", "eps", "flag"
+# RMS norm has a default of eps that depends on the dtype
+USUAL_EPS = "eps, or None"
+ARRAYS = X, LIKE_X, BESIDE, ROW, STATISTICS
+OPTIONAL = BESIDE, ROW, STATISTICS, USUAL_EPS
 FLOATS = types.float32, types.float64
 
 
@@ -22,24 +28,40 @@ def dimensions(kind):
     return len(kind) if isinstance(kind, types.BaseTuple) else 1
 
 
-def check(roles, kinds):
-    """Raise where an operand, of those that `roles` has by name, is of a type that compiled code can't take."""
-    for (name, role), kind in zip(roles.items(), kinds, strict=True):
-        if role == SHAPE:
-            _check_shape(name, kind)
-        elif role in (EPS, FLAG):
-            expected = (types.Boolean, bool) if role == FLAG else (types.Integer, types.Float, int, float)
-            if not isinstance(kind.value if isinstance(kind, types.Omitted) else kind, expected):
-                raise TypingError(f"{name}: {kind}; expected {'a bool' if role == FLAG else 'a real number'}")
-        elif role not in (ROW, STATISTICS) or not is_absent(kind):
-            _check_array(name, kind, "np.ascontiguousarray({})")
-    by_role = dict(zip(roles.values(), kinds, strict=True))
-    ndim, row_ndim = by_role[X].ndim, dimensions(by_role[SHAPE])
+def options(call):
+    """Of the options that are numbers, the roles."""
+    return {"eps": USUAL_EPS if call.is_rms else EPS, "use_diff_of_squares": FLAG}
+
+
+def usual_eps(x):
+    """RMS norm's, for x of this type."""
+    return float(np.finfo(as_dtype(x.dtype)).eps)
+
+
+def check(roles, call):
+    """Raise where an operand of the call, whose `roles` are by name, is of a type that compiled code can't take."""
+    kinds = {name: getattr(call, "x" if role == X else name) for name, role in roles.items()}
+    for name, role in roles.items():
+        if role not in OPTIONAL or not is_absent(kinds[name]):
+            _check_kind(name, role, kinds[name])
+    ((x, ndim),) = ((name, kinds[name].ndim) for name, role in roles.items() if role == X)
+    row_ndim = dimensions(call.normalized_shape)
     if ndim < row_ndim:
-        raise TypingError(f"x: {ndim} dimensions; expected at least the {row_ndim} of normalized_shape")
-    for (name, role), kind in zip(roles.items(), kinds, strict=True):
-        if role in (LIKE_X, STATISTICS, ROW) and not is_absent(kind):
-            _check_ndim(name, kind, row_ndim if role == ROW else ndim)
+        raise TypingError(f"{x}: {ndim} dimensions; expected at least the {row_ndim} of normalized_shape")
+    for name, role in roles.items():
+        if role in ARRAYS and not is_absent(kinds[name]):
+            _check_ndim(name, kinds[name], row_ndim if role == ROW else ndim)
+
+
+def _check_kind(name, role, kind):
+    if role == SHAPE:
+        _check_shape(name, kind)
+    elif role in ARRAYS:
+        _check_array(name, kind, "np.ascontiguousarray({})")
+    else:
+        expected = (types.Boolean, bool) if role == FLAG else (types.Integer, types.Float, int, float)
+        if not isinstance(kind.value if isinstance(kind, types.Omitted) else kind, expected):
+            raise TypingError(f"{name}: {kind}; expected {'a bool' if role == FLAG else 'a real number'}")
 
 
 def check_both(mean, rstd):
@@ -77,13 +99,22 @@ def known(name, kind):
     return value
 
 
-def three(name, kind):
-    """The entries of a tuple of three."""
+def is_wanted(total_out):
+    """Whether the sum is, by the type of what is given for it; a variable does not say so."""
+    value = total_out.value if isinstance(total_out, types.Omitted) else getattr(total_out, "literal_value", total_out)
+    if value is True or isinstance(value, types.Boolean):
+        raise TypingError(f"total_out: {total_out}; expected an array, None, or False, written in the call")
+    return value is not False
+
+
+def each(name, kind, gradients):
+    """The entries of a tuple with one for each of the gradients."""
+    number, word, names = gradients
     if is_absent(kind):
-        return None, None, None
+        return (None,) * number
     entries = kind.value if isinstance(kind, types.Omitted) else getattr(kind, "types", kind)
-    if not isinstance(entries, tuple) or len(entries) != 3:
-        raise TypingError(f"{name}: {kind}; expected a tuple of three, for dx, dweight and dbias")
+    if not isinstance(entries, tuple) or len(entries) != number:
+        raise TypingError(f"{name}: {kind}; expected a tuple of {word}, for {names}")
     return entries
 
 

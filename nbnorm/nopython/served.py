@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,57 +64,104 @@ class Table:
         return nullcontext() if has_lock and not is_plain else parallel.alone()
 
 
-def _layer_norm(x, weight, bias):
+class Norm(NamedTuple):
+    """A public function, by its name: `is_added` is one of x plus a residual."""
+
+    name: str
+    is_rms: bool = False
+    is_added: bool = False
+
+    @property
+    def function(self):
+        return getattr(functional, self.name)
+
+
+def _forward(norm, x, residual, weight, bias, with_total):
+    residual_dtype = None if residual is None else np.dtype(residual)
+
     def described(cols, use_diff_of_squares):
-        return checks.description(Description(x, cols, weight, bias, use_diff_of_squares, False))[0]
+        calls = Description(x, cols, weight, bias, use_diff_of_squares, False, is_rms=norm.is_rms, residual=residual)
+        return checks.description(calls)[0]
 
     def kernel_for(cols, use_diff_of_squares):
-        return choice.forward(described(cols, use_diff_of_squares), weight is not None, bias is not None)
+        present = weight is not None, bias is not None
+        return choice.forward(described(cols, use_diff_of_squares), *present, residual_dtype, with_total)
 
-    def check(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, has_lock):
-        checks.forward(ForwardCall(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out))
+    def check(x, residual, normalized_shape, weight, bias, eps, use_diff_of_squares, out, total_out, has_lock):
+        call = ForwardCall(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out)
+        total_out = total_out if with_total else False
+        kind = {"is_rms": norm.is_rms, "is_added": norm.is_added}
+        checks.forward(call._replace(residual=residual, total_out=total_out, **kind))
 
-    def run(table, x, normalized_shape, weight, bias, eps, use_diff_of_squares, y, mean, rstd, has_lock):
-        options = eps, use_diff_of_squares
+    def run(
+        table, x, residual, normalized_shape, weight, bias, eps, use_diff_of_squares, y, total, mean, rstd, has_lock
+    ):  # fmt: skip
+        operands = (x, residual) if norm.is_added else (x,)
+        options = (weight, eps) if norm.is_rms else (weight, bias, eps, use_diff_of_squares)
+        outs = {"out": y, "total_out": total if with_total else False} if norm.is_added else {"out": y}
         with table.workers(x, normalized_shape, use_diff_of_squares, has_lock):
-            if mean is None:
-                functional.layer_norm(x, normalized_shape, weight, bias, *options, out=y)
-            else:
-                _, mean[:], rstd[:] = functional.layer_norm(
-                    x, normalized_shape, weight, bias, *options, out=y, return_stats=True
-                )
+            result = norm.function(*operands, normalized_shape, *options, **outs, return_stats=rstd is not None)
+            if rstd is not None:
+                rstd[:] = result.rstd
+            if mean is not None:
+                mean[:] = result.mean
 
     problem = described(1, False)
-    entry = ("forward", problem.dtype, problem.compute_dtype)
+    entry = ("forward", problem.dtype, problem.compute_dtype, residual_dtype, with_total)
     return Table(entry if {weight, bias} <= {None, problem.compute_dtype.name} else None, kernel_for, check, run)
 
 
-def _layer_norm_backward(dy, x, weight, mean, rstd, output_mask):
+def _backward(norm, dy, dtotal, x, weight, mean, rstd, output_mask):
+    output_mask, gradients = tuple(output_mask), len(output_mask)
+    # which only dx has a use for
+    added_dtype = None if dtotal is None or not output_mask[0] else np.dtype(dtotal)
+
     def kernel_for(cols, use_diff_of_squares):
-        calls = Description(x, cols, weight, None, use_diff_of_squares, True, dy, mean, rstd, output_mask)
+        given = dy, mean, rstd, output_mask
+        calls = Description(x, cols, weight, None, use_diff_of_squares, True, *given, is_rms=norm.is_rms)
         _, problem, dtypes, mask = checks.description(calls)
-        given = None if mean is None else np.result_type(wide_dtype(dtypes["mean"]), wide_dtype(dtypes["rstd"]))
-        return choice.backward(problem, dtypes["dy"], weight is not None, given, mask)
+        if dtotal is not None:
+            problem = problem._replace(compute_dtype=np.result_type(problem.compute_dtype, dtotal))
+        statistics = [wide_dtype(dtypes[name]) for name in ("mean", "rstd") if dtypes[name]]
+        statistics_dtype = np.result_type(*statistics) if statistics else None
+        return choice.backward(problem, dtypes["dy"], weight is not None, statistics_dtype, mask, added_dtype)
 
-    def check(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, dx, dweight, dbias, has_lock):
-        out = None if dx is dweight is dbias is None else (dx, dweight, dbias)
-        options = eps, use_diff_of_squares, mean, rstd, output_mask, out
-        checks.backward(BackwardCall(dy, x, normalized_shape, weight, *options))
+    def check(
+        dy, dtotal, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, dx, dweight, dbias, has_lock
+    ):  # fmt: skip
+        out = None if dx is dweight is dbias is None else (dx, dweight, dbias)[:gradients]
+        call = BackwardCall(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
+        kind = {"is_rms": norm.is_rms, "is_added": norm.is_added}
+        checks.backward(call._replace(dtotal=dtotal, **kind))
 
-    def run(table, dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, dx, dweight, dbias, has_lock):
+    def run(
+        table, dy, dtotal, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, dx, dweight, dbias, has_lock
+    ):  # fmt: skip
+        operands = (dy, dtotal, x) if norm.is_added else (dy, x)
+        options = (weight, eps) if norm.is_rms else (weight, eps, use_diff_of_squares)
+        statistics = {"rstd": rstd} if norm.is_rms else {"mean": mean, "rstd": rstd}
+        out = (dx, dweight, dbias)[:gradients]
         with table.workers(x, normalized_shape, use_diff_of_squares, has_lock):
-            functional.layer_norm_backward(
-                dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean=mean, rstd=rstd, output_mask=output_mask,
-                out=(dx, dweight, dbias),
-            )  # fmt: skip
+            norm.function(*operands, normalized_shape, *options, **statistics, output_mask=output_mask, out=out)
 
     dtypes = kernel_for(1, False).choices[:5]
-    is_plain = any(output_mask) and weight in (None, dtypes[2].name) and mean == rstd
-    return Table(("backward", *dtypes, sum(output_mask[1:])) if is_plain else None, kernel_for, check, run)
+    is_plain = any(output_mask) and weight in (None, dtypes[2].name) and (norm.is_rms or mean == rstd)
+    entry = ("backward", *dtypes, added_dtype, sum(output_mask[1:]))
+    return Table(entry if is_plain else None, kernel_for, check, run)
 
 
-# by their names in requests
-FUNCTIONS: dict[str, Any] = {"layer_norm": _layer_norm, "layer_norm_backward": _layer_norm_backward}
+NORMS: dict[Norm, Any] = {
+    Norm("layer_norm"): _forward,
+    Norm("layer_norm_backward"): _backward,
+    Norm("rms_norm", is_rms=True): _forward,
+    Norm("rms_norm_backward", is_rms=True): _backward,
+    Norm("add_layer_norm", is_added=True): _forward,
+    Norm("add_layer_norm_backward", is_added=True): _backward,
+    Norm("add_rms_norm", is_rms=True, is_added=True): _forward,
+    Norm("add_rms_norm_backward", is_rms=True, is_added=True): _backward,
+}
+# what makes a table, by the names in requests
+FUNCTIONS = {norm.name: partial(make, norm) for norm, make in NORMS.items()}
 
 
 def _told(function, *operands):
