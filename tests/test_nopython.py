@@ -12,23 +12,13 @@ from numba.core.runtime import _nrt_python, rtsys
 from numba.experimental import jitclass
 
 import nbnorm
+from compiled_calls import again, assert_same, native
 from levels import deep
 from nbnorm.cpu.workers import parallel
 from nbnorm.nopython import served
 
 compiled = pytest.mark.compiled
 BOTH = [np.float32, *deep(np.float64)]
-
-
-def assert_same(actual, expected):
-    actual, expected = (result if isinstance(result, tuple) else (result,) for result in (actual, expected))
-    assert type(actual) is type(expected)
-    for a, b in zip(actual, expected, strict=True):
-        if b is None:
-            assert a is None
-        else:
-            assert (type(a), a.dtype, a.shape) == (np.ndarray, b.dtype, b.shape)
-            np.testing.assert_array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
 @njit
@@ -64,21 +54,6 @@ def backward_given(dy, x, normalized_shape, weight, mean, rstd):
 @njit
 def backward_given_into(dy, x, normalized_shape, weight, mean, rstd, out):
     return nbnorm.layer_norm_backward(dy, x, normalized_shape, weight, mean=mean, rstd=rstd, out=out)
-
-
-def again(function, *arguments):
-    """What a call gives that is not the first of its kind."""
-    function(*arguments)
-    return function(*arguments)
-
-
-def native(function, *arguments):
-    """The same of a call that Python has no part in."""
-    function(*arguments)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(served.functional, "layer_norm", None)
-        patch.setattr(served.functional, "layer_norm_backward", None)
-        return function(*arguments)
 
 
 def test_a_process_that_compiles_nothing_or_all(rng):
