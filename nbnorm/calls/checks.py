@@ -260,14 +260,19 @@ def _variance(is_rms, use_diff_of_squares):
 
 def cuda_is_supported(what):
     """Raise where there is nothing to run kernels with."""
+    numba_cuda_is_there(what)
+    fault = cuda_fault()
+    if fault is not None:
+        raise TypeError(f"{what}; Numba finds no device that it can use: {fault}")
+
+
+def numba_cuda_is_there(what):
+    """Raise where there is nothing to compile kernels with."""
     if not (has_numba_cuda() or in_simulator()):
         raise TypeError(
             f"{what}; nbnorm needs the package numba-cuda for it: pip install 'nbnorm[cuda13]', or 'nbnorm[cuda12]' for a "
             "driver older than CUDA 13"
         )
-    fault = cuda_fault()
-    if fault is not None:
-        raise TypeError(f"{what}; Numba finds no device that it can use: {fault}")
 
 
 @functools.cache

@@ -56,10 +56,9 @@ def gradient_sums(held, sums, weight, normaliser, shift, per_element, share, is_
     """
     made, tile = share.made, share.made.tile
     scales = cuda.local.array(PIECE, made.element)
-    mean_g = made.element(0)
-    mean_gx = made.element(0)
+    means = Means(made.element(0), made.element(0), shift)
     if not is_mine:
-        return Means(mean_g, mean_gx, shift)
+        return means
     for k in range(tile.held):
         if has(share, k):
             for i in range(0, tile.width, tile.piece):
@@ -69,14 +68,20 @@ def gradient_sums(held, sums, weight, normaliser, shift, per_element, share, is_
                     at = k * tile.width + i + n
                     x_hat = (held.x[at] - normaliser.lo) * normaliser.scale
                     add_element(sums, at, held.dy[at], x_hat, made)
-                    g = (held.dy[at] * scales[n] if made.with_weight else held.dy[at]) - shift
-                    held.x[at] = x_hat
-                    held.dy[at] = g
-                    # divided before it is added, so that no sum overflows
-                    g *= per_element
-                    mean_g += g
-                    mean_gx += g * x_hat
-    return Means(mean_g, mean_gx, shift)
+                    g = held.dy[at] * scales[n] if made.with_weight else held.dy[at]
+                    means = add_gradient(held, at, x_hat, g, means, per_element)
+    return means
+
+
+@inlined
+def add_gradient(held, at, x_hat, g, means, per_element):
+    """Hold x_hat of an element, and what its g has beyond the shift, and return the means with their part of these."""
+    g -= means.shift
+    held.x[at] = x_hat
+    held.dy[at] = g
+    # divided before it is added, so that no sum overflows
+    g *= per_element
+    return Means(means.g + g, means.gx + g * x_hat, means.shift)
 
 
 @inlined
@@ -98,10 +103,16 @@ def team_means(parts, share, room):
 
 
 @inlined
+def make_dx(held, means, normaliser, share):
+    """Of g what it has beyond the shift, of x what x_hat is."""
+    for i in range(share.made.tile.size):
+        held.dy[i] = (held.dy[i] - means.g - held.x[i] * means.gx) * normaliser.part * normaliser.larger
+
+
+@inlined
 def store_dx(held, means, normaliser, dx, dtotal, share):
     made = share.made
-    for i in range(made.tile.size):
-        held.dy[i] = (held.dy[i] - means.g - held.x[i] * means.gx) * normaliser.part * normaliser.larger
+    make_dx(held, means, normaliser, share)
     if made.is_added:
         add_to_row(held.dy, dtotal, share)
     store_row(held.dy, dx, share, made.access, made.rounds_pairs)

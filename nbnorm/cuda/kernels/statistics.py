@@ -20,25 +20,50 @@ def row_statistics(values, origin, start, residual, share, eps, room):
     A row whose squares overflow or vanish is read once more, and scaled: from `start` on, and what starts at `residual` is
     added again, where the sum is not in memory.
     """
-    made = share.made
     found = statistics(values, origin, share, room)
-    hi, var, added = found.hi, found.var, eps.value
-    smallest, largest = made.smallest, made.largest
-    # of a segment, the square of the mean is a part of the row's variance. NaN fails the comparisons too
-    is_extreme = not (smallest <= var + added and hi * hi + var + added <= largest)
+    is_extreme = is_beyond(found, eps, share.made)
     if cuda.any_sync(ALL_LANES, is_extreme):
-        load_row(values, start, share, made.access, origin)
-        if made.is_sum_unwritten:
+        load_row(values, start, share, share.made.access, origin)
+        if share.made.is_sum_unwritten:
             add_to_row(values, residual, share)
             round_row(values, start, share)
-        power = rescaling(values, share, Room(room.shared, room.at + SHARED))
-        # the other rows of a warp are not changed by one that is extreme
-        factor = power if is_extreme else made.element(1)
-        for i in range(made.tile.size):
-            values[i] *= factor
-        _, hi, lo, var = statistics(values, origin * factor, share, Room(room.shared, room.at + SHARED + WARP))
-        found = Statistics(factor, hi, lo, var)
+        found = statistics_rescaled(values, origin, is_extreme, share, room)
     return found
+
+
+@inlined
+def held_statistics(values, origin, share, eps, room):
+    """The same of a row that is nowhere but in the values, which are kept for it."""
+    kept = cuda.local.array(share.made.tile.size, share.made.element)
+    for i in range(share.made.tile.size):
+        kept[i] = values[i]
+    found = statistics(values, origin, share, room)
+    is_extreme = is_beyond(found, eps, share.made)
+    if cuda.any_sync(ALL_LANES, is_extreme):
+        for i in range(share.made.tile.size):
+            values[i] = kept[i]
+        found = statistics_rescaled(values, origin, is_extreme, share, room)
+    return found
+
+
+@inlined
+def is_beyond(found, eps, made):
+    """Whether a square may be 0 or Inf where the deviation is not."""
+    var, added = found.var, eps.value
+    # of a segment, the square of the mean is a part of the row's variance. NaN fails the comparisons too
+    return not (made.smallest <= var + added and found.hi * found.hi + var + added <= made.largest)
+
+
+@inlined
+def statistics_rescaled(values, origin, is_extreme, share, room):
+    """Of values as they were, which are multiplied by a power of two; those of the other rows of a warp by 1."""
+    made = share.made
+    power = rescaling(values, share, Room(room.shared, room.at + SHARED))
+    factor = power if is_extreme else made.element(1)
+    for i in range(made.tile.size):
+        values[i] *= factor
+    _, hi, lo, var = statistics(values, origin * factor, share, Room(room.shared, room.at + SHARED + WARP))
+    return Statistics(factor, hi, lo, var)
 
 
 @inlined
@@ -172,6 +197,11 @@ def normaliser_of(statistics, eps, made):
         return Normaliser(lo, scale, eps.rest, larger)
     scale = inverse_root(var + root * root)
     return Normaliser(lo, scale, scale, factor)
+
+
+@inlined
+def mean_of(statistics):
+    return (statistics.hi + statistics.lo) * inverse_power_of_two(statistics.factor)
 
 
 @inlined

@@ -12,7 +12,7 @@ import numpy as np
 from numba import cuda
 
 from nbnorm.cuda.compiled import compiled
-from nbnorm.cuda.instructions.meaning import Constants, inverse, inverse_power_of_two, store
+from nbnorm.cuda.instructions.meaning import Constants, inverse, store
 from nbnorm.cuda.kernels.gradients import (
     add_sums,
     clear,
@@ -41,7 +41,7 @@ from nbnorm.cuda.kernels.rows import (
     sum_at,
     unpack_rows,
 )
-from nbnorm.cuda.kernels.statistics import ROW_SHARED, merged_statistics, normalise, normaliser_of, row_statistics
+from nbnorm.cuda.kernels.statistics import ROW_SHARED, mean_of, merged_statistics, normalise, normaliser_of, row_statistics
 from nbnorm.cuda.sizes import WARP
 
 # where the variance is outside these bounds, a square may be 0 or Inf where the deviation is not
@@ -148,7 +148,7 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
         normaliser = normaliser_of(statistics, eps_parts, made)
         if has_statistics and is_mine and lane == 0 and segment.first == 0:
             if has_mean:
-                mean[row] = statistic((statistics.hi + statistics.lo) * inverse_power_of_two(statistics.factor))
+                mean[row] = statistic(mean_of(statistics))
             rstd[row] = statistic(normaliser.part * normaliser.larger)
 
         # normalise and store
