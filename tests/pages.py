@@ -47,7 +47,8 @@ class Program(NamedTuple):
     def needs_device(self):
         """Whether it takes for granted that there is a CUDA device."""
         code = self.python
-        return ("import cupy" in code or '"cuda"' in code) and "cuda.is_available()" not in code
+        names = ("import cupy", '"cuda"', "from nbnorm.cuda import")
+        return any(name in code for name in names) and "cuda.is_available()" not in code
 
 
 def pages():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import nbnorm
+from nbnorm.calls import checks
 
 PACKAGE = Path(nbnorm.__file__).parent
 MODULES = [
@@ -18,6 +19,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
+    if name == "nbnorm.cuda.device" and not checks.has_numba_cuda():
+        pytest.skip("needs numba-cuda")
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0

@@ -1,5 +1,7 @@
 """Checks of what a device function is made for: a row, and the threads that hold it. The errors are as in `checks`."""
 
+from contextlib import suppress
+
 import numpy as np
 
 from nbnorm.calls import checks
@@ -24,10 +26,18 @@ def team(cols, threads, width, dtype):
         )
     if cols % width != 0:
         raise ValueError(f"width: {width}; expected a divisor of cols, {cols}")
-    dtype = checks.float_dtype(dtype)
-    if dtype.name not in DTYPES:
-        raise TypeError(f"dtype: {dtype}; expected {' or '.join(DTYPES)}: convert narrower elements where they are loaded")
-    return cols, threads, width, dtype.name
+    return cols, threads, width, _name(dtype)
+
+
+def _name(dtype):
+    """Also of one of Numba's types."""
+    name = str(dtype)
+    if name not in DTYPES and dtype is not None:
+        with suppress(TypeError):
+            name = np.dtype(dtype).name
+    if name not in DTYPES:
+        raise TypeError(f"dtype: {shown(dtype)}; expected {' or '.join(DTYPES)}: convert others where they are loaded")
+    return name
 
 
 def _count(name, value):

@@ -81,7 +81,9 @@ def layer_norm(cols: int, threads: int, eps: float = 1e-5, *, dtype: Any = "floa
     ...     held = cuda.local.array(6, float32)
     ...     for i in range(6):
     ...         held[i] = max(x[row, thread + i * 128], float32(0))
-    ...     _, rstd[row] = normalise(held)
+    ...     _, found = normalise(held)
+    ...     if thread == 0:
+    ...         rstd[row] = found
     ...     for i in range(6):
     ...         y[row, thread + i * 128] = held[i]
     >>> # norm_of_relu[x.shape[0], 128](x, y, rstd)
@@ -264,13 +266,13 @@ def _backward(cols, threads, width, dtype, eps, has_mean):
         statistics = held_statistics(whole(x, origin, share), origin, share, eps_parts, Room(room.shared, 2 * WARP))
         normaliser = normaliser_of(statistics, eps_parts, made)
         values = Held(x, whole(g, element(0), share))
-        means, per_element = Means(element(0), element(0), shift), inverse(element(cols))
+        mean_g, mean_gx, per_element = element(0), element(0), inverse(element(cols))
         for k in range(held):
             if has(share, k):
                 for i in range(k * width, (k + 1) * width):
                     x_hat = (x[i] - normaliser.lo) * normaliser.scale
-                    means = add_gradient(values, i, x_hat, g[i], means, per_element)
-        make_dx(values, team_means(means, share, room), normaliser, share)
+                    mean_g, mean_gx = add_gradient(values, i, x_hat, g[i] - shift, mean_g, mean_gx, per_element)
+        make_dx(values, team_means(Means(mean_g, mean_gx, shift), share, room), normaliser, share)
 
     return gradients
 

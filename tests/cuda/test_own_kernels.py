@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from numba import cuda
 
+import oracle
+import pages
 import users
-from device import LEVEL, large, normal
+from device import large, normal
 from magnitudes import EPSILONS, rows
 from nbnorm import LayerNormGrads
 from nbnorm.cuda import device
-from tolerances import CUDA_GRADIENT_EPS, CUDA_STATISTICS_EPS, CUDA_Y_EPS, assert_grads, assert_statistics, assert_y
+from tolerances import CUDA_GRADIENT_EPS, CUDA_STATISTICS_EPS, CUDA_Y_EPS, EPS, assert_grads, assert_statistics, assert_y
 
 pytestmark = pytest.mark.hardware
 
@@ -187,3 +189,21 @@ def test_the_bits_of_our_own_kernels(operands):
         tile = sizes.tile(cols, 4, 4, "forward")
         y = forward(x, tile.team, tile.threads, tile.width)[0]
         np.testing.assert_array_equal(y, to_host(nbnorm.layer_norm(to_device(x), cols)))
+
+
+def test_the_kernels_of_the_page(rng):
+    names = {}
+    exec(pages.program("docs/howto/numba.md", "Inside your own CUDA kernels").blocks[0].code, names)
+    dy, x, residual = normal(rng, (3, 5, names["COLS"]), np.float32)
+    weight, bias = normal(rng, (2, names["COLS"]), np.float32)
+    total, y, dx = (np.empty_like(x) for _ in range(3))
+    dweight, dbias = np.empty((2, 2, names["COLS"]), np.float32)
+    users.launch(names["forward"], 5, names["THREADS"], x, residual, weight, bias, total, y)
+    users.launch(names["backward"], 2, names["THREADS"], dy, y, total, weight, dx, dweight, dbias)
+    np.testing.assert_array_equal(total, x + residual)
+    scale = 1 + np.abs(bias) + np.abs(weight) * np.abs(total).max()
+    exact = np.maximum(oracle.forward(total, 1, weight, bias)[0], 0)
+    assert (np.abs(y - exact) <= CUDA_Y_EPS * EPS["float32"] * scale).all()
+    through = np.where(y > 0, dy, np.float32(0))
+    grads = LayerNormGrads(dx, dweight.sum(0), dbias.sum(0))
+    assert_grads(grads, through, total, 1, weight, gradient_eps=CUDA_GRADIENT_EPS)

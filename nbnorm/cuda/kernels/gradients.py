@@ -56,9 +56,10 @@ def gradient_sums(held, sums, weight, normaliser, shift, per_element, share, is_
     """
     made, tile = share.made, share.made.tile
     scales = cuda.local.array(PIECE, made.element)
-    means = Means(made.element(0), made.element(0), shift)
+    mean_g = made.element(0)
+    mean_gx = made.element(0)
     if not is_mine:
-        return means
+        return Means(mean_g, mean_gx, shift)
     for k in range(tile.held):
         if has(share, k):
             for i in range(0, tile.width, tile.piece):
@@ -69,19 +70,18 @@ def gradient_sums(held, sums, weight, normaliser, shift, per_element, share, is_
                     x_hat = (held.x[at] - normaliser.lo) * normaliser.scale
                     add_element(sums, at, held.dy[at], x_hat, made)
                     g = held.dy[at] * scales[n] if made.with_weight else held.dy[at]
-                    means = add_gradient(held, at, x_hat, g, means, per_element)
-    return means
+                    mean_g, mean_gx = add_gradient(held, at, x_hat, g - shift, mean_g, mean_gx, per_element)
+    return Means(mean_g, mean_gx, shift)
 
 
 @inlined
-def add_gradient(held, at, x_hat, g, means, per_element):
-    """Hold x_hat of an element, and what its g has beyond the shift, and return the means with their part of these."""
-    g -= means.shift
+def add_gradient(held, at, x_hat, g, mean_g, mean_gx, per_element):
+    """Hold x_hat and g of an element, and return the means with their part."""
     held.x[at] = x_hat
     held.dy[at] = g
     # divided before it is added, so that no sum overflows
     g *= per_element
-    return Means(means.g + g, means.gx + g * x_hat, means.shift)
+    return mean_g + g, mean_gx + g * x_hat
 
 
 @inlined
