@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from nbnorm.cpu.workers import parallel
 from nbnorm.nopython import served
 
 
@@ -39,3 +40,15 @@ def without_python():
         for norm in served.NORMS:
             patch.setattr(served.functional, norm.name, None)
         yield
+
+
+def numbas_threads_work(monkeypatch):
+    """On large calls, of which Python has to be asked about the first; until the end of the test."""
+    monkeypatch.setattr(parallel, "many", parallel.NUMBAS)
+    monkeypatch.setattr(parallel, "_is_decided", True)
+    monkeypatch.setattr(parallel, "from_elements", parallel.ELEMENTS)
+    monkeypatch.setattr(parallel, "_paused_until", 0.0)
+    monkeypatch.setattr(parallel, "STALL_SECONDS", float("inf"))
+    monkeypatch.setattr(parallel, "processors", lambda thread=0: 2)
+    monkeypatch.setattr(parallel.native, "is_open", 0)
+    monkeypatch.setattr(parallel.native, "worked", 0.0)

@@ -12,7 +12,7 @@ from numba.core.runtime import _nrt_python, rtsys
 from numba.experimental import jitclass
 
 import nbnorm
-from compiled_calls import again, assert_same, native
+from compiled_calls import again, assert_same, native, numbas_threads_work
 from levels import deep
 from nbnorm.cpu.workers import parallel
 from nbnorm.nopython import served
@@ -192,16 +192,14 @@ def test_who_works(monkeypatch, rng):
         seen.append((x.ndim, parallel.workers(x.size), parallel.our_threads() > 1))
         return functional(x, *options, **others)
 
-    monkeypatch.setattr(parallel, "many", parallel.NUMBAS)
-    monkeypatch.setattr(parallel, "_is_decided", True)
-    monkeypatch.setattr(parallel, "from_elements", parallel.ELEMENTS)
-    monkeypatch.setattr(parallel, "_paused_until", 0.0)
-    monkeypatch.setattr(parallel, "STALL_SECONDS", float("inf"))
-    monkeypatch.setattr(parallel, "processors", lambda thread=0: 2)
+    numbas_threads_work(monkeypatch)
     monkeypatch.setattr(served.functional, "layer_norm", layer_norm)
     in_prange(x, weight, y)
     assert seen == [(3, parallel.NUMBAS, numba.get_num_threads() > 1)]
     seen.clear()
+    # of its kind that was the first of which Python was asked
+    in_prange(x, weight, y)
+    assert seen == []
     long = np.ones((1, 70000), np.float32)
     forward(long, 70000, None, None, 0.0, False)
     in_prange(np.ones((1, 1, 70000), np.float32), long[0], np.empty((1, 1, 70000), np.float32))

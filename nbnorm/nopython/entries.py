@@ -16,11 +16,13 @@ from numba.np.arrayobj import populate_array
 from nbnorm.cpu import choice, compiled, sizes
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.disk.sources import digest
-from nbnorm.nopython.instructions import I32, I64, KERNELS, call_address, holds_lock, word_of
+from nbnorm.nopython import sharing
+from nbnorm.nopython.instructions import I32, I64, KERNELS, call_address, holds_lock
 
-# from so many elements on, several threads gain what the way through Python costs: 9 us above a kernel that takes 26, on a
-# busy Intel Xeon, where a call from Python costs 5
+# from so many elements on, several threads work on a call. Python has to be asked first, which costs some 10 us
 MANY_ELEMENTS = 1 << 17
+# from so many on, Python makes it, whose results are written past the caches
+MOST_ELEMENTS = sizes.STREAMED_BYTES // 8
 
 
 class Entry(NamedTuple):
@@ -48,11 +50,6 @@ def address(function):
     return made.library.get_pointer_to_function(made.fndesc.llvm_func_name)
 
 
-def most(has_lock):
-    """A kernel takes calls of fewer elements: larger ones are worth several threads, or other stores."""
-    return MANY_ELEMENTS if has_lock else sizes.STREAMED_BYTES // 8
-
-
 def kernel_at(is_short, use_diff_of_squares):
     """Where a table has the address of a kernel."""
     return KERNELS + 2 * use_diff_of_squares + is_short
@@ -67,7 +64,7 @@ def _forward(x_dtype, dtype, residual_dtype, with_total):
     row_at, statistics_at = (_array_at(signature.args[i]) for i in (1, 6))
 
     def entry(table, rows, cols, x, residual, weight, bias, eps, use_diff_of_squares, y, total, mean, rstd):
-        kernel = kernel_in(table, rows, cols, size, use_diff_of_squares)
+        kernel, place = kernel_in(table, rows, cols, size, use_diff_of_squares)
         if kernel == 0 or (x | y | total | mean | rstd) % size != 0:
             return False
         if residual % residual_size != 0 or (weight | bias) % dtype_size != 0:
@@ -90,7 +87,9 @@ def _forward(x_dtype, dtype, residual_dtype, with_total):
             (y_rows, total_at(total, (rows, cols))) if with_total else y_rows,
             statistics_at(mean, (given(mean, rows),)), statistics_at(rstd, (given(rstd, rows),)),
         )  # fmt: skip
+        begun = sharing.begin(table, place)
         call(kernel, operands)
+        sharing.end(table, place, begun, rows, cols)
         return True
 
     return entry
@@ -112,7 +111,7 @@ def _backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, dtotal_dtyp
     x_at, row_at, statistics_at, dx_at, sum_at = (_array_at(signature.args[i]) for i in (1, 2, 4, 10, 12))
 
     def entry(table, rows, cols, dy, dtotal, x, weight, eps, use_diff_of_squares, mean, rstd, dx, dweight, dbias):
-        kernel = kernel_in(table, rows, cols, size, use_diff_of_squares)
+        kernel, place = kernel_in(table, rows, cols, size, use_diff_of_squares)
         if kernel == 0 or dy % dy_size != 0 or (x | dx) % size != 0 or weight % dtype_size != 0:
             return False
         if dtotal % dtotal_size != 0 or (mean | rstd) % statistics_size != 0 or (dweight | dbias) % sum_size != 0:
@@ -140,7 +139,9 @@ def _backward(dy_dtype, x_dtype, dtype, statistics_dtype, sum_dtype, dtotal_dtyp
             dx_at(dx, (given(dx, rows), cols)), room, sum_at(dweight, (given(dweight, cols),)),
             sum_at(dbias, (given(dbias, cols),)),
         )  # fmt: skip
+        begun = sharing.begin(table, place)
         call(kernel, operands)
+        sharing.end(table, place, begun, rows, cols)
         return True
 
     return entry
@@ -154,7 +155,6 @@ FACTORIES: dict[str, Any] = {
     "backward": (_backward, types.boolean(*INTEGERS[:7], types.float64, types.boolean, *INTEGERS[:5])),
 }
 
-most_of_call = inlined(most)
 place_of_kernel = inlined(kernel_at)
 is_short = inlined(sizes.is_short)
 rows_of_block = inlined(sizes.block_rows)
@@ -162,11 +162,17 @@ rows_of_block = inlined(sizes.block_rows)
 
 @inlined
 def kernel_in(table, rows, cols, itemsize, use_diff_of_squares):
-    """The address of the kernel for a call; 0 where it has not been loaded, or the call is for Python to make."""
-    fewer_than = most_of_call(is_locked())  # type: ignore[call-arg]
-    if not 0 < rows * cols < fewer_than or cols > sizes.LONG_ROW:
-        return 0
-    return word(table, place_of_kernel(is_short(cols, itemsize), use_diff_of_squares))
+    """The address of the kernel for a call, and its place; 0 where it is not loaded, or the call is for Python to make."""
+    elements = rows * cols
+    if not 0 < elements < MOST_ELEMENTS or cols > sizes.LONG_ROW:
+        return 0, KERNELS
+    place = place_of_kernel(is_short(cols, itemsize), use_diff_of_squares)
+    # in no loop of `prange`, nor in a function that is compiled with nogil=True
+    if elements >= MANY_ELEMENTS and is_locked():  # type: ignore[call-arg]
+        if not sharing.is_open(table):
+            return 0, place
+        place += sharing.BUILDS
+    return sharing.word(table, place), place
 
 
 @inlined
@@ -178,14 +184,6 @@ def given(array, size):
 @inlined
 def overlaps(a, a_bytes, b, b_bytes):
     return a < b + b_bytes and b < a + a_bytes
-
-
-@intrinsic
-def word(typing_context, table, index):
-    def codegen(context, builder, signature, args):
-        return word_of(builder, args[0], args[1])
-
-    return types.int64(table, index), codegen
 
 
 @intrinsic

@@ -95,7 +95,7 @@ def _table(context, builder, request):
         python.decref(module)
         python.decref(asked)
         with cgutils.if_unlikely(builder, cgutils.is_null(builder, address)):
-            _give_up(context, builder, python, lock, ImportError, NOT_SERVED)
+            give_up(context, builder, python, lock, ImportError, NOT_SERVED)
         builder.store(python.long_as_longlong(address), slot)
         python.decref(address)
         python.gil_release(lock)
@@ -159,7 +159,7 @@ def _ask(context, builder, table, which, operands, owned):
     for operand in objects:
         python.decref(operand)
     with cgutils.if_unlikely(builder, cgutils.is_null(builder, told)):
-        _give_up(context, builder, python, lock, RuntimeError, "nbnorm: interrupted")
+        give_up(context, builder, python, lock, RuntimeError, "nbnorm: interrupted")
     result = python.to_native_value(types.Tuple([types.int64, types.unicode_type]), told).value
     python.decref(told)
     python.gil_release(lock)
@@ -192,7 +192,7 @@ def word_of(builder, table, index):
     return builder.load(builder.gep(builder.inttoptr(table, I64.as_pointer()), [index]))
 
 
-def _give_up(context, builder, python, lock, error, message):
+def give_up(context, builder, python, lock, error, message):
     """Raise it as compiled code does: an error of Python's own would be lost in a `try` of the user's."""
     python.err_write_unraisable(python.borrow_none())
     python.gil_release(lock)

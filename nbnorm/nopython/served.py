@@ -4,6 +4,7 @@ A table is asked for by functions that may have been on disk for years. So what 
 words of a table lead to, stay as they are, or VERSION becomes another one.
 """
 
+import ctypes
 import json
 import math
 import threading
@@ -19,8 +20,8 @@ from nbnorm.calls import checks
 from nbnorm.calls.problem import BackwardCall, Description, ForwardCall, wide_dtype
 from nbnorm.cpu import choice, sizes
 from nbnorm.cpu.workers import parallel
-from nbnorm.nopython import entries
-from nbnorm.nopython.instructions import CHECK, ENTRY, FINE, INTERRUPT, KERNELS, MEMORY, OTHER, RUN, VALUE
+from nbnorm.nopython import entries, sharing
+from nbnorm.nopython.instructions import CHECK, ENTRY, FINE, INTERRUPT, MEMORY, OTHER, RUN, VALUE
 from nbnorm.nopython.overloads import VERSION
 
 # for ever: compiled functions have their addresses
@@ -47,21 +48,43 @@ class Table:
 
     def __init__(self, entry, kernel_for, check, run):
         self.entry, self.kernel_for = entry, kernel_for
-        self.words = np.zeros(KERNELS + 4, np.int64)
-        self.functions = partial(_told, check), partial(_told, partial(run, self))
-        self.words[CHECK], self.words[RUN] = map(id, self.functions)
+        self.words = np.zeros(sharing.WORDS, np.int64)
+        self.functions = partial(_told, check), partial(_told, partial(run, self)), self.watch
+        self.words[[CHECK, RUN, sharing.WATCH]] = list(map(id, self.functions))
+        self.words[sharing.NATIVE], self.words[sharing.CLOCK] = ctypes.addressof(parallel.native), sharing.clock_address()
+        # of the parallel builds, by their places
+        self.stalls: dict = {}
 
     def workers(self, x, normalized_shape, use_diff_of_squares, has_lock):
         """Who works on a call of Python's, as a context; where a kernel takes calls like it, later ones go there at once."""
         cols = math.prod(normalized_shape) if isinstance(normalized_shape, tuple) else normalized_shape
-        is_plain = self.entry is not None and 0 < x.size < entries.most(has_lock) and cols <= sizes.LONG_ROW
-        index = entries.kernel_at(sizes.is_short(cols, x.itemsize), use_diff_of_squares)
-        if is_plain and not self.words[index]:
-            kernel = self.kernel_for(cols, use_diff_of_squares)
-            self.words[index] = _with_a_large_stack(lambda: entries.address(choice.ready(kernel, False)))
-            self.words[ENTRY] = _with_a_large_stack(lambda: entries.ready(*self.entry))
+        is_plain = self.entry is not None and 0 < x.size < entries.MOST_ELEMENTS and cols <= sizes.LONG_ROW
+        is_shared = has_lock and x.size >= entries.MANY_ELEMENTS
+        if is_plain and (not is_shared or self._is_open(x.size)):
+            place = entries.kernel_at(sizes.is_short(cols, x.itemsize), use_diff_of_squares)
+            self._load(place, self.kernel_for(cols, use_diff_of_squares), is_shared)
         # without Python's lock, this may be one of the threads of a parallel region
-        return nullcontext() if has_lock and not is_plain else parallel.alone()
+        return nullcontext() if has_lock and (is_shared or not is_plain) else parallel.alone()
+
+    def watch(self, place, seconds, rows, cols):
+        """Be told of a call that was long, by a parallel build."""
+        if seconds <= parallel.STALL_SECONDS or not self.stalls[place](seconds, rows, cols):
+            parallel.native.worked += seconds
+
+    def _is_open(self, elements):
+        """Whether Numba's threads may work on such calls from now on."""
+        if self.words[sharing.CLOCK] and parallel.workers(elements) == parallel.NUMBAS:
+            parallel.native.is_open = 1
+        return parallel.native.is_open
+
+    def _load(self, place, kernel, is_shared):
+        place += sharing.BUILDS if is_shared else 0
+        if self.words[place]:
+            return
+        if is_shared:
+            self.stalls[place] = parallel.watch(kernel)
+        self.words[place] = _with_a_large_stack(lambda: entries.address(choice.ready(kernel, is_shared)))
+        self.words[ENTRY] = _with_a_large_stack(lambda: entries.ready(*self.entry))
 
 
 class Norm(NamedTuple):

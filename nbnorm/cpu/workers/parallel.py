@@ -10,6 +10,7 @@ The results have the same bits in every case. Numba's layer is one for the whole
 another library.
 """
 
+import ctypes
 import functools
 import math
 import os
@@ -60,6 +61,19 @@ _worked = 0.0
 _alone = threading.local()
 
 
+class Native(ctypes.Structure):
+    """What compiled code reads and writes while it has Python's lock.
+
+    `is_open` says whether Numba's threads may work on a call without Python being asked, `worked` for how many seconds they
+    have.
+    """
+
+    _fields_ = (("is_open", ctypes.c_int64), ("worked", ctypes.c_double))
+
+
+native = Native()
+
+
 @contextmanager
 def alone():
     """A context in which the calling thread works by itself, since it may be one of a parallel region."""
@@ -101,27 +115,39 @@ def processors(thread=0):
 @functools.cache
 def watched(chosen, kernel):
     """The parallel build of a kernel, of `choice`; after its stalls our threads work for a while."""
-    shortest: dict[tuple, float] = {}
-    without = shortest_without(chosen)
+    has_stalled = watch(chosen)
 
     def call(first, *others):
         global _worked
         start = perf_counter()
         kernel(first, *others)
         seconds = perf_counter() - start
-        if seconds > STALL_SECONDS:
-            rows, cols = shape_of(first)
-            elements, kind = rows * cols, kind_of(rows, cols)
-            per_element = seconds / elements
-            least = shortest.get(kind, math.inf)
-            _, known = without.get(kind, NEVER)
-            if per_element > STALL * (known or min(2 * least, ONE_THREAD)):
-                _pause_numbas(start + seconds, seconds - known * elements if known else 0.0)
-                return
-            shortest[kind] = min(per_element, least)
+        if seconds > STALL_SECONDS and has_stalled(seconds, *shape_of(first)):
+            return
         _worked += seconds
 
     return call
+
+
+@functools.cache
+def watch(chosen):
+    """A function that is told of long calls of the parallel build of a kernel, of `choice`, as they end."""
+    shortest: dict[tuple, float] = {}
+    without = shortest_without(chosen)
+
+    def has_stalled(seconds, rows, cols):
+        """Whether such a call of so many seconds has; then our threads work for a while."""
+        elements, kind = rows * cols, kind_of(rows, cols)
+        per_element = seconds / elements
+        least = shortest.get(kind, math.inf)
+        _, known = without.get(kind, NEVER)
+        if per_element > STALL * (known or min(2 * least, ONE_THREAD)):
+            _pause_numbas(perf_counter(), seconds - known * elements if known else 0.0)
+            return True
+        shortest[kind] = min(per_element, least)
+        return False
+
+    return has_stalled
 
 
 def timed(without, kernel, first, *others):
@@ -161,10 +187,11 @@ def _pause_numbas(now, lost):
         # another call that was on its way
         return
     least = max(PAUSE, PAUSE_FOR_LOSS * lost)
-    _pause = min(max(least, 2 * _pause) if _paused_until and _worked < least else least, LONGEST_PAUSE)
+    is_soon = _worked + native.worked < least
+    _pause = min(max(least, 2 * _pause) if _paused_until and is_soon else least, LONGEST_PAUSE)
     _paused_until = now + _pause
-    _worked = 0.0
-    many = OURS
+    _worked = native.worked = 0.0
+    many, native.is_open = OURS, 0
 
 
 def end_pause():
@@ -275,6 +302,7 @@ def _quota_of(*files):
 def _in_child():
     global many, _is_decided, _paused_until
     many, _is_decided, _paused_until = OURS, True, 0.0
+    native.is_open = 0
     _quota.cache_clear()
     if global_compiler_lock.is_locked():
         global_compiler_lock.release()
