@@ -244,12 +244,30 @@ def build(kernel, signature, capability):
 
 
 def _compiled(kernel, signature, capability):
-    with _library(kernel, signature, capability) as library, tempfile.TemporaryDirectory() as folder:
+    with _library(kernel, signature, capability) as library:
         ptx = _keep(kernel, signature, library)
+        code = bytes(library.get_cubin().code)
+        return _Compiled(ptx, _code(code), _usage(code))
+
+
+def user_ptx(kernel, signature, capability):
+    """The PTX of a kernel of a user's own."""
+    with _library(kernel, signature, capability) as library:
+        return library.get_lto_ptx().rstrip("\0")
+
+
+def usage(kernel, signature, capability):
+    """Of a kernel of a user's own the registers, and the bytes of stack and of shared memory."""
+    with _library(kernel, signature, capability) as library:
+        return _usage(bytes(library.get_cubin().code))
+
+
+def _usage(code):
+    with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(bytes(library.get_cubin().code))
+        cubin.write_bytes(code)
         ((registers, stack, shared, local),) = USAGE.findall(_output("cuobjdump", "--dump-resource-usage", cubin))
-        return _Compiled(ptx, _code(cubin.read_bytes()), (int(registers), int(stack) + int(local), int(shared)))
+        return int(registers), int(stack) + int(local), int(shared)
 
 
 def _code(cubin):

@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba import types
 
 import offline
+import pages
 from nbnorm.cuda import sizes
 from nbnorm.cuda.instructions import lowering, meaning
 from nbnorm.cuda.kernels import combine, strided, whole_rows
@@ -426,3 +427,16 @@ def test_words_of_16_bits(stored, name):
         expected = values.astype(dtype).astype(np.float32)
     np.testing.assert_array_equal((words & 0xFFFF).astype(np.uint16).view(dtype).astype(np.float32), expected)
     np.testing.assert_array_equal((words >> 16).astype(np.uint16).view(dtype).astype(np.float32), expected[::-1])
+
+
+@pytest.mark.parametrize("capability", [FULL, *OTHERS[:1]])
+@pytest.mark.parametrize(("name", "arrays"), [("forward", (2, 2, 1, 1, 2, 2)), ("backward", (2, 2, 2, 1, 2, 2, 2))])
+def test_a_row_stays_in_registers_in_the_kernels_of_the_page(capability, name, arrays):
+    """And the device functions take the shared memory that they say; from 9.0 on a KiB of each block is the system's."""
+    names = {}
+    exec(pages.program("docs/howto/numba.md", "Inside your own CUDA kernels").blocks[0].code, names)
+    signature = types.void(*(types.Array(types.float32, ndim, "C") for ndim in arrays))
+    registers, stack, shared = offline.usage(names[name], signature, capability)
+    assert stack == 0
+    assert shared - (1024 if capability >= (9, 0) else 0) == 1152
+    assert registers * names["THREADS"] * 3 <= offline.REGISTERS

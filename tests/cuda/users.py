@@ -53,5 +53,4 @@ def ptx(kernel, signature, capability):
     """What the machine code of a launch is made of."""
     import offline
 
-    with offline._library(kernel, signature, capability) as library:
-        return library.get_lto_ptx().rstrip("\0")
+    return offline.user_ptx(kernel, signature, capability)
