@@ -1,5 +1,7 @@
 """Layer normalisation, forward and backward, as Numba-compiled kernels behind a NumPy-style API."""
 
+import importlib
+
 from nbnorm.ahead import compile  # noqa: A004
 from nbnorm.functional import (
     AddLayerNormResult,
@@ -43,3 +45,12 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
 ]
+
+# each imports the library that it is for
+_ON_DEMAND = ("torch",)
+
+
+def __getattr__(name):
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"nbnorm.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
