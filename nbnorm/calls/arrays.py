@@ -180,7 +180,8 @@ def give_back(result, like, like_kind):
         return None
     if like_kind == "torch":
         torch = sys.modules["torch"]
-        if result.dtype.name == "bfloat16":
+        # bfloat16, whose name NumPy takes a microsecond to find
+        if result.dtype.kind == "V":
             return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(result)
     if like_kind == "jax":

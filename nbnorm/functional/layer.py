@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from nbnorm.calls import lent
 from nbnorm.calls.problem import BackwardCall, ForwardCall
 from nbnorm.cpu import keys, plans
 from nbnorm.functional import run
@@ -106,13 +107,20 @@ def layer_norm(
            [15. ]])
     """
     key = keys.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    given = None
+    if key is None and (views := lent.of_torch(x, weight, bias, out)) and (out is None or lent.may_be_written(out)):
+        given = x, weight, bias, out
+        x, weight, bias, out = views
+        key = keys.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
     plan = plans.LAYER_NORM.get(key) or keys.of_other_rows(plans.LAYER_NORM, key)
     if plan is not None and stream is None:
         result = plan(x, weight, bias, eps, out)
         if result is not None:
+            if given is not None:
+                result = lent.given_back(result, given[-1])
             return LayerNormResult(*result) if return_stats else result
     call = ForwardCall(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream)
-    y, _, mean, rstd = run.forward(call, plans.LAYER_NORM, None if plan else key)
+    y, _, mean, rstd = run.forward(call, plans.LAYER_NORM, None if plan else key, given)
     return LayerNormResult(y, mean, rstd) if return_stats else y
 
 
@@ -199,10 +207,15 @@ def layer_norm_backward(
     array([1., 1., 0., 0.])
     """
     key = keys.backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
+    given = None
+    if key is None and (views := lent.of_backward((x, dy, weight, mean, rstd), out)):
+        given = x, dy, weight, mean, rstd, out
+        x, dy, weight, mean, rstd, out = views
+        key = keys.backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
     plan = plans.LAYER_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.LAYER_NORM_BACKWARD, key)
     if plan is not None and stream is None:
         grads = plan(dy, x, weight, eps, mean, rstd, out)
         if grads is not None:
-            return LayerNormGrads(*grads)
+            return LayerNormGrads(*(grads if given is None else lent.given_back(grads, given[-1])))
     call = BackwardCall(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream)
-    return LayerNormGrads(*run.backward(call, plans.LAYER_NORM_BACKWARD, None if plan else key))
+    return LayerNormGrads(*run.backward(call, plans.LAYER_NORM_BACKWARD, None if plan else key, given))
