@@ -71,12 +71,15 @@ class NormBackward(Function):
 
 
 def forward(x, normalized_shape, weight, bias, eps, is_rms):
+    # past an error of torch's, that a tensor which requires grad gives no NumPy array
+    x = x.detach()
     if is_rms:
         return nbnorm.rms_norm(x, normalized_shape, weight, eps)
     return nbnorm.layer_norm(x, normalized_shape, weight, bias, eps)
 
 
 def backward(dy, x, normalized_shape, weight, eps, mask, is_rms):
+    x = x.detach()
     if is_rms:
         return *nbnorm.rms_norm_backward(dy, x, normalized_shape, weight, eps, output_mask=mask[:2]), None
     return tuple(nbnorm.layer_norm_backward(dy, x, normalized_shape, weight, eps, output_mask=mask))
