@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nbnorm.calls import arrays, checks, state
+from nbnorm.calls import arrays, checks, operands, state
 from nbnorm.cpu import keys, plans
 from nbnorm.functional import (
     Array,
@@ -112,6 +112,7 @@ class LayerNorm:
         y = None if plan is None else plan(x, weight, bias, eps, None)
         if y is not None:
             return y
+        operands.no_training(x, "LayerNorm", (weight, bias))
         return layer_norm(x, self.normalized_shape, weight, bias, eps, self.use_diff_of_squares)
 
     def __call__(self, x: Array) -> Array:
@@ -236,6 +237,8 @@ class RMSNorm:
 
     def forward(self, x: Array) -> Array:
         """RMS norm of x with this layer's weight; see `rms_norm`."""
+        if type(x) is not np.ndarray:
+            operands.no_training(x, "RMSNorm", (self.weight,))
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
     def __call__(self, x: Array) -> Array:

@@ -74,6 +74,87 @@ def test_torch_agrees_with_torch(torch, rng, name, use_diff_of_squares):
         torch.testing.assert_close(a.to(torch.float64), b.to(torch.float64), rtol=2 * tolerance, atol=4 * tolerance)
 
 
+def both(library, x, dy, weight, bias, **options):
+    """Every array that the functions which take the short way return; NumPy's, whatever they are."""
+    cols = SHAPE[1]
+    outs = options.pop("outs", [None] * 4)
+    forward = library.layer_norm(x, cols, weight, bias, return_stats=True, out=outs[0])
+    _, mean, rstd = forward
+    results = [
+        *forward,
+        library.layer_norm(x, cols, weight, bias, out=outs[1]),
+        *library.layer_norm_backward(dy, x, cols, weight, mean=mean, rstd=rstd),
+        *library.layer_norm_backward(dy, x, cols, weight, out=None if outs[2] is None else (outs[2], None, None)),
+        *library.layer_norm_backward(dy, x, cols, output_mask=(True, False, True)),
+        library.rms_norm(x, cols, weight, out=outs[3]),
+        *library.rms_norm(x, cols, weight, return_stats=True),
+        *library.rms_norm_backward(dy, x, cols, weight),
+    ]
+    return [result if result is None or isinstance(result, np.ndarray) else to_numpy(result) for result in results]
+
+
+def to_numpy(tensor):
+    import torch
+
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", ["tensors", "parameters", "slices", "numpy_weights"])
+def test_torch_goes_the_short_way(torch, plain, monkeypatch, make, name):
+    """With the bits of NumPy's arrays, and without the checks."""
+    x, dy, weight, bias = (torch.from_numpy(array).to(getattr(torch, name)) for array in plain[:4])
+    expected = both(nbnorm, *map(to_numpy, (x, dy, weight, bias)))
+    if make == "slices":
+        x, dy = (torch.cat([array, array])[SHAPE[0] :] for array in (x, dy))
+    if make == "parameters":
+        x, weight, bias = map(torch.nn.Parameter, (x, weight, bias))
+    if make == "numpy_weights":
+        weight, bias = to_numpy(weight), to_numpy(bias)
+    with torch.no_grad():
+        for _ in range(2):
+            for result, value in zip(both(nbnorm, x, dy, weight, bias), expected, strict=True):
+                np.testing.assert_array_equal(result, value, strict=True)
+            monkeypatch.setattr("nbnorm.calls.checks.forward", None)
+            monkeypatch.setattr("nbnorm.calls.checks.backward", None)
+
+
+def test_torch_outs_on_the_short_way(torch, plain, monkeypatch):
+    x, dy, weight, bias = map(torch.from_numpy, plain[:4])
+    expected = both(nbnorm, *plain[:4])
+    outs = [torch.empty(SHAPE) for _ in range(4)]
+    for time in (1, 2):
+        for result, value in zip(both(nbnorm, x, dy, weight, bias, outs=outs), expected, strict=True):
+            np.testing.assert_array_equal(result, value)
+        # autograd is told
+        assert [out._version for out in outs] == [time] * 4
+        monkeypatch.setattr("nbnorm.calls.checks.forward", None)
+        monkeypatch.setattr("nbnorm.calls.checks.backward", None)
+    assert nbnorm.layer_norm(x, SHAPE[1], weight, bias, out=outs[0]) is outs[0]
+    monkeypatch.undo()
+    with torch.inference_mode():
+        locked = torch.empty(SHAPE)
+    for call in (
+        lambda: nbnorm.layer_norm(x, SHAPE[1], weight, bias, out=locked),
+        lambda: nbnorm.layer_norm_backward(dy, x, SHAPE[1], weight, out=(locked, None, None)),
+        lambda: nbnorm.rms_norm(x, SHAPE[1], weight, out=locked),
+    ):
+        with pytest.raises(TypeError, match=r"^out(\[0\])?: a torch tensor of inference mode"):
+            call()
+
+
+@pytest.mark.parametrize("argument", ["x", "weight", "dy"])
+def test_torch_storage_that_was_freed_after_a_plan(torch, argument):
+    for _ in range(2):
+        right = {name: torch.ones(shape) for name, shape in (("dy", SHAPE), ("x", SHAPE), ("weight", SHAPE[1:]))}
+        nbnorm.layer_norm_backward(normalized_shape=SHAPE[1], **right)
+    # torch frees none of which there is a view in NumPy
+    right[argument] = torch.ones_like(right[argument])
+    right[argument].untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match=f"^{argument}: a torch tensor whose storage was freed"):
+        nbnorm.layer_norm_backward(normalized_shape=SHAPE[1], **right)
+
+
 @pytest.fixture
 def addresses(monkeypatch):
     """Where the x that the kernels read and the y that they wrote lie, of each call."""
@@ -145,7 +226,7 @@ def tensors(torch):
 def test_torch_that_requires_grad_names_what_trains(torch, name):
     right = tensors(torch) | {"normalized_shape": SHAPE[1]}
     value = right.get(name, torch.tensor(1e-5)).clone().requires_grad_()
-    message = rf"^{name}: a torch tensor that requires grad, .*; pass {name}.detach\(\), or .* docs/howto/autograd.md"
+    message = rf"^{name}: a torch tensor that requires grad, .*; pass {name}.detach\(\), or train with nbnorm.torch, "
     with pytest.raises(TypeError, match=message):
         nbnorm.layer_norm_backward(**right | {name: value})
     # the same beside NumPy's arrays
@@ -171,7 +252,8 @@ def test_torch_parameters_where_nothing_is_recorded(torch):
     assert torch.equal(y, nbnorm.layer_norm(x, SHAPE[1], theirs.weight.detach(), theirs.bias.detach()))
     ln = nbnorm.LayerNorm(SHAPE[1], dtype=torch.bfloat16)
     ln.load_state_dict(dict(theirs.named_parameters()))
-    assert torch.equal(ln(x), y)
+    with torch.no_grad():
+        assert torch.equal(ln(x), y)
 
 
 def test_torch_out_that_requires_grad(torch):
@@ -205,6 +287,8 @@ def test_torch_out_of_inference_mode(torch):
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_torch_forward_mode_gradients_are_refused(torch, name):
     right = tensors(torch)
+    # which leaves a plan
+    nbnorm.layer_norm_backward(normalized_shape=SHAPE[1], **right)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(right[name], torch.ones_like(right[name]))
         # which no_grad does not switch off
@@ -230,6 +314,10 @@ RECORDED = "a torch tensor while {} records, which would not see what nbnorm doe
             "a tensor within torch.vmap; call nbnorm outside, which takes any number of leading dimensions",
         ),
         ("torch.func.grad(lambda x: f(x).sum())(x)", "a tensor within torch.func, whose derivatives nbnorm does not record"),
+        (
+            "torch.func.grad(lambda x: quietly(f, x).sum())(x)",
+            "a tensor within torch.func, whose derivatives nbnorm does not",
+        ),
         ("torch.func.jvp(f, (x,), (x,))", "a tensor within torch.func, whose derivatives nbnorm does not record"),
         ("torch.func.functionalize(f)(x)", "a tensor within torch.func.functionalize; call nbnorm outside"),
         ("torch.jit.trace(f, x)", RECORDED.format("torch.jit.trace")),
@@ -242,6 +330,7 @@ RECORDED = "a torch tensor while {} records, which would not see what nbnorm doe
         ("f(torch.quantize_per_tensor(x, 0.1, 0, torch.qint8))", r"a quantised torch tensor; pass x.dequantize\(\)"),
         ("f(torch.nested.nested_tensor([x, x], layout=torch.jagged))", r"a nested torch tensor; pass each of x.unbind\(\)"),
         ("f(freed(x))", "a torch tensor whose storage was freed or made smaller"),
+        ("f(freed(torch.ones(12, 9)[6:]))", "a torch tensor whose storage was freed or made smaller"),
     ],
 )
 def test_what_stands_for_a_torch_tensor(torch, call, message):
@@ -252,8 +341,12 @@ def test_what_stands_for_a_torch_tensor(torch, call, message):
         with mode:
             return function(x)
 
+    def quietly(function, x):
+        with torch.no_grad():
+            return function(x)
+
     def freed(x):
-        x.untyped_storage().resize_(x.nbytes - 1)
+        x.untyped_storage().resize_(x.untyped_storage().nbytes() - 1)
         return x
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -264,8 +357,11 @@ def test_what_stands_for_a_torch_tensor(torch, call, message):
         "make_fx": make_fx,
         "fake": fake,
         "freed": freed,
+        "quietly": quietly,
         "mode": mode,
     }
+    # there is a plan for what it stands for
+    layer_norm(torch.ones(SHAPE))
     with pytest.raises(TypeError, match=f"^x: {message}"):
         eval(call, names)
     # it leaves nothing behind
@@ -375,9 +471,28 @@ def test_torch_layer(torch):
     ln = nbnorm.LayerNorm(theirs.normalized_shape, theirs.eps, device=torch.device("cpu"), dtype=torch.float32)
     ln.load_state_dict(theirs.state_dict())
     x = torch.randn(4, 3, 5)
-    torch.testing.assert_close(ln(x), theirs(x).detach())
+    with torch.no_grad():
+        torch.testing.assert_close(ln(x), theirs(x))
     assert nbnorm.LayerNorm(4, dtype=torch.bfloat16).weight.dtype == ml_dtypes.bfloat16
     assert repr(ln) == f"LayerNorm({ln.extra_repr()})"
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_a_layer_that_torch_would_not_train(torch, name):
+    """It ran without a word, and its parameters never changed."""
+    x, layer = torch.randn(SHAPE), getattr(nbnorm, name)(SHAPE[1])
+    message = f"^x: a torch tensor while torch records gradients, .* train with nbnorm.torch.{name}, .* under torch.no_grad"
+    for given in (x, x.clone().requires_grad_(), torch.nn.Parameter(x)):
+        with pytest.raises(TypeError, match=message):
+            layer(given)
+        for no_gradients in (torch.no_grad, torch.inference_mode):
+            with no_gradients():
+                np.testing.assert_array_equal(layer(given).numpy(), layer(x.numpy()))
+    # of these, nothing is lost
+    assert layer.backward(x, x).dx.shape == SHAPE
+    assert torch.equal(getattr(nbnorm, name)(SHAPE[1], elementwise_affine=False)(x), torch.from_numpy(layer(x.numpy())))
+    with pytest.raises(TypeError, match="^x: a torch tensor that requires grad"):
+        getattr(nbnorm, name)(SHAPE[1], elementwise_affine=False)(x.requires_grad_())
 
 
 def test_numpy_and_torch_mixed(torch, plain):

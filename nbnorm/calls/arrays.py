@@ -66,6 +66,11 @@ def records_gradients(tensor):
     return is_recorded or torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def is_recording():
+    """Whether torch records gradients at all, backwards."""
+    return sys.modules["torch"].is_grad_enabled()
+
+
 def may_be_written(tensor):
     """Whether torch lets a tensor be written to, which it does to one of inference mode there alone."""
     return not tensor.is_inference() or sys.modules["torch"].is_inference_mode_enabled()

@@ -82,11 +82,21 @@ def no_gradients(name, value, kind):
     """Of a torch tensor, none would be lost."""
     if kind != "torch" or not arrays.records_gradients(value):
         return
-    way = "train with the function that docs/howto/autograd.md shows"
+    way = "train with nbnorm.torch, which docs/howto/torch.md shows"
     if name.startswith("out"):
         way = "call it under torch.no_grad()"
     raise TypeError(
         f"{name}: a torch tensor that requires grad, which nbnorm does not record; pass {name}.detach(), or {way}"
+    )
+
+
+def no_training(x, layer, parameters):
+    """Of a torch tensor that comes to a layer while torch records, the layer's own parameters would get no gradient."""
+    if all(parameter is None for parameter in parameters) or arrays.kind(x) != "torch" or not arrays.is_recording():
+        return
+    raise TypeError(
+        f"x: a torch tensor while torch records gradients, of which the parameters of nbnorm.{layer} would get none; train "
+        f"with nbnorm.torch.{layer}, as docs/howto/torch.md shows, or call the layer under torch.no_grad()"
     )
 
 

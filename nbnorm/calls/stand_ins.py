@@ -73,8 +73,8 @@ def _fault_of_tensor(name, tensor):
         if functorch.is_functionaltensor(tensor):
             return "a tensor within torch.func.functionalize; call nbnorm outside"
         return (
-            "a tensor within torch.func, whose derivatives nbnorm does not record; call nbnorm outside, or as a function of "
-            "autograd, as docs/howto/autograd.md shows"
+            "a tensor within torch.func, whose derivatives nbnorm does not record; call nbnorm outside, or nbnorm.torch, as "
+            "docs/howto/torch.md shows"
         )
     if tensor.is_meta:
         return "a torch tensor on meta, which has a shape but no values; expected one on the CPU or on a CUDA device"
