@@ -71,7 +71,7 @@ def layer_norm(
         input, weight, bias = _as_autocast(input, weight, bias)  # noqa: A001
     if _is_for_a_graph(input):
         return operators.layer_norm(input, _sizes(normalized_shape), weight, bias, eps)
-    return functions.apply(functions.Norm, input, normalized_shape, weight, bias, eps, False)
+    return functions.norm(input, normalized_shape, weight, bias, eps, False)
 
 
 def rms_norm(
@@ -122,7 +122,7 @@ def rms_norm(
         input, weight = _as_autocast(input, weight)  # noqa: A001
     if _is_for_a_graph(input):
         return operators.rms_norm(input, _sizes(normalized_shape), weight, eps)
-    return functions.apply(functions.Norm, input, normalized_shape, weight, None, eps, True)
+    return functions.norm(input, normalized_shape, weight, None, eps, True)
 
 
 def _as_autocast(*tensors):

@@ -10,6 +10,14 @@ import nbnorm
 from nbnorm.torch import derivatives
 
 
+def norm(x, normalized_shape, weight, bias, eps, is_rms):
+    """The norm in eager mode, recorded where that is on."""
+    if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+        # as nothing is: past a function of autograd, 6 us
+        return forward(x, normalized_shape, weight, bias, eps, is_rms)
+    return apply(Norm, x, normalized_shape, weight, bias, eps, is_rms)
+
+
 class Norm(Function):
     """Keeps x and weight; statistics are found again while a row is in the cache."""
 
