@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/images that show no measurements: the architecture, what thread blocks own, the tutorial's.
+"""Draw the pictures of docs/images that show no measurements: the architecture, thread blocks, and those of pages that train.
 
     python docs/draw.py
 
@@ -27,17 +27,18 @@ def main():
     with mpl.rc_context(SETTINGS):
         architecture(IMAGES / "architecture.svg")
         thread_blocks(IMAGES / "thread-blocks.svg")
-        run_the_tutorial()
+        run_the_page("tutorial.md")
+        run_the_page("character-model.md")
 
 
-def run_the_tutorial():
+def run_the_page(name):
     """Its last block saves its picture where it runs."""
-    text = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    text = (DOCS / name).read_text(encoding="utf-8")
     program = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     mpl.use("agg")
     os.chdir(IMAGES)
     with mpl.rc_context():
-        exec(compile(program, "tutorial.md", "exec"), {})
+        exec(compile(program, name, "exec"), {})
 
 
 def canvas(width, height, to_the_inch=10):

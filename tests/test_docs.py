@@ -110,37 +110,13 @@ def cupys_weight_has_changed(names):
     assert (names["weight"] != 1).all().item()
 
 
-def torchs_weight_has_changed(names):
-    assert (names["parameters"][0].detach() != 1).all().item()
-
-
-def autograds_limits_are_errors(names):
-    """And its gradients are torch's."""
-    autograds_gradients_are_torchs(names)
-    torch, function = names["torch"], names["LayerNormFunction"]
-    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8, requires_grad=True)
-    first = torch.autograd.grad(function.apply(x, 8, weight, None, 1e-5).square().sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-    with pytest.raises(RuntimeError, match="vmap support"):
-        torch.func.vmap(lambda x: function.apply(x, 8, weight, None, 1e-5))(x[None])
-    with pytest.raises(TypeError, match="^x: "):
-        torch.func.grad(lambda x: function.apply(x, 8, weight, None, 1e-5).sum())(x)
-    assert names["LayerNorm"](8)(x.bfloat16()).dtype == torch.bfloat16
-
-
-def autograds_gradients_are_torchs(names):
-    """Of each mix of parameters."""
-    torch, function = names["torch"], names["LayerNormFunction"]
-    layer_norm = torch.nn.functional.layer_norm
-    for with_weight, with_bias in ((True, True), (True, False), (False, True), (False, False)):
-        x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((4, 3, 5), (3, 5), (3, 5)))
-        parameters = weight if with_weight else None, bias if with_bias else None
-        needed = [x, *(parameter for parameter in parameters if parameter is not None)]
-        own = torch.autograd.grad(function.apply(x, (3, 5), *parameters, 1e-3).square().sum(), needed)
-        expected = torch.autograd.grad(layer_norm(x, (3, 5), *parameters, 1e-3).square().sum(), needed)
-        for grad, other in zip(own, expected, strict=True):
-            torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
+def the_model_learns_the_same(names):
+    """The figures of the text, with room for another machine's rounding."""
+    for dtype in {dtype for dtype, _ in names["curves"]}:
+        theirs, ours = (np.array(names["curves"][dtype, with_nbnorm]) for with_nbnorm in (False, True))
+        assert 4 < ours[0] < 5.5
+        assert ours[-20:].mean() < 2.7
+        assert np.abs(ours - theirs).max() < 0.1
 
 
 def jaxs_gradients_are_those_of_the_formula(names):
@@ -180,14 +156,13 @@ def xarrays_result_is_that_of_a_view(names):
 CLAIMS = {
     "README.md: the beginning": the_readmes_gradients,
     "docs/tutorial.md: The data": digits_are_read,
-    "docs/howto/autograd.md: A function and a module": autograds_limits_are_errors,
+    "docs/character-model.md: The text": the_model_learns_the_same,
     "docs/howto/elsewhere.md: Inside jit and grad of JAX": jaxs_gradients_are_those_of_the_formula,
     "docs/howto/elsewhere.md: Dask": dasks_results_are_those_of_the_whole,
     "docs/howto/elsewhere.md: xarray": xarrays_result_is_that_of_a_view,
     "docs/howto/transformer.md: The two residual halves": gradients_of_blocks,
-    "docs/training.md: With Numba's arrays": numbas_layer_has_learned,
-    "docs/training.md: With CuPy's arrays": cupys_weight_has_changed,
-    "docs/training.md: With torch's tensors": torchs_weight_has_changed,
+    "docs/training.md: Numba's arrays on a GPU": numbas_layer_has_learned,
+    "docs/training.md: CuPy's arrays on a GPU": cupys_weight_has_changed,
 }
 
 
@@ -208,21 +183,6 @@ def test_links_of_pages_lead_to_files():
     found = [(page, link) for page in pages() for link in links(page)]
     assert len(found) > 20
     assert [(page.name, link) for page, link in found if not (page.parent / link).exists()] == []
-
-
-@pytest.mark.compiled
-def test_the_function_of_autograd_on_the_cpu():
-    """What docs/training.md shows for a GPU; its gradients are torch's own."""
-    torch = pytest.importorskip("torch")
-    names = {}
-    exec(program("docs/training.md", "With torch's tensors").python.replace('"cuda"', '"cpu"'), names)
-    x = names["x"].requires_grad_()
-    weight, bias = (parameter.detach().requires_grad_() for parameter in names["parameters"])
-    loss = (names["LayerNorm"].apply(x, weight, bias) - torch.tanh(x)).square().sum()
-    own = torch.autograd.grad(loss, (x, weight, bias))
-    loss = (torch.nn.functional.layer_norm(x, (256,), weight, bias) - torch.tanh(x)).square().sum()
-    for grad, expected in zip(own, torch.autograd.grad(loss, (x, weight, bias)), strict=True):
-        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.compiled
