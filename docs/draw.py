@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/images that show no measurements: the architecture, thread blocks, and those of pages that train.
+"""Draw the pictures of docs/images that show no measurements: architecture, thread blocks, and those of pages that train.
 
     python docs/draw.py
 

@@ -21,6 +21,8 @@ MODULES = [
 def test_examples(name):
     if name == "nbnorm.cuda.device" and not checks.has_numba_cuda():
         pytest.skip("needs numba-cuda")
+    if name.startswith("nbnorm.torch"):
+        pytest.importorskip("torch")
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0

@@ -270,6 +270,22 @@ def test_modules_are_torchs_but_for_their_passes(torch, ours, name, arguments):
     assert all(map(torch.equal, own.parameters(), other.parameters()))
 
 
+def test_gamma_and_beta_of_a_checkpoint(torch, ours):
+    model = torch.nn.ModuleDict({"LayerNorm": ours.LayerNorm(4)})
+    weight, bias = torch.randn(2, 4)
+    for names in (("gamma", "beta"), ("weight", "bias")):
+        state = {f"LayerNorm.{name}": value for name, value in zip(names, (weight, bias), strict=True)}
+        model["LayerNorm"].reset_parameters()
+        model.load_state_dict(state)
+        assert torch.equal(model["LayerNorm"].weight, weight)
+        assert torch.equal(model["LayerNorm"].bias, bias)
+        assert list(state) == [f"LayerNorm.{name}" for name in names]
+    with pytest.raises(RuntimeError, match="Unexpected key.*gamma"):
+        model.load_state_dict(state | {"LayerNorm.gamma": weight})
+    with pytest.raises(RuntimeError, match="Missing key.*weight"):
+        model.load_state_dict({"LayerNorm.beta": bias})
+
+
 def test_replace_layer_norms(torch, ours):
     class Other(torch.nn.LayerNorm):
         pass

@@ -38,6 +38,13 @@ class LayerNorm(torch.nn.LayerNorm):
         """Layer norm of a tensor with this layer's parameters; see `layer_norm`."""
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        """What torch asks each module of a model for; it also takes gamma and beta, as TensorFlow's BERT calls them."""
+        for name, other in (("weight", "gamma"), ("bias", "beta")):
+            if prefix + name not in state_dict and prefix + other in state_dict:
+                state_dict[prefix + name] = state_dict.pop(prefix + other)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """``torch.nn.RMSNorm`` whose passes are nbnorm's: its constructor, parameters, state dict and repr are torch's.
