@@ -46,7 +46,7 @@ def layer_norm(
 
     See Also
     --------
-    nbnorm.layer_norm : the same for arrays of any library, not recorded.
+    nbnorm.layer_norm : The same for arrays of any library, not recorded.
 
     Notes
     -----
@@ -107,7 +107,7 @@ def rms_norm(
 
     See Also
     --------
-    nbnorm.rms_norm : the same for arrays of any library, not recorded.
+    nbnorm.rms_norm : The same for arrays of any library, not recorded.
 
     Examples
     --------
