@@ -97,6 +97,7 @@ def test_rms_norm(torch, ours, theirs, name):
     torch.testing.assert_close(own, other, rtol=4 * tolerance, atol=8 * tolerance)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
 @pytest.mark.parametrize("wide", [False, True])
 def test_sums_over_many_rows_of_16_bits_count_on(torch, ours, name, wide):
