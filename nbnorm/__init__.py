@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 # each imports the library that it is for
-_ON_DEMAND = ("torch",)
+_ON_DEMAND = "jax", "torch"
 
 
 def __getattr__(name):

@@ -24,7 +24,7 @@ _logger = logging.getLogger("nbnorm")
 _Compiler = steps.compiler(steps.SKIPPED, {})
 
 
-def compiled(name, signature, parallel, make):
+def compiled(name, signature, parallel, make, is_called_from_c=False):
     """The serial or the parallel build of the kernel of this name, which `make` returns as a Python function.
 
     The name says all that the kernel depends on beside the sources. Where its code is on disk, `make` is not called.
@@ -41,7 +41,8 @@ def compiled(name, signature, parallel, make):
             loaded = cache.load_overload(signature, cpu_target.target_context)
             if loaded is not None:
                 _logger.debug("%s, %s: loaded in %.3f s", name, build, perf_counter() - start)
-            dispatcher = _dispatcher(_arguments(len(signature.args)) if loaded else make(), parallel)
+            function = _arguments(len(signature.args)) if loaded else make()
+            dispatcher = _dispatcher(function, parallel, is_called_from_c)
             dispatcher._cache = _Loaded(loaded) if loaded else cache
             _dispatchers[cache.key] = dispatcher
         if not dispatcher.signatures:
@@ -74,9 +75,9 @@ def _cache(name, signature, parallel):
     return Cache(repr(name), (digest(__file__), str(signature), parallel), CompileResult._reduce, _rebuild)
 
 
-def _dispatcher(function, parallel):
-    # not called from C, for which Numba would compile it too
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+def _dispatcher(function, parallel, is_called_from_c):
+    # what is not called from C, Numba would compile for that too
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": not is_called_from_c}
     if parallel:
         return njit(parallel=True, **options)(function)
     return njit(pipeline_class=_Compiler, **options)(function)

@@ -84,10 +84,25 @@ def alone():
         _alone.depth -= 1
 
 
+@contextmanager
+def another_librarys():
+    """A context in which the calling thread is another library's, and has the help of ours alone.
+
+    OpenMP would start as many threads again for each thread that calls it.
+    """
+    _alone.is_foreign = True
+    try:
+        yield
+    finally:
+        _alone.is_foreign = False
+
+
 def workers(elements):
     """Who works on a call of so many elements; launches Numba's threads if it may be the first time."""
     if getattr(_alone, "depth", 0):
         return ONE
+    if getattr(_alone, "is_foreign", False):
+        return OURS if elements >= from_elements else ONE
     end_pause()
     if elements >= from_elements and not _is_decided:
         # held at forks too: a child must not find the launch half done
