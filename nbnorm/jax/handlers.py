@@ -1,7 +1,7 @@
-"""What XLA calls: handlers of its foreign function interface, which read a call's frame and call an entry of `nopython.entries`.
+"""What XLA calls: handlers of its foreign function interface, which call an entry of `nopython.entries` for a call's frame.
 
-XLA calls them from threads of its own, without Python's lock. They are compiled, and kept on disk, as kernels are; so all that
-differs between processes is in words that they are given: see `targets`. What an entry does not take goes to Python.
+XLA calls them from threads of its own, without Python's lock. They are compiled, and kept on disk, as kernels are; so all
+that differs between processes is in words that they are given: see `targets`. What an entry does not take goes to Python.
 
 Frames and buffers are structs of XLA's `ffi/api/c_api.h`, read here as words of 8 bytes.
 """
@@ -17,7 +17,7 @@ from nbnorm.cpu import compiled
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.disk.sources import digest
 from nbnorm.nopython.entries import FACTORIES, Entry, word
-from nbnorm.nopython.instructions import ENTRY, I32, I64
+from nbnorm.nopython.instructions import ENTRY, I64
 
 # of a frame: its size, what asks for more than a call, the API, the stage, the pointers to operands, results and attributes
 FRAME_SIZE, EXTENSION, API, STAGE, ARGS, RETS, ATTRS = 0, 1, 2, 4, 9, 14, 20
@@ -33,8 +33,9 @@ IS_METADATA, EXECUTE = 1, 3
 EPS, KERNELS, VARIANCE = range(3)
 # XLA's numbers of the dtypes
 F16, F32, F64, BF16 = 10, 11, 12, 16
-# of the words: the API's version, from how many elements on Python makes a call, the function of Python, the tables
-VERSION, MANY, PYTHON, TABLES = range(4)
+# of the words: the API's version; from how many elements on Python makes a call, its function, and how many calls may be in it;
+# what says that Python has ended; the tables
+VERSION, MANY, PYTHON, INSIDE, ENDED, TABLES = range(6)
 
 
 @functools.cache
@@ -60,16 +61,21 @@ def _forward():
         if samples_of(x, 2) == samples and samples_of(weight, 1) == samples_of(bias, 1) == 1:
             rows, samples = rows * samples, 1
         table = word(words, TABLES + word(value_of(attrs, KERNELS), 0))
-        is_plain = table != 0 and is_known(frame, words) and rows * cols < word(words, MANY)
+        # before MANY is read, which changes when Python ends
+        add(words, INSIDE, 1)
         sample = 0
-        while is_plain and sample < samples:
-            is_plain = call(
+        if table != 0 and is_known(frame, words) and rows * cols < word(words, MANY):
+            add(words, INSIDE, -1)
+            while sample < samples and call(
                 word(table, ENTRY), table, rows, cols, part(x, 2, sample, y, 2), part(weight, 1, sample, y, 2),
                 part(bias, 1, sample, y, 2), number(value_of(attrs, EPS)), False, part(y, 2, sample, y, 2),
                 part(mean, 1, sample, y, 2), part(rstd, 1, sample, y, 2),
-            )  # fmt: skip
-            sample += 1
-        return 0 if is_plain else asked(word(words, PYTHON), frame)
+            ):  # fmt: skip
+                sample += 1
+            add(words, INSIDE, 1)
+        result = 0 if sample == samples else pythons(words, frame)
+        add(words, INSIDE, -1)
+        return result
 
     return handler
 
@@ -85,21 +91,26 @@ def _backward():
         dy, x, weight, mean, rstd = word(args, 0), word(args, 1), word(args, 2), word(args, 3), word(args, 4)
         dx, dweight, dbias = word(rets, 0), word(rets, 1), word(rets, 2)
         rows, cols, samples = size_of(x, -2), size_of(x, -1), samples_of(dx, 2)
-        if samples_of(dy, 2) == samples_of(x, 2) == samples_of(rstd, 1) == samples and samples_of(weight, 1) == 1:
-            if size_of(dweight, -1) == size_of(dbias, -1) == 0:
-                rows, samples = rows * samples, 1
+        are_alike = samples_of(dy, 2) == samples_of(x, 2) == samples_of(rstd, 1) == samples and samples_of(weight, 1) == 1
+        if are_alike and size_of(dweight, -1) == size_of(dbias, -1) == 0:
+            rows, samples = rows * samples, 1
         table = word(words, TABLES + word(value_of(attrs, KERNELS), 0))
-        is_plain = table != 0 and is_known(frame, words) and rows * cols < word(words, MANY)
+        # before MANY is read, which changes when Python ends
+        add(words, INSIDE, 1)
         sample = 0
-        while is_plain and sample < samples:
-            is_plain = call(
+        if table != 0 and is_known(frame, words) and rows * cols < word(words, MANY):
+            add(words, INSIDE, -1)
+            while sample < samples and call(
                 word(table, ENTRY), table, rows, cols, part(dy, 2, sample, dx, 2), part(x, 2, sample, dx, 2),
                 part(weight, 1, sample, dx, 2), number(value_of(attrs, EPS)), False, part(mean, 1, sample, dx, 2),
                 part(rstd, 1, sample, dx, 2), part(dx, 2, sample, dx, 2), part(dweight, 1, sample, dx, 2),
                 part(dbias, 1, sample, dx, 2),
-            )  # fmt: skip
-            sample += 1
-        return 0 if is_plain else asked(word(words, PYTHON), frame)
+            ):  # fmt: skip
+                sample += 1
+            add(words, INSIDE, 1)
+        result = 0 if sample == samples else pythons(words, frame)
+        add(words, INSIDE, -1)
+        return result
 
     return handler
 
@@ -132,6 +143,14 @@ def is_known(frame, words):
 
 
 @inlined
+def pythons(words, frame):
+    """What Python answers, or its end."""
+    if word(words, ENDED) != 0:
+        return asked(word(word(frame, API), ERROR_CREATE), word(words, ENDED))
+    return asked(word(words, PYTHON), frame)
+
+
+@inlined
 def value_of(attributes, index):
     return word(word(attributes, index), VALUE)
 
@@ -143,7 +162,7 @@ def size_of(buffer, dimension):
 
 @inlined
 def samples_of(buffer, ndim):
-    """How many arrays of so many dimensions are in a buffer: vmap puts dimensions in front, of 1 where they are all the same."""
+    """How many arrays of so many dimensions a buffer has: vmap puts dimensions in front, of 1 where all are the same."""
     result = 1
     for i in range(word(buffer, RANK) - ndim):
         result *= word(word(buffer, DIMS), i)
@@ -192,6 +211,17 @@ def words_slot(typing_context):
 def set_word(typing_context, address, index, value):
     def codegen(context, builder, signature, args):
         builder.store(args[2], builder.gep(builder.inttoptr(args[0], I64.as_pointer()), [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def add(typing_context, address, index, value):
+    """Add to a word, in one step for all threads."""
+
+    def codegen(context, builder, signature, args):
+        builder.atomic_rmw("add", builder.gep(builder.inttoptr(args[0], I64.as_pointer()), [args[1]]), args[2], "seq_cst")
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), codegen

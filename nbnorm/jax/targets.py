@@ -7,6 +7,7 @@ import itertools
 import logging
 import re
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import jax
@@ -127,9 +128,12 @@ def _register(function, name, minor):
 
 
 def _leave_python():
-    """A call that is still to come when Python ends must not wait for it."""
+    """Wait for the calls that Python makes, and let it make no more: JAX waits for XLA's threads next, with Python's lock."""
     for words in _words.values():
         words[handlers.MANY] = np.iinfo(np.int64).max
+        words[handlers.ENDED] = ctypes.addressof(_ENDED)
+        while words[handlers.INSIDE]:
+            sleep(1e-3)
 
 
 def _answer(function, frame):
@@ -172,7 +176,7 @@ def _word(address, index):
     return ctypes.c_int64.from_address(address + 8 * index).value
 
 
-class _ErrorCreate(ctypes.Structure):
+class _Error(ctypes.Structure):
     _fields_ = (
         ("struct_size", ctypes.c_size_t),
         ("extension", ctypes.c_void_p),
@@ -180,8 +184,14 @@ class _ErrorCreate(ctypes.Structure):
         ("code", ctypes.c_int),
     )
 
+    def __init__(self, message):
+        super().__init__(28, None, message.encode(), INTERNAL)
+
+
+_ENDED = _Error("nbnorm: Python has ended, and this call needs it")
+
 
 def _error(frame, message):
-    arguments = _ErrorCreate(28, None, message.encode(), INTERNAL)
+    arguments = _Error(message)
     create = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(_word(_word(frame, handlers.API), handlers.ERROR_CREATE))
     return create(ctypes.addressof(arguments))
