@@ -35,8 +35,12 @@ def fault(name, value, kind):
     if kind == "torch":
         return _fault_of_tensor(name, value)
     if kind == "jax":
-        is_traced = isinstance(value, sys.modules["jax"].core.Tracer)
-        return "a traced JAX array; expected a concrete one, outside jit, grad and vmap" if is_traced else None
+        if not isinstance(value, sys.modules["jax"].core.Tracer):
+            return None
+        way = (
+            "" if name in ("eps", "normalized_shape") else "; inside them, call nbnorm.jax.layer_norm or nbnorm.jax.rms_norm"
+        )
+        return f"a traced JAX array; expected a concrete one, outside jit, grad and vmap{way}"
     for (module, of_type), text in OTHERS.items():
         cls = getattr(sys.modules.get(module), of_type, None)
         if isinstance(cls, type) and isinstance(value, cls):

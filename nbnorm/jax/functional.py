@@ -58,8 +58,9 @@ def layer_norm(
     Notes
     -----
     x, weight, mean and rstd are kept for the backward, which has the bits of `nbnorm.layer_norm_backward` with these
-    statistics. The gradients of weight and bias are summed in float64 and rounded once, also of 16-bit types; under vmap, for
-    each sample. Gradients of gradients are found by JAX's own operations. Derivatives are found backwards alone.
+    statistics. The gradients of weight and bias are summed in float64 and rounded once, also of 16-bit types; under vmap,
+    once for each sample. Gradients of gradients are found by JAX's own operations. Forward-mode derivatives are refused by
+    JAX.
 
     Examples
     --------

@@ -7,17 +7,21 @@ Frames and buffers are structs of XLA's `ffi/api/c_api.h`, read here as words of
 """
 
 import functools
+from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from nbnorm.cpu import compiled
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.disk.sources import digest
-from nbnorm.nopython.entries import FACTORIES, Entry, word
+from nbnorm.nopython import entries
 from nbnorm.nopython.instructions import ENTRY, I64
+
+# called without the context that they are declared with
+intrinsic: Any = extending.intrinsic
+word: Any = entries.word
 
 # of a frame: its size, what asks for more than a call, the API, the stage, the pointers to operands, results and attributes
 FRAME_SIZE, EXTENSION, API, STAGE, ARGS, RETS, ATTRS = 0, 1, 2, 4, 9, 14, 20
@@ -33,22 +37,22 @@ IS_METADATA, EXECUTE = 1, 3
 EPS, KERNELS, VARIANCE = range(3)
 # XLA's numbers of the dtypes
 F16, F32, F64, BF16 = 10, 11, 12, 16
-# of the words: the API's version; from how many elements on Python makes a call, its function, and how many calls may be in it;
-# what says that Python has ended; the tables
+# of the words: the API's version; from how many elements on Python makes a call, its function, and how many calls may be in
+# it; what says that Python has ended; the tables
 VERSION, MANY, PYTHON, INSIDE, ENDED, TABLES = range(6)
 
 
 @functools.cache
 def address(name):
     """The address of a handler, as a function of C, compiled now or loaded."""
-    entry = Entry(f"jax.{name}", (), digest(__file__) + digest(compiled.__file__))
+    entry = entries.Entry(f"jax.{name}", (), digest(__file__) + digest(compiled.__file__))
     function = compiled.compiled(entry, types.int64(types.int64), False, MADE[name], is_called_from_c=True)
     (made,) = function.overloads.values()
     return made.library.get_pointer_to_function(made.fndesc.llvm_cfunc_wrapper_name)
 
 
 def _forward():
-    call = _calling(FACTORIES["forward"][1])
+    call = _calling(entries.FACTORIES["forward"][1])
 
     def handler(frame):
         words = words_for(frame)
@@ -81,7 +85,7 @@ def _forward():
 
 
 def _backward():
-    call = _calling(FACTORIES["backward"][1])
+    call = _calling(entries.FACTORIES["backward"][1])
 
     def handler(frame):
         words = words_for(frame)

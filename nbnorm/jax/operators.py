@@ -34,12 +34,12 @@ def backward(norm, dy, x, weight, mean, rstd, mask):
     """dx, dweight and dbias, None where the mask has no True."""
     cols, dtype = math.prod(norm.normalized_shape), _compute_dtype(x, weight)
     weight_dtype = (x if weight is None else weight).dtype
-    results = (
+    results: tuple = (
         jax.ShapeDtypeStruct((rstd.size, cols), x.dtype),
         *(jax.ShapeDtypeStruct((cols if wanted else 0,), weight_dtype) for wanted in mask[1:]),
     )
     if x.size == 0:
-        grads = [jnp.zeros(result.shape, result.dtype) for result in results]
+        grads = tuple(jnp.zeros(result.shape, result.dtype) for result in results)
     else:
         operands = dy.reshape(-1, cols), x.reshape(-1, cols), _row(weight, dtype), mean, rstd
         choices = x.dtype.name, dtype.name, weight_dtype.name, weight is not None, norm.variance, mask
@@ -52,22 +52,20 @@ def _call(function, norm, choices, operands, results):
     if targets.are_registered():
         number = targets.number(function, *choices, cols=results[0].shape[-1])
         call = jax.ffi.ffi_call(targets.NAMES[function], results, vmap_method="expand_dims")
-        return call(*operands, eps=np.float64(norm.eps), kernels=number, variance=np.int64(_number(norm.variance)))
+        return call(
+            *operands, eps=np.float64(norm.eps), kernels=number, variance=np.int64(targets.VARIANCES.index(norm.variance))
+        )
     call = partial(_called_back, function, norm, [(result.shape, result.dtype) for result in results])
     return jax.pure_callback(call, results, *operands, vmap_method="expand_dims")
 
 
-def _number(variance):
-    return targets.VARIANCES.index(variance)
-
-
 def _called_back(function, norm, results, *operands):
-    operands = [np.asarray(operand) for operand in operands]
+    arrays = [np.asarray(operand) for operand in operands]
     # what vmap has put in front
     own = (2, 1, 1) if function == "forward" else (2, 2, 1, 1, 1)
-    batch = np.broadcast_shapes(*(a.shape[: a.ndim - ndim] for a, ndim in zip(operands, own, strict=True)))
+    batch = np.broadcast_shapes(*(a.shape[: a.ndim - ndim] for a, ndim in zip(arrays, own, strict=True)))
     made = [np.empty((*batch, *shape), dtype) for shape, dtype in results]
-    samples.CALLS[function][0](norm.variance, norm.eps, operands, made)
+    samples.CALLS[function][0](norm.variance, norm.eps, arrays, made)
     return tuple(made)
 
 

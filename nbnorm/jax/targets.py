@@ -32,13 +32,17 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 WIDE = ("float32", "float64")
 VARIANCES = ("centred", "diff_of_squares", "mean_square")
 BOTH = (False, True)
-# a table's number is in compiled programs, which may be kept: other choices need other NAMES. Forward: the dtypes of x and of
-# the arithmetic, weight, bias; backward: these dtypes and weight's, weight, and which gradients
-NUMBERS: dict[str, Any] = {
+# a table's number is in compiled programs, which may be kept: other choices need other NAMES. Forward: the dtypes of x and
+# of the arithmetic, weight, bias; backward: these dtypes and weight's, weight, and which gradients
+PRODUCTS = {
     "forward": itertools.product(FLOATS, WIDE, BOTH, BOTH, VARIANCES),
-    "backward": itertools.product(FLOATS, WIDE, FLOATS, BOTH, VARIANCES, itertools.product((True,), BOTH, BOTH)),
+    "backward": itertools.product(
+        FLOATS, WIDE, FLOATS, BOTH, VARIANCES, [(True, *sums) for sums in itertools.product(BOTH, BOTH)]
+    ),
 }
-NUMBERS = {function: {choices: i for i, choices in enumerate(product)} for function, product in NUMBERS.items()}
+NUMBERS: dict[str, Any] = {
+    function: {choices: i for i, choices in enumerate(product)} for function, product in PRODUCTS.items()
+}
 DTYPES = {handlers.F16: "float16", handlers.F32: "float32", handlers.F64: "float64", handlers.BF16: "bfloat16"}
 INTERNAL = 13
 
@@ -97,7 +101,7 @@ def _backward(cols, x, dtype, weight, has_weight, variance, mask):
     return kernel, ("backward", *kernel.choices[:5], sum(mask[1:]))
 
 
-WANTED = {"forward": _forward, "backward": _backward}
+WANTED: dict[str, Any] = {"forward": _forward, "backward": _backward}
 
 
 def _dtype(name):
@@ -108,7 +112,7 @@ def _minor_version():
     """Of the interface of this jaxlib, as its header says; None where it is not one that the handlers know."""
     try:
         header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
-        major, minor = (int(re.search(rf"define XLA_FFI_API_{part} (\d+)", header)[1]) for part in ("MAJOR", "MINOR"))
+        major, minor = (int(re.findall(rf"define XLA_FFI_API_{part} (\d+)", header)[0]) for part in ("MAJOR", "MINOR"))
     except Exception:
         # no such file, or of another form
         return None
@@ -122,13 +126,13 @@ def _register(function, name, minor):
     _callbacks.append(python)
     words[handlers.VERSION] = MAJOR | minor << 32
     words[handlers.MANY] = threads.ELEMENTS
-    words[handlers.PYTHON] = ctypes.cast(python, ctypes.c_void_p).value
+    words[handlers.PYTHON] = ctypes.cast(python, ctypes.c_void_p).value or 0
     ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(address)(words.ctypes.data + 1)
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.c_void_p(address)), platform="cpu")
 
 
 def _leave_python():
-    """Wait for the calls that Python makes, and let it make no more: JAX waits for XLA's threads next, with Python's lock."""
+    """Wait for the calls that Python makes, and let it make no more: JAX waits for XLA next, and keeps Python's lock."""
     for words in _words.values():
         words[handlers.MANY] = np.iinfo(np.int64).max
         words[handlers.ENDED] = ctypes.addressof(_ENDED)
