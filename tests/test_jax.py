@@ -346,3 +346,61 @@ def test_numbers_of_tables_stay():
     assert numbers["forward"]["float32", "float32", True, True, "centred"] == 57
     mask = True, True, False
     assert numbers["backward"]["bfloat16", "float32", "bfloat16", True, "mean_square", mask] == 238
+
+
+def on_arrays(x, dy, weight, bias):
+    """All that functions return which take arrays with values the short way."""
+    return [
+        nbnorm.layer_norm(x, COLS, weight, bias),
+        *nbnorm.layer_norm(x, COLS, weight, return_stats=True),
+        *nbnorm.layer_norm_backward(dy, x, COLS, weight),
+        *nbnorm.layer_norm_backward(dy, x, COLS, output_mask=(True, False, True)),
+        *nbnorm.rms_norm(x, COLS, weight, return_stats=True),
+        *nbnorm.rms_norm_backward(dy, x, COLS, weight),
+    ]
+
+
+# of larger ones, JAX takes the results' memory over
+@pytest.mark.parametrize("shape", [SHAPE, (1000, COLS)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_arrays_with_values_go_the_short_way(monkeypatch, rng, is_committed, dtype, shape):
+    """With the bits of NumPy's arrays, and without the checks."""
+    operands = drawn(rng, shape, shape, COLS, COLS, dtype=dtype)
+    wanted = on_arrays(*map(np.asarray, operands))
+    if is_committed:
+        operands = [jax.device_put(array, jax.devices()[0]) for array in operands]
+    for _ in range(2):
+        for actual, result in zip(on_arrays(*operands), wanted, strict=True):
+            if result is None:
+                assert actual is None
+            else:
+                assert_same(actual, result)
+                assert isinstance(actual, jax.Array)
+                assert actual.committed == is_committed
+        monkeypatch.setattr("nbnorm.calls.checks.forward", None)
+        monkeypatch.setattr("nbnorm.calls.checks.backward", None)
+
+
+def test_wrong_arrays_with_values_are_told_after_a_right_call(rng):
+    x, weight = drawn(rng, SHAPE, COLS)
+    for _ in range(2):
+        nbnorm.layer_norm(x, COLS, weight)
+        nbnorm.layer_norm_backward(x, x, COLS, weight)
+    with pytest.raises(ValueError, match="^weight: shape"):
+        nbnorm.layer_norm(x, COLS, weight[1:])
+    with pytest.raises(ValueError, match=r"^output_mask: \[True\]; expected three"):
+        nbnorm.layer_norm_backward(x, x, COLS, weight, output_mask=[True])
+    with pytest.raises(ValueError, match=r"^output_mask: \(True, True, True\); expected two"):
+        nbnorm.rms_norm_backward(x, x, COLS, weight, output_mask=(True, True, True))
+    weight.delete()
+    for call in (lambda: nbnorm.layer_norm(x, COLS, weight), lambda: nbnorm.layer_norm_backward(x, x, COLS, weight)):
+        with pytest.raises(TypeError, match="^weight: jaxlib.*deleted"):
+            call()
+    # what is not lent goes the long way
+    out = np.empty(SHAPE, "float32")
+    assert nbnorm.layer_norm(x, COLS, out=out) is out
+    dx, dweight, _ = nbnorm.layer_norm_backward(x, x, COLS, output_mask=[True, False, True])
+    assert isinstance(dx, jax.Array)
+    assert dweight is None
+    assert nbnorm.layer_norm(jnp.arange(8), 8).dtype == "float32"

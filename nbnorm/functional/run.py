@@ -3,7 +3,7 @@
 import functools
 
 from nbnorm import cpu
-from nbnorm.calls import arrays, checks
+from nbnorm.calls import arrays, checks, lent_by_jax
 from nbnorm.cpu import keys, plans
 
 
@@ -12,6 +12,9 @@ def forward(call, kept, key, given=None):
 
     Of a call on lent arrays, `given` is x, weight, bias and out as they came.
     """
+    if key is None and (lent := lent_by_jax.lent(call, ("x", "weight", "bias"))):
+        y, mean, rstd = lent_by_jax.given_back(_forward_on_lent(call, lent, kept), call.x)
+        return y, None, mean, rstd
     known, call = call, _as_it_came(call, ("x", "weight", "bias", "out"), given)
     out, total_out = call.out, None if call.total_out is False else call.total_out
     if arrays.is_cuda(call.x):
@@ -38,6 +41,8 @@ def forward(call, kept, key, given=None):
 
 def backward(call, kept, key, given=None):
     """The same of dx, dweight and dbias; `given` is x, dy, weight, mean, rstd and out."""
+    if key is None and (lent := lent_by_jax.lent(call, ("dy", "x", "weight", "mean", "rstd"))):
+        return lent_by_jax.given_back(_backward_on_lent(call, lent, kept), call.x)
     known, call = call, _as_it_came(call, ("x", "dy", "weight", "mean", "rstd", "out"), given)
     outs = (None, None, None) if call.out is None else call.out
     if arrays.is_cuda(call.x):
@@ -61,6 +66,37 @@ def backward(call, kept, key, given=None):
 def _as_it_came(call, names, given):
     """Before its arrays were lent."""
     return call if given is None else call._replace(**dict(zip(names, given, strict=True)))
+
+
+def _forward_on_lent(call, lent, kept):
+    """y, mean and rstd of a call whose arrays were lent, by its plan where there is one."""
+    x, shape, weight, bias, eps, use_diff_of_squares, _, return_stats, *_ = lent
+    out = lent_by_jax.memory_for(x)
+    key = keys.forward_key(x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    plan = kept.get(key) or keys.of_other_rows(kept, key)
+    result = plan and plan(x, weight, bias, eps, out)
+    if result is not None:
+        return result if return_stats else (result, None, None)
+    # what is wrong is said of the arrays as they came
+    checks.forward(call)
+    y, _, mean, rstd = forward(lent._replace(out=out), kept, None if plan else key)
+    return y, mean, rstd
+
+
+def _backward_on_lent(call, lent, kept):
+    """dx, dweight and dbias, the same way."""
+    dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, mask, *_ = lent
+    if call.is_rms:
+        mask = (*mask, False) if type(mask) is tuple and len(mask) == 2 else None
+    dx = lent_by_jax.memory_for(x)
+    out = None if dx is None or type(mask) is not tuple or mask[:1] != (True,) else (dx, None, None)
+    key = keys.backward_key(dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, mask, out)
+    plan = kept.get(key) or keys.of_other_rows(kept, key)
+    grads = plan and plan(dy, x, weight, eps, mean, rstd, out)
+    if grads is not None:
+        return grads
+    checks.backward(call)
+    return backward(lent._replace(out=out and out[: 2 if call.is_rms else 3]), kept, None if plan else key)
 
 
 @functools.cache

@@ -140,5 +140,7 @@ def _seen(array):
 
 
 def _floating(array):
-    array = jnp.asarray(array)
-    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(float)
+    if not isinstance(array, jax.Array):
+        array = jnp.asarray(array)
+    # bfloat16 is of NumPy's kind V
+    return array if array.dtype.kind in "fV" else array.astype(float)
