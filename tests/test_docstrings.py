@@ -23,6 +23,8 @@ def test_examples(name):
         pytest.skip("needs numba-cuda")
     if name.startswith("nbnorm.torch"):
         pytest.importorskip("torch")
+    if name.startswith("nbnorm.jax"):
+        pytest.importorskip("jax")
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0
