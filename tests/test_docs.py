@@ -193,7 +193,7 @@ def test_links_of_pages_lead_to_files():
 def test_jaxs_program_on_one_core(python_environment):
     """A callback hung where JAX had one thread, and dispatched to it; a handler needs nothing of JAX."""
     pytest.importorskip("jax")
-    code = program("docs/howto/jax.md", "A function and its gradients").python
+    code = program("docs/howto/jax.md", "A function and its gradients").python.replace("512", "1024")
     one_core = "import os\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     more = """
 loss_of_product = jax.jit(jax.value_and_grad(lambda x, weight, bias: loss(jnp.tanh(x @ x.T), weight, bias)))

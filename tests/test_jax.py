@@ -14,7 +14,7 @@ jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
 import nbnorm.jax  # noqa: E402
-from nbnorm.jax import handlers, targets  # noqa: E402
+from nbnorm.jax import functions, handlers, targets  # noqa: E402
 
 pytestmark = pytest.mark.compiled
 SHAPE = (5, 4, 40)
@@ -404,3 +404,17 @@ def test_wrong_arrays_with_values_are_told_after_a_right_call(rng):
     assert isinstance(dx, jax.Array)
     assert dweight is None
     assert nbnorm.layer_norm(jnp.arange(8), 8).dtype == "float32"
+
+
+def test_gradients_that_nobody_asks_for_are_left_out(way, rng, monkeypatch):
+    norm, _ = norms("layer_norm")
+    x, weight, bias = drawn(rng, SHAPE, COLS, COLS)
+    grads = jax.grad(lambda *a: jnp.square(norm(*a)).sum(), (0, 1, 2))(x, weight, bias)
+    masks, backward = [], functions.operators.backward
+    monkeypatch.setattr(functions.operators, "backward", lambda *a: masks.append(a[-1]) or backward(*a))
+    dx = jax.jit(jax.grad(lambda x: jnp.square(norm(x, weight, bias)).sum()))(x)
+    dweight = jax.jit(jax.grad(lambda weight: jnp.square(norm(x, weight, bias)).sum()))(weight)
+    assert masks == [(True, False, False), (True, True, False)]
+    assert_same(dx, grads[0])
+    assert_same(dweight, grads[1])
+    assert_same(jax.grad(lambda x: (x + 0 * jax.lax.stop_gradient(norm(x))).sum())(x), jnp.ones(SHAPE))

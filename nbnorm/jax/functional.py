@@ -111,8 +111,8 @@ def rms_norm(x: Any, normalized_shape: Shape, weight: Any = None, eps: float | N
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import nbnorm.jax
-    >>> jax.jit(lambda x: nbnorm.jax.rms_norm(x, 2))(jnp.array([[3.0, 4.0]])).round(4)
-    Array([[0.8485, 1.1314]], dtype=float32)
+    >>> jax.jit(lambda x: nbnorm.jax.rms_norm(x, 2))(jnp.array([[3.0, -3.0]]))
+    Array([[ 1., -1.]], dtype=float32)
     """
     return _applied(ForwardCall(x, normalized_shape, weight, eps=eps, is_rms=True))
 

@@ -4,6 +4,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+from jax.custom_derivatives import SymbolicZero
 
 from nbnorm.jax import derivatives, operators
 
@@ -27,18 +28,24 @@ def norm(call, x, weight, bias):
 
 
 def _norm_forward(call, x, weight, bias):
+    # weight and bias may be absent, or constants of what is derived
+    asked = tuple(() if parameter is not None and parameter.perturbed else None for parameter in (weight, bias))
+    x, weight, bias = (None if operand is None else operand.value for operand in (x, weight, bias))
     y, mean, rstd = norm(call, x, weight, bias)
     # their part of a gradient's gradient is in that of x
     statistics = jax.lax.stop_gradient((mean, rstd))
-    return (y, mean, rstd), (x, weight, bias is not None, *statistics)
+    # what is asked for is no array, but a part of the structure
+    return (y, mean, rstd), (x, weight, *statistics, asked)
 
 
 def _norm_backward(call, kept, grads):
-    x, weight, has_bias, mean, rstd = kept
-    return gradients(call, (True, weight is not None, has_bias), grads[0], x, weight, mean, rstd)
+    x, weight, mean, rstd, asked = kept
+    dy = jax.numpy.zeros(x.shape, x.dtype) if isinstance(grads[0], SymbolicZero) else grads[0]
+    mask = (True, *(wanted is not None for wanted in asked))
+    return gradients(call, mask, dy, x, weight, mean, rstd)
 
 
-norm.defvjp(_norm_forward, _norm_backward)
+norm.defvjp(_norm_forward, _norm_backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
