@@ -14,6 +14,7 @@ jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
 import nbnorm.jax  # noqa: E402
+from nbnorm.cpu.workers import parallel  # noqa: E402
 from nbnorm.jax import functions, handlers, targets  # noqa: E402
 
 pytestmark = pytest.mark.compiled
@@ -128,12 +129,12 @@ def test_vmap_is_each_sample(way, rng, axes):
 
 def test_vmaps_in_each_other(way, rng):
     norm, _ = norms("layer_norm")
-    x, weight, bias = drawn(rng, (3, 5, COLS), (4, COLS), COLS)
+    x, weight, bias = drawn(rng, (4, 5, COLS), (4, COLS), COLS)
     inner = jax.vmap(norm, (None, 0, None))
     y = jax.vmap(inner, (0, None, None))(x, weight, bias)
     # the frozen parameters of a batch: one call of all rows
     dx = jax.grad(lambda x: jax.vmap(lambda x: jnp.square(norm(x, weight[0], bias)).sum())(x).sum())(x)
-    for i in range(3):
+    for i in range(4):
         for j in range(4):
             assert_same(y[i, j], nbnorm.layer_norm(*map(np.asarray, (x[i],)), COLS, *map(np.asarray, (weight[j], bias))))
         assert_same(dx[i], jax.grad(lambda x: jnp.square(norm(x, weight[0], bias)).sum())(x[i]))
@@ -418,3 +419,11 @@ def test_gradients_that_nobody_asks_for_are_left_out(way, rng, monkeypatch):
     assert_same(dx, grads[0])
     assert_same(dweight, grads[1])
     assert_same(jax.grad(lambda x: (x + 0 * jax.lax.stop_gradient(norm(x))).sum())(x), jnp.ones(SHAPE))
+
+
+def test_xlas_threads_have_the_help_of_ours_alone():
+    """OpenMP would start as many threads again for each of them."""
+    with parallel.another_librarys():
+        assert parallel.workers(1 << 24) == (parallel.ONE if parallel.from_elements == np.inf else parallel.OURS)
+        with parallel.alone():
+            assert parallel.workers(1 << 24) == parallel.ONE
