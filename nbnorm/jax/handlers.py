@@ -16,12 +16,12 @@ from numba.core import cgutils
 from nbnorm.cpu import compiled
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.disk.sources import digest
-from nbnorm.nopython import entries
+from nbnorm.nopython import entries, sharing
 from nbnorm.nopython.instructions import ENTRY, I64
 
 # called without the context that they are declared with
 intrinsic: Any = extending.intrinsic
-word: Any = entries.word
+word: Any = sharing.word
 
 # of a frame: its size, what asks for more than a call, the API, the stage, the pointers to operands, results and attributes
 FRAME_SIZE, EXTENSION, API, STAGE, ARGS, RETS, ATTRS = 0, 1, 2, 4, 9, 14, 20
@@ -40,6 +40,8 @@ F16, F32, F64, BF16 = 10, 11, 12, 16
 # of the words: the API's version; from how many elements on Python makes a call, its function, and how many calls may be in
 # it; what says that Python has ended; the tables
 VERSION, MANY, PYTHON, INSIDE, ENDED, TABLES = range(6)
+# the address of what a call does not have, such as a residual
+ABSENT = 0
 
 
 @functools.cache
@@ -71,8 +73,8 @@ def _forward():
         if table != 0 and is_known(frame, words) and rows * cols < word(words, MANY):
             add(words, INSIDE, -1)
             while sample < samples and call(
-                word(table, ENTRY), table, rows, cols, part(x, 2, sample, y, 2), part(weight, 1, sample, y, 2),
-                part(bias, 1, sample, y, 2), number(value_of(attrs, EPS)), False, part(y, 2, sample, y, 2),
+                word(table, ENTRY), table, rows, cols, part(x, 2, sample, y, 2), ABSENT, part(weight, 1, sample, y, 2),
+                part(bias, 1, sample, y, 2), number(value_of(attrs, EPS)), False, part(y, 2, sample, y, 2), ABSENT,
                 part(mean, 1, sample, y, 2), part(rstd, 1, sample, y, 2),
             ):  # fmt: skip
                 sample += 1
@@ -105,7 +107,7 @@ def _backward():
         if table != 0 and is_known(frame, words) and rows * cols < word(words, MANY):
             add(words, INSIDE, -1)
             while sample < samples and call(
-                word(table, ENTRY), table, rows, cols, part(dy, 2, sample, dx, 2), part(x, 2, sample, dx, 2),
+                word(table, ENTRY), table, rows, cols, part(dy, 2, sample, dx, 2), ABSENT, part(x, 2, sample, dx, 2),
                 part(weight, 1, sample, dx, 2), number(value_of(attrs, EPS)), False, part(mean, 1, sample, dx, 2),
                 part(rstd, 1, sample, dx, 2), part(dx, 2, sample, dx, 2), part(dweight, 1, sample, dx, 2),
                 part(dbias, 1, sample, dx, 2),

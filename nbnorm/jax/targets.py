@@ -18,11 +18,10 @@ from nbnorm.calls.arrays import bfloat16
 from nbnorm.calls.problem import Problem, wide_dtype
 from nbnorm.cpu import choice, sizes
 from nbnorm.cpu.staging import storage
-from nbnorm.cpu.workers import threads
+from nbnorm.cpu.workers import parallel, threads
 from nbnorm.jax import handlers, samples
-from nbnorm.nopython import entries
+from nbnorm.nopython import entries, sharing
 from nbnorm.nopython.instructions import ENTRY
-from nbnorm.nopython.instructions import KERNELS as TABLE_KERNELS
 
 # versions of the interface, with the major version that is read. Minor ones add to the ends of structs, and XLA takes
 # handlers of older ones for a year, so that of a newer one than was tried this one is said
@@ -79,7 +78,8 @@ def number(function, *choices, cols):
     if key not in _tables:
         kernel_address = entries.address(choice.ready(kernel, False))
         if cols <= sizes.LONG_ROW:
-            table = _tables.setdefault((function, index), np.zeros(TABLE_KERNELS + 4, np.int64))
+            table = _tables.setdefault((function, index), np.zeros(sharing.WORDS, np.int64))
+            table[sharing.NATIVE] = ctypes.addressof(parallel.native)
             is_short = sizes.is_short(cols, storage(_dtype(choices[0])).itemsize)
             table[entries.kernel_at(is_short, False)] = kernel_address
             table[ENTRY] = entries.ready(*entry)
@@ -91,14 +91,14 @@ def number(function, *choices, cols):
 def _forward(cols, x, dtype, has_weight, has_bias, variance):
     x, dtype = _dtype(x), _dtype(dtype)
     problem = Problem((), (cols,), 1, cols, 0.0, variance, x, dtype, dtype)
-    return choice.forward(problem, has_weight, has_bias), ("forward", storage(x), dtype)
+    return choice.forward(problem, has_weight, has_bias), ("forward", storage(x), dtype, None, False)
 
 
 def _backward(cols, x, dtype, weight, has_weight, variance, mask):
     x, dtype, weight = map(_dtype, (x, dtype, weight))
     problem = Problem((), (cols,), 1, cols, 0.0, variance, x, weight, dtype)
     kernel = choice.backward(problem, x, has_weight, wide_dtype(x), mask)
-    return kernel, ("backward", *kernel.choices[:5], sum(mask[1:]))
+    return kernel, ("backward", *kernel.choices[:5], None, sum(mask[1:]))
 
 
 WANTED: dict[str, Any] = {"forward": _forward, "backward": _backward}
