@@ -18,8 +18,6 @@ RECORD = json.loads(Path(__file__).with_name("machine_code.json").read_text())
 # for a block's sums, for rows of extreme elements, and for the memory of a call with long rows
 CALLED = {"memset", "bzero", "numba_frexp", "numba_ldexp"}
 CALLED_FOR_LONG_ROWS = {"NRT_MemInfo_alloc_aligned", "NRT_incref", "NRT_decref"}
-# where every access can leave out lanes
-MASKED = {"skylake-avx512"}
 
 
 @pytest.fixture(scope="module", params=cpu_targets.TARGETS)
@@ -41,8 +39,7 @@ def test_calls(found):
 @pytest.mark.compiled
 def test_as_recorded(found):
     name, counts = found
-    if name in MASKED:
-        assert [of_kernel["lane_branches"] for of_kernel in counts.values()] == [0] * len(counts)
+    assert [of_kernel["lane_branches"] for of_kernel in counts.values()] == [0] * len(counts)
     if RECORD["compiled by"] != cpu_targets.compiled_by():
         pytest.skip(f"the record is by {RECORD['compiled by']}")
     expected = RECORD["counts"][name]
