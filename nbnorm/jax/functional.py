@@ -53,7 +53,7 @@ def layer_norm(
 
     See Also
     --------
-    nbnorm.layer_norm : the same for arrays of any library, outside of programs.
+    nbnorm.layer_norm : The same for arrays of any library, outside of programs.
 
     Notes
     -----
@@ -104,7 +104,7 @@ def rms_norm(x: Any, normalized_shape: Shape, weight: Any = None, eps: float | N
 
     See Also
     --------
-    nbnorm.rms_norm : the same for arrays of any library, outside of programs.
+    nbnorm.rms_norm : The same for arrays of any library, outside of programs.
 
     Examples
     --------
