@@ -191,6 +191,7 @@ def test_gradients_of_gradients(way, rng):
 
 
 IN_64_BITS = """
+from functools import partial
 import jax, jax.numpy as jnp, numpy as np, nbnorm, nbnorm.jax
 from jax.test_util import check_grads
 rng = np.random.default_rng(0)
@@ -212,6 +213,21 @@ many = [jax.jit(layer_norm)(x, *(jax.device_put(p, x.device) for p in (weight, b
 for i, y_there in enumerate(many):
     assert y_there.device == jax.devices()[i // 50]
     np.testing.assert_array_equal(y_there, y)
+if hasattr(jax, "shard_map"):
+    given = jnp.ones((4, 5)) * jnp.arange(5), weight, bias
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("rows",))
+    shared = partial(jax.shard_map, layer_norm, mesh=mesh, out_specs=spec("rows"))
+    shared = partial(shared, in_specs=(spec("rows"), spec(), spec()))
+    square = lambda f: jax.jit(jax.grad(lambda *a: jnp.square(f(*a)).sum(), (0, 1, 2)))(*given)
+    for actual, wanted in zip(square(shared(check_vma=False)), square(layer_norm), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-12, atol=1e-12)
+    try:
+        shared()(*given)
+    except TypeError as error:
+        assert "x: an array that varies over 'rows' within shard_map; give shard_map check_vma=False" in str(error), error
+    else:
+        raise AssertionError
 print("done")
 """
 

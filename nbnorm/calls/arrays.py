@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 from array_api_compat import is_cupy_array, is_jax_array, is_torch_array
@@ -80,6 +81,14 @@ def mark_written(array):
     """Tell the library of an array that its memory was written: torch's autograd refuses to use overwritten tensors."""
     if is_torch_array(array):
         sys.modules["torch"].autograd.graph.increment_version(array)
+
+
+def varying_axes(array):
+    """The axes of a mesh over which an array of JAX differs within shard_map, where JAX keeps account of them."""
+    jax = sys.modules["jax"]
+    kind: Any = jax.typeof(array) if hasattr(jax, "typeof") else None
+    kind = getattr(kind, "manual_axis_type", getattr(kind, "vma", ()))
+    return sorted(getattr(kind, "varying", kind))
 
 
 def namespace(array):

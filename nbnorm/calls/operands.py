@@ -100,6 +100,14 @@ def no_training(x, layer, parameters):
     )
 
 
+def no_varying(name, array):
+    """Of an array of JAX: gradients would have to be added up over devices, of which a foreign function knows nothing."""
+    axes = [] if array is None else arrays.varying_axes(array)
+    if axes:
+        named = ", ".join(map(repr, axes))
+        raise TypeError(f"{name}: an array that varies over {named} within shard_map; give shard_map check_vma=False")
+
+
 def can_be_given_back(name, x):
     if arrays.kind(x) == "dlpack" and not hasattr(arrays.namespace(x), "from_dlpack"):
         raise TypeError(f"{name}: {type_name(x)}, whose library has no from_dlpack to give back the result with")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nbnorm.calls import checks
+from nbnorm.calls.operands import no_varying
 from nbnorm.calls.problem import ForwardCall
 from nbnorm.functional.types import Shape
 from nbnorm.jax import functions
@@ -124,6 +125,8 @@ def _applied(call):
     if any(operand is not array for operand, array in zip(operands, given, strict=True)):
         # JAX may have rounded it to fewer bits, for which another eps is the usual one
         problem = _checked(call._replace(x=operands[0], weight=operands[1], bias=operands[2]))
+    for name, operand in zip(("x", "weight", "bias"), operands, strict=True):
+        no_varying(name, operand)
     norm = functions.Norm(problem.normalized_shape, problem.eps, problem.variance)
     return _norm(norm, *operands)[0]
 
