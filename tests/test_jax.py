@@ -296,7 +296,7 @@ def test_other_versions_of_the_interface_are_called_back(monkeypatch, tmp_path, 
         major, _, minor = version.partition(".")
         header.write_text(f"#define XLA_FFI_API_MAJOR {major}\n#define XLA_FFI_API_MINOR {minor}\n")
     monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
-    assert not targets.are_registered.__wrapped__()
+    assert not targets._registered.__wrapped__()
 
 
 def test_a_newer_minor_version_is_told_the_newest_known(monkeypatch, tmp_path):
@@ -312,7 +312,7 @@ def test_handlers_that_xla_refuses_are_not_called(monkeypatch):
         raise ValueError("another version")
 
     monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
-    assert not targets.are_registered.__wrapped__()
+    assert not targets._registered.__wrapped__()
 
 
 def test_errors_of_python_are_xlas(monkeypatch, rng):

@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 import re
+import threading
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -48,13 +49,20 @@ INTERNAL = 13
 # for ever: compiled code has their addresses
 _words = {function: np.zeros(handlers.TABLES + len(numbers), np.int64) for function, numbers in NUMBERS.items()}
 _tables: dict = {}
+_lock = threading.Lock()
 _callbacks: list = []
 _logger = logging.getLogger("nbnorm")
 
 
-@functools.cache
 def are_registered():
     """Whether XLA calls the handlers: it has an interface that they know, and they could be made."""
+    # programs may be traced in several threads, and XLA takes a name once
+    with _lock:
+        return _registered()
+
+
+@functools.cache
+def _registered():
     minor = _minor_version()
     if minor is None or config.DISABLE_JIT:
         _logger.info("JAX's programs call nbnorm by jax.pure_callback: no handler for XLA's interface, or no compiler")
