@@ -443,3 +443,14 @@ def test_xlas_threads_have_the_help_of_ours_alone():
         assert parallel.workers(1 << 24) == (parallel.ONE if parallel.from_elements == np.inf else parallel.OURS)
         with parallel.alone():
             assert parallel.workers(1 << 24) == parallel.ONE
+
+
+def test_gradients_have_the_dtypes_of_their_operands(way, rng):
+    x, weight, bias = *drawn(rng, SHAPE, dtype="bfloat16"), *drawn(rng, COLS), *drawn(rng, COLS, dtype="float16")
+    grads = jax.grad(lambda *a: nbnorm.jax.layer_norm(a[0], COLS, *a[1:]).astype("float32").sum(), (0, 1, 2))(
+        x, weight, bias
+    )
+    assert [grad.dtype for grad in grads] == ["bfloat16", "float32", "float16"]
+    assert_same(grads[2], np.full(COLS, 20, "float16"))
+    alone = jax.grad(lambda bias: nbnorm.jax.layer_norm(x, COLS, None, bias).astype("float32").sum())(bias)
+    assert_same(alone, grads[2])

@@ -4,6 +4,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from nbnorm.jax import derivatives, operators
@@ -28,19 +29,28 @@ def norm(call, x, weight, bias):
 
 
 def _norm_forward(call, x, weight, bias):
-    # weight and bias may be absent, or constants of what is derived
-    asked = tuple(() if parameter is not None and parameter.perturbed else None for parameter in (weight, bias))
+    # weight and bias may be absent, or constants of what is derived. Which are asked for is known by a shape, since values
+    # would be traced, and JAX 0.7 wants one structure of what a function returns
+    asked = jnp.zeros((*(int(operand is not None and operand.perturbed) for operand in (weight, bias)), 0))
     x, weight, bias = (None if operand is None else operand.value for operand in (x, weight, bias))
     y, mean, rstd = norm(call, x, weight, bias)
-    # what is asked for is no array, but a part of the structure
-    return (y, mean, rstd), (x, weight, mean, rstd, asked)
+    like_bias = None if bias is None else jnp.zeros(0, bias.dtype)
+    return (y, mean, rstd), (x, weight, like_bias, mean, rstd, asked)
 
 
 def _norm_backward(call, kept, grads):
-    x, weight, mean, rstd, asked = kept
-    dy = jax.numpy.zeros(x.shape, x.dtype) if isinstance(grads[0], SymbolicZero) else grads[0]
-    mask = (True, *(wanted is not None for wanted in asked))
-    return gradients(call, mask, dy, x, weight, mean, rstd)
+    x, weight, like_bias, mean, rstd, asked = kept
+    dy = jnp.zeros(x.shape, x.dtype) if isinstance(grads[0], SymbolicZero) else grads[0]
+    mask = (True, *map(bool, asked.shape[:2]))
+    dx, *sums = gradients(call, mask, dy, x, weight, mean, rstd)
+    return dx, *(_like(operand, call, grad) for operand, grad in zip((weight, like_bias), sums, strict=True))
+
+
+def _like(parameter, call, grad):
+    """The gradient of a parameter in its dtype, zeros where it was not asked for; None where there is no parameter."""
+    if parameter is None:
+        return None
+    return jnp.zeros(call.normalized_shape, parameter.dtype) if grad is None else grad.astype(parameter.dtype)
 
 
 norm.defvjp(_norm_forward, _norm_backward, symbolic_zeros=True)
