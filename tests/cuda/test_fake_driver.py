@@ -63,7 +63,7 @@ assert [grad.dtype.name for grad in ln.backward(ln(x), x)] == ["float32", "bfloa
 config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 """
 # what the documentation shows runs up to the driver too
-EXAMPLE = program("docs/training.md", "With Numba's arrays").python
+EXAMPLE = program("docs/training.md", "Numba's arrays on a GPU").python
 
 
 @pytest.mark.deep
