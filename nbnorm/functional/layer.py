@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from nbnorm.calls import lent
+from nbnorm.calls import lent_by_torch
 from nbnorm.calls.problem import BackwardCall, ForwardCall
 from nbnorm.cpu import keys, plans
 from nbnorm.functional import run
@@ -108,7 +108,11 @@ def layer_norm(
     """
     key = keys.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
     given = None
-    if key is None and (views := lent.of_torch(x, weight, bias, out)) and (out is None or lent.may_be_written(out)):
+    if (
+        key is None
+        and (views := lent_by_torch.lent(x, weight, bias, out))
+        and (out is None or lent_by_torch.may_be_written(out))
+    ):
         given = x, weight, bias, out
         x, weight, bias, out = views
         key = keys.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
@@ -117,7 +121,7 @@ def layer_norm(
         result = plan(x, weight, bias, eps, out)
         if result is not None:
             if given is not None:
-                result = lent.given_back(result, given[-1])
+                result = lent_by_torch.given_back(result, given[-1])
             return LayerNormResult(*result) if return_stats else result
     call = ForwardCall(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream)
     y, _, mean, rstd = run.forward(call, plans.LAYER_NORM, None if plan else key, given)
@@ -208,7 +212,7 @@ def layer_norm_backward(
     """
     key = keys.backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
     given = None
-    if key is None and (views := lent.of_backward((x, dy, weight, mean, rstd), out)):
+    if key is None and (views := lent_by_torch.of_backward((x, dy, weight, mean, rstd), out)):
         given = x, dy, weight, mean, rstd, out
         x, dy, weight, mean, rstd, out = views
         key = keys.backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
@@ -216,6 +220,6 @@ def layer_norm_backward(
     if plan is not None and stream is None:
         grads = plan(dy, x, weight, eps, mean, rstd, out)
         if grads is not None:
-            return LayerNormGrads(*(grads if given is None else lent.given_back(grads, given[-1])))
+            return LayerNormGrads(*(grads if given is None else lent_by_torch.given_back(grads, given[-1])))
     call = BackwardCall(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream)
     return LayerNormGrads(*run.backward(call, plans.LAYER_NORM_BACKWARD, None if plan else key, given))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from nbnorm.calls import lent
+from nbnorm.calls import lent_by_torch
 from nbnorm.calls.problem import BackwardCall, ForwardCall
 from nbnorm.cpu import keys, plans
 from nbnorm.functional import run
@@ -94,7 +94,7 @@ def rms_norm(
     """
     key = keys.forward_key(x, normalized_shape, weight, None, eps, False, out, return_stats)
     given = None
-    if key is None and (views := lent.of_torch(x, weight, out)) and (out is None or lent.may_be_written(out)):
+    if key is None and (views := lent_by_torch.lent(x, weight, out)) and (out is None or lent_by_torch.may_be_written(out)):
         given = x, weight, None, out
         x, weight, out = views
         key = keys.forward_key(x, normalized_shape, weight, None, eps, False, out, return_stats)
@@ -103,7 +103,7 @@ def rms_norm(
         result = plan(x, weight, None, eps, out)
         if result is not None:
             if given is not None:
-                result = lent.given_back(result, given[-1])
+                result = lent_by_torch.given_back(result, given[-1])
             return RMSNormResult(result[0], result[2]) if return_stats else result
     call = ForwardCall(x, normalized_shape, weight, eps=eps, out=out, return_stats=return_stats, stream=stream, is_rms=True)
     y, _, _, rstd = run.forward(call, plans.RMS_NORM, None if plan else key, given)
@@ -183,7 +183,7 @@ def rms_norm_backward(
     mask = (*output_mask, False) if type(output_mask) is tuple and len(output_mask) == 2 else None
     key = keys.backward_key(dy, x, normalized_shape, weight, eps, False, None, rstd, mask, out)
     given = None
-    if key is None and (views := lent.of_backward((x, dy, weight, rstd), out)):
+    if key is None and (views := lent_by_torch.of_backward((x, dy, weight, rstd), out)):
         given = x, dy, weight, None, rstd, out
         x, dy, weight, rstd, out = views
         key = keys.backward_key(dy, x, normalized_shape, weight, eps, False, None, rstd, mask, out)
@@ -192,7 +192,7 @@ def rms_norm_backward(
         grads = plan(dy, x, weight, eps, None, rstd, None if out is None else (*out, None))
         if grads is not None:
             if given is not None:
-                grads = lent.given_back(grads, given[-1])
+                grads = lent_by_torch.given_back(grads, given[-1])
             return RMSNormGrads(grads[0], grads[1])
     call = BackwardCall(dy, x, normalized_shape, weight, eps, False, None, rstd, output_mask, out, stream, is_rms=True)
     dx, dweight, *_ = run.backward(call, plans.RMS_NORM_BACKWARD, None if plan else key, given)

@@ -12,14 +12,14 @@ from numpy import ndarray
 from nbnorm.calls import arrays
 
 
-def of_torch(*given: Any) -> list | None:
+def lent(*given: Any) -> list | None:
     """A call's arrays, x first, as NumPy arrays, None for what is absent; None for all where x is not torch's."""
     torch: Any = sys.modules.get("torch")
     # while another thread imports it, it has no names yet
     if not hasattr(torch, "nn") or not hasattr(torch, "compiler"):
         return None
     # from now on: to look up its names at each call would take a twentieth of it
-    globals()["of_torch"] = lend = _lender(torch)
+    globals()["lent"] = lend = _lender(torch)
     return lend(*given)
 
 
@@ -29,7 +29,7 @@ def _lender(torch):
     is_transformed, is_traced = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
     modes = torch._C._len_torch_dispatch_stack
 
-    def of_torch(*given):
+    def lent(*given):
         x = given[0]
         if (type(x) is not tensor and type(x) is not parameter) or not x.is_cpu:
             return None
@@ -83,7 +83,7 @@ def _lender(torch):
             return None
         return view.view(numpys_bfloat16()) if is_bfloat16 else view
 
-    return of_torch
+    return lent
 
 
 @functools.cache
@@ -94,11 +94,11 @@ def numpys_bfloat16():
 def of_backward(inputs, out):
     """The same of a backward, with its `out`, None or a tuple, behind the inputs."""
     if out is None:
-        views = of_torch(*inputs)
+        views = lent(*inputs)
         return None if views is None else (*views, None)
     if type(out) is not tuple:
         return None
-    views = of_torch(*inputs, *out)
+    views = lent(*inputs, *out)
     if views is None or not may_be_written(*out):
         return None
     return *views[: len(inputs)], tuple(views[len(inputs) :])
