@@ -21,7 +21,9 @@ VECTOR_BYTES = 16
 CALL = re.compile(r"^\t(?:callq?|blr?)\t(\S+)", re.MULTILINE)
 REGISTER = re.compile(r"x\d+|\*%r\w+")
 # a function that may be far away is called by its address, which comes into a register before
-ADDRESS = re.compile(r"(?<=movabsq\t\$)[A-Za-z_]\w*|(?<=, _)\w+(?=@GOTPAGEOFF)")
+ADDRESS = re.compile(r"(?<=movabsq\t\$)[A-Za-z_][\w.]*|(?<=, _)[A-Za-z_][\w.]*(?=@GOTPAGEOFF)")
+# a constant's is loaded the same way
+DATA = re.compile(r"^_?([\w.]+):.*\n\t\.(?:asci[iz]|byte)", re.MULTILINE)
 
 
 class Counts(NamedTuple):
@@ -45,7 +47,7 @@ def counts(text, function):
         on_stack["Spill"],
         on_stack["Reload"],
         sum(len(CALL.findall(block)) for block in inner),
-        sorted(called(code)),
+        sorted(called(code) - set(DATA.findall(text))),
     )
 
 

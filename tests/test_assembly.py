@@ -9,6 +9,7 @@ from cpu_targets import TARGETS
 # keeps so many vectors of eight float32 through a loop around a statement
 LOOP = """
 target triple = "{triple}"
+@constant.1 = internal constant [32 x i8] c"{bytes}"
 declare void @far()
 declare <16 x i16> @llvm.masked.load.v16i16.p0(ptr, i32, <16 x i1>, <16 x i16>)
 declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, i32, <16 x i1>)
@@ -30,6 +31,11 @@ end:
 }}
 """
 CALL = "call void @far()"
+# of a constant that is no string, at a place that is not known
+BYTES = "".join(f"\\{byte:02x}" for byte in [*range(16), *[128] * 16])
+LOOK_UP = """%at = getelementptr [32 x i8], ptr @constant.1, i64 0, i64 %n
+  %byte = load i8, ptr %at
+  store volatile i8 %byte, ptr %y"""
 HALVES = """%raw = call <16 x i16> @llvm.masked.load.v16i16.p0(ptr %x, i32 2, <16 x i1> %mask, <16 x i16> zeroinitializer)
   store <16 x i16> %raw, ptr %y"""
 SINGLES = """%wide = load <16 x float>, ptr %x
@@ -57,7 +63,7 @@ def compiled(name, kept=0, before="", inside=""):
     machine = llvm.Target.from_triple(target.triple).create_target_machine(target.cpu, jit=True, opt=3)
     machine.set_asm_verbosity(True)
     return machine.emit_assembly(
-        llvm.parse_assembly(LOOP.format(triple=target.triple, before=before, inside=inside, **lines))
+        llvm.parse_assembly(LOOP.format(triple=target.triple, before=before, inside=inside, bytes=BYTES, **lines))
     )
 
 
@@ -87,6 +93,12 @@ def test_spills(name):
 def test_calls(name):
     assert counts(name, before=CALL)[3:] == (0, ["far"])
     assert counts(name, inside=CALL)[3:] == (1, ["far"])
+
+
+@every_target
+def test_a_constant_is_not_called(name):
+    assert "constant" in compiled(name, before=LOOK_UP)
+    assert counts(name, before=LOOK_UP) == (0, 0, 0, 0, [])
 
 
 @every_target
