@@ -51,6 +51,51 @@ def operands(torch, ours):
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
+def test_any_number_of_derivatives(torch, ours, norm):
+    """torch's own third derivative of layer norm is wrong (findings/torch-layer-norm-third-derivative.sh)."""
+
+    def written_out(x, is_rms):
+        centred = x if is_rms else x - x.mean(-1, keepdim=True)
+        return centred * (centred.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
+
+    def derivatives(function):
+        x = torch.linspace(-1, 2, 3 * COLS, dtype=torch.float64).reshape(3, COLS).sin().requires_grad_()
+        value, found = function(x).pow(3).sum(), []
+        for _ in range(4):
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            found.append(gradient.detach())
+            value = gradient.square().sum()
+        return found
+
+    y = norm(ours, torch.tensor([[3.0] * COLS]))
+    is_rms = bool(y.abs().max() > 0.5)
+    expected = derivatives(lambda x: written_out(x, is_rms))
+    for found, right in zip(derivatives(lambda x: norm(ours, x)), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-9 * right.abs().max().item())
+
+
+def test_tensors_that_are_negatives_of_memory(torch, ours, theirs, norm):
+    """As autograd makes them of complex numbers."""
+    x = torch.randn(ROWS, COLS, dtype=torch.complex64).conj().imag
+    weight = torch.randn(COLS, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(norm(ours, x, weight), norm(theirs, x, weight))
+    grads = []
+    for library in (ours, theirs):
+        x = torch.linspace(-1, 2, ROWS * COLS).reshape(ROWS, COLS).requires_grad_()
+        y = norm(library, x)
+        torch.complex(torch.zeros_like(y), y * y.detach()).conj().resolve_conj().imag.sum().backward()
+        norm(library, x).backward(weight.expand(ROWS, COLS))
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [None, np.ones((2, COLS), np.float32), [1.0]])
+def test_what_is_no_tensor_is_named(norm, ours, wrong):
+    with pytest.raises(TypeError, match=r"input: .*expected a torch\.Tensor"):
+        norm(ours, wrong)
+
+
 def test_it_is_imported_on_demand(ours):
     assert nbnorm.torch is sys.modules["nbnorm.torch"]
     with pytest.raises(AttributeError, match="module 'nbnorm' has no attribute 'tensorflow'"):
@@ -166,6 +211,10 @@ def test_derivatives_forwards_are_an_error(torch, ours):
     x = torch.randn(ROWS, COLS)
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(lambda x: ours.layer_norm(x, COLS), (x,), (x,))
+    # which records in any mode
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError, match="jvp"):
+        ours.layer_norm(forward_ad.make_dual(x.detach(), x.detach()), COLS)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

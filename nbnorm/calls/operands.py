@@ -6,7 +6,7 @@ The errors are as in `checks`.
 import numpy as np
 
 from nbnorm.calls import arrays, stand_ins
-from nbnorm.calls.shown import type_name
+from nbnorm.calls.shown import described, type_name
 
 # where the operands of a call must lie: in CPU memory, on any CUDA device, or on the one with this number
 CPU = "CPU"
@@ -88,6 +88,11 @@ def no_gradients(name, value, kind):
     raise TypeError(
         f"{name}: a torch tensor that requires grad, which nbnorm does not record; pass {name}.detach(), or {way}"
     )
+
+
+def no_tensor(name, value):
+    """Of what nbnorm.torch is given instead of one."""
+    raise TypeError(f"{name}: {described(value)}; expected a torch.Tensor: nbnorm's own functions take other arrays")
 
 
 def no_training(x, layer, parameters):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from nbnorm.calls import stand_ins
+from nbnorm.calls import operands, stand_ins
 from nbnorm.torch import functions, operators
 
 
@@ -65,8 +65,10 @@ def layer_norm(
     tensor([[-1.3416, -0.4472,  0.4472,  1.3416]])
     """
     if has_torch_function_variadic(input, weight, bias):
-        operands = input, weight, bias
-        return handle_torch_function(layer_norm, operands, input, normalized_shape, weight=weight, bias=bias, eps=eps)
+        tensors = input, weight, bias
+        return handle_torch_function(layer_norm, tensors, input, normalized_shape, weight=weight, bias=bias, eps=eps)
+    if not isinstance(input, Tensor):
+        operands.no_tensor("input", input)
     if input.is_cuda:
         input, weight, bias = _as_autocast(input, weight, bias)  # noqa: A001
     if _is_for_a_graph(input):
@@ -118,6 +120,8 @@ def rms_norm(
     """
     if has_torch_function_variadic(input, weight):
         return handle_torch_function(rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps)
+    if not isinstance(input, Tensor):
+        operands.no_tensor("input", input)
     if input.is_cuda:
         input, weight = _as_autocast(input, weight)  # noqa: A001
     if _is_for_a_graph(input):

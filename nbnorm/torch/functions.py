@@ -4,15 +4,16 @@ A call is x, normalized_shape, weight, bias and eps, and whether it is RMS norm,
 """
 
 import torch
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 import nbnorm
 from nbnorm.torch import derivatives
 
 
 def norm(x, normalized_shape, weight, bias, eps, is_rms):
-    """The norm in eager mode, recorded where that is on."""
-    if not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()):
+    """The norm in eager mode, recorded where that is on; forward mode is, also under `no_grad`."""
+    is_recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if not (is_recorded or torch._C._are_functorch_transforms_active()):
         # as nothing is: past a function of autograd, 6 us
         return forward(x, normalized_shape, weight, bias, eps, is_rms)
     return apply(Norm, x, normalized_shape, weight, bias, eps, is_rms)
@@ -79,18 +80,24 @@ class NormBackward(Function):
 
 
 def forward(x, normalized_shape, weight, bias, eps, is_rms):
-    # past an error of torch's, that a tensor which requires grad gives no NumPy array
-    x = x.detach()
+    x, weight, bias = map(_as_values, (x, weight, bias))
     if is_rms:
         return nbnorm.rms_norm(x, normalized_shape, weight, eps)
     return nbnorm.layer_norm(x, normalized_shape, weight, bias, eps)
 
 
 def backward(dy, x, normalized_shape, weight, eps, mask, is_rms):
-    x = x.detach()
+    dy, x, weight = map(_as_values, (dy, x, weight))
     if is_rms:
         return *nbnorm.rms_norm_backward(dy, x, normalized_shape, weight, eps, output_mask=mask[:2]), None
     return tuple(nbnorm.layer_norm_backward(dy, x, normalized_shape, weight, eps, output_mask=mask))
+
+
+def _as_values(tensor):
+    """Past errors of torch's: what requires grad gives no NumPy array, nor what is the negative of other memory."""
+    if tensor is None or not (tensor.requires_grad or tensor.is_neg()):
+        return tensor
+    return tensor.detach().resolve_neg()
 
 
 def apply(function, *arguments):
