@@ -54,63 +54,31 @@ def address(name):
 
 
 def _forward():
-    call = _calling(entries.FACTORIES["forward"][1])
-
-    def handler(frame):
-        words = words_for(frame)
-        if words == 0:
-            return 0
-        args, rets, attrs = word(frame, ARGS), word(frame, RETS), word(frame, ATTRS)
-        x, weight, bias = word(args, 0), word(args, 1), word(args, 2)
-        y, mean, rstd = word(rets, 0), word(rets, 1), word(rets, 2)
-        rows, cols, samples = size_of(y, -2), size_of(y, -1), samples_of(y, 2)
-        if samples_of(x, 2) == samples and samples_of(weight, 1) == samples_of(bias, 1) == 1:
-            rows, samples = rows * samples, 1
-        table = word(words, TABLES + word(value_of(attrs, KERNELS), 0))
-        # before MANY is read, which changes when Python ends
-        add(words, INSIDE, 1)
-        sample = 0
-        if table != 0 and is_known(frame, words) and rows * cols < word(words, MANY):
-            add(words, INSIDE, -1)
-            while sample < samples and call(
-                word(table, ENTRY), table, rows, cols, part(x, 2, sample, y, 2), ABSENT, part(weight, 1, sample, y, 2),
-                part(bias, 1, sample, y, 2), number(value_of(attrs, EPS)), False, part(y, 2, sample, y, 2), ABSENT,
-                part(mean, 1, sample, y, 2), part(rstd, 1, sample, y, 2),
-            ):  # fmt: skip
-                sample += 1
-            add(words, INSIDE, 1)
-        result = 0 if sample == samples else pythons(words, frame)
-        add(words, INSIDE, -1)
-        return result
-
-    return handler
+    return _handler(entries.FACTORIES["forward"][1], rows_of_forward, operands_of_forward)
 
 
 def _backward():
-    call = _calling(entries.FACTORIES["backward"][1])
+    return _handler(entries.FACTORIES["backward"][1], rows_of_backward, operands_of_backward)
+
+
+def _handler(signature, rows_of, operands_of):
+    """A handler that calls entries of a signature: for how many rows, columns and samples, and for what of each sample."""
+    call = _calling(signature)
 
     def handler(frame):
         words = words_for(frame)
         if words == 0:
             return 0
         args, rets, attrs = word(frame, ARGS), word(frame, RETS), word(frame, ATTRS)
-        dy, x, weight, mean, rstd = word(args, 0), word(args, 1), word(args, 2), word(args, 3), word(args, 4)
-        dx, dweight, dbias = word(rets, 0), word(rets, 1), word(rets, 2)
-        rows, cols, samples = size_of(x, -2), size_of(x, -1), samples_of(dx, 2)
-        are_alike = samples_of(dy, 2) == samples_of(x, 2) == samples_of(rstd, 1) == samples and samples_of(weight, 1) == 1
-        if are_alike and size_of(dweight, -1) == size_of(dbias, -1) == 0:
-            rows, samples = rows * samples, 1
-        table = word(words, TABLES + word(value_of(attrs, KERNELS), 0))
+        rows, cols, samples = rows_of(args, rets)
+        table, eps = word(words, TABLES + word(value_of(attrs, KERNELS), 0)), number(value_of(attrs, EPS))
         # before MANY is read, which changes when Python ends
         add(words, INSIDE, 1)
         sample = 0
         if table != 0 and is_known(frame, words) and rows * cols < word(words, MANY):
             add(words, INSIDE, -1)
             while sample < samples and call(
-                word(table, ENTRY), table, rows, cols, part(dy, 2, sample, dx, 2), ABSENT, part(x, 2, sample, dx, 2),
-                part(weight, 1, sample, dx, 2), number(value_of(attrs, EPS)), False, part(mean, 1, sample, dx, 2),
-                part(rstd, 1, sample, dx, 2), part(dx, 2, sample, dx, 2), part(dweight, 1, sample, dx, 2),
-                part(dbias, 1, sample, dx, 2),
+                word(table, ENTRY), (table, rows, cols), operands_of(args, rets, eps, sample)
             ):  # fmt: skip
                 sample += 1
             add(words, INSIDE, 1)
@@ -122,6 +90,48 @@ def _backward():
 
 
 MADE = {"forward": _forward, "backward": _backward}
+
+
+@inlined
+def rows_of_forward(args, rets):
+    """How many rows, columns and samples there are; samples that are rows of one call are one."""
+    x, weight, bias, y = word(args, 0), word(args, 1), word(args, 2), word(rets, 0)
+    rows, cols, samples = size_of(y, -2), size_of(y, -1), samples_of(y, 2)
+    if samples_of(x, 2) == samples and samples_of(weight, 1) == samples_of(bias, 1) == 1:
+        rows, samples = rows * samples, 1
+    return rows, cols, samples
+
+
+@inlined
+def operands_of_forward(args, rets, eps, sample):
+    x, weight, bias = word(args, 0), word(args, 1), word(args, 2)
+    y, mean, rstd = word(rets, 0), word(rets, 1), word(rets, 2)
+    return (
+        part(x, 2, sample, y, 2), ABSENT, part(weight, 1, sample, y, 2), part(bias, 1, sample, y, 2), eps, False,
+        part(y, 2, sample, y, 2), ABSENT, part(mean, 1, sample, y, 2), part(rstd, 1, sample, y, 2),
+    )  # fmt: skip
+
+
+@inlined
+def rows_of_backward(args, rets):
+    dy, x, weight, rstd = word(args, 0), word(args, 1), word(args, 2), word(args, 4)
+    dx, dweight, dbias = word(rets, 0), word(rets, 1), word(rets, 2)
+    rows, cols, samples = size_of(x, -2), size_of(x, -1), samples_of(dx, 2)
+    are_alike = samples_of(dy, 2) == samples_of(x, 2) == samples_of(rstd, 1) == samples and samples_of(weight, 1) == 1
+    if are_alike and size_of(dweight, -1) == size_of(dbias, -1) == 0:
+        rows, samples = rows * samples, 1
+    return rows, cols, samples
+
+
+@inlined
+def operands_of_backward(args, rets, eps, sample):
+    dy, x, weight, mean, rstd = word(args, 0), word(args, 1), word(args, 2), word(args, 3), word(args, 4)
+    dx, dweight, dbias = word(rets, 0), word(rets, 1), word(rets, 2)
+    return (
+        part(dy, 2, sample, dx, 2), ABSENT, part(x, 2, sample, dx, 2), part(weight, 1, sample, dx, 2), eps, False,
+        part(mean, 1, sample, dx, 2), part(rstd, 1, sample, dx, 2), part(dx, 2, sample, dx, 2),
+        part(dweight, 1, sample, dx, 2), part(dbias, 1, sample, dx, 2),
+    )  # fmt: skip
 
 
 @inlined
@@ -258,11 +268,13 @@ def _calling(signature):
     """An instruction that calls the entry at an address, and says whether it has done what was asked for."""
 
     @intrinsic
-    def call(typing_context, entry, *operands):
+    def call(typing_context, entry, problem, operands):
         def codegen(context, builder, of_call, args):
             kind = context.call_conv.get_function_type(signature.return_type, signature.args)
             function = builder.inttoptr(args[0], kind.as_pointer())
-            given = zip(cgutils.unpack_tuple(builder, args[1]), of_call.args[1].types, signature.args, strict=True)
+            parts = [part for operand in args[1:] for part in cgutils.unpack_tuple(builder, operand)]
+            kinds = [kind for operand in of_call.args[1:] for kind in operand.types]
+            given = zip(parts, kinds, signature.args, strict=True)
             values = [context.cast(builder, *parts) for parts in given]
             status, result = context.call_conv.call_function(
                 builder, function, signature.return_type, signature.args, values
@@ -270,6 +282,6 @@ def _calling(signature):
             # such as no memory, which Python's call will say
             return builder.and_(result, builder.not_(status.is_error))
 
-        return types.boolean(entry, types.StarArgTuple(operands)), codegen
+        return types.boolean(entry, problem, operands), codegen
 
     return call
