@@ -23,20 +23,21 @@ def to_bfloat16(builder, values):
     bits, rounded = _rounded(builder, values)
     # a NaN stays one when its lower half is cut off
     is_nan = builder.fcmp_unordered("uno", values, values)
-    chosen = builder.select(is_nan, builder.or_(bits, _constant(bits, 0x400000)), rounded)
-    return builder.trunc(builder.lshr(chosen, _constant(bits, 16)), _like(values, I16))
+    return _upper_half(builder, builder.select(is_nan, builder.or_(bits, _constant(bits, 0x400000)), rounded))
 
 
 def sum_to_bfloat16(builder, values):
     """The same of sums of two bfloat16: the lower half of a NaN among these is 0, and what is added to it stays there."""
-    _, rounded = _rounded(builder, values)
-    return builder.trunc(builder.lshr(rounded, _constant(rounded, 16)), _like(values, I16))
+    return _upper_half(builder, _rounded(builder, values)[1])
 
 
 def held_by_bfloat16(builder, values):
     """The same of float32 that are bfloat16."""
-    bits = builder.bitcast(values, _like(values, I32))
-    return builder.trunc(builder.lshr(bits, _constant(bits, 16)), _like(values, I16))
+    return _upper_half(builder, builder.bitcast(values, _like(values, I32)))
+
+
+def _upper_half(builder, bits):
+    return builder.trunc(builder.lshr(bits, _constant(bits, 16)), _like(bits, I16))
 
 
 def _rounded(builder, values):

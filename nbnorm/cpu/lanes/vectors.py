@@ -12,6 +12,7 @@ F32, F64 = ir.FloatType(), ir.DoubleType()
 LLVM_TYPES = {types.float32: F32, types.float64: F64, types.uint16: I16, types.int16: I16}
 FROM_HALF = {types.uint16: half.from_float16, types.int16: half.from_bfloat16}
 TO_HALF = {types.uint16: half.to_float16, types.int16: half.to_bfloat16}
+HELD_BY_HALF = {types.uint16: half.to_float16, types.int16: half.held_by_bfloat16}
 
 
 def vector(element):
@@ -97,8 +98,6 @@ def encoded(builder, values, values_type, stored):
 
 def held(builder, values, values_type, stored):
     """As `encoded`, of values that need no rounding."""
-    if stored == types.int16:
-        return half.held_by_bfloat16(builder, converted(builder, values, values_type, types.float32))
-    if stored == types.uint16:
-        return half.to_float16(builder, converted(builder, values, values_type, types.float32))
+    if stored in HELD_BY_HALF:
+        return HELD_BY_HALF[stored](builder, converted(builder, values, values_type, types.float32))
     return converted(builder, values, values_type, stored)
