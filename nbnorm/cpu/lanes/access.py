@@ -8,7 +8,7 @@ from nbnorm.cpu.lanes import control, half, meaning
 from nbnorm.cpu.lanes.meaning import COUNT
 from nbnorm.cpu.lanes.parts import load_first, store_first
 from nbnorm.cpu.lanes.processor import MACHINE
-from nbnorm.cpu.lanes.rules import NOTHING, Added, Holder, Lanes, Operand, element_of, lowers, returning_none
+from nbnorm.cpu.lanes.rules import NOTHING, Added, Column, Holder, Lanes, Operand, element_of, lowers, returning_none
 from nbnorm.cpu.lanes.vectors import (
     F64,
     I8,
@@ -87,6 +87,32 @@ def behind(source, k):
     return source, lambda builder, source, k: builder.gep(source, [k])
 
 
+@lowers(meaning.column)
+def column(source, at, pitch):
+    if source == types.none:
+        return NOTHING
+    if isinstance(source, Added):
+        (x, of_x), (residual, of_residual) = column(source.x, at, pitch), column(source.residual, at, pitch)
+
+        def code_of_both(builder, source, at, pitch):
+            parts = of_x(builder, builder.extract_value(source, 0), at, pitch), builder.extract_value(source, 1)
+            return cgutils.pack_struct(builder, [parts[0], of_residual(builder, parts[1], at, pitch)])
+
+        return Added(x, residual), code_of_both
+
+    def code(builder, source, at, pitch):
+        return cgutils.pack_struct(builder, [builder.gep(source, [at]), pitch])
+
+    return Column(source), code
+
+
+def _place(builder, source_type, source, k):
+    """Where element k of a pointer, or of a column, is."""
+    if isinstance(source_type, Column):
+        return builder.gep(builder.extract_value(source, 0), [builder.mul(k, builder.extract_value(source, 1))])
+    return builder.gep(source, [k])
+
+
 @lowers(meaning.standard_mode)
 def standard_mode(operands):
     def code(builder, values):
@@ -153,17 +179,24 @@ def load_part(source, k, count, rest):
 def load_one(source, k):
     if isinstance(source, Added):
         return _added(load_one, source, k)
-    stored = source.dtype
+    stored, source_type = source.dtype, source
 
     def code(builder, source, k):
         # beside zeros: a float16 that is loaded into a register's first lane waits for what the others had, with which a
         # backward of rows of 16 or 32 takes 1.4 times as long
-        value = builder.load(builder.gep(source, [k]))
+        value = builder.load(_place(builder, source_type, source, k))
         raw = builder.insert_element(vector(value.type)(None), value, I32(0))
         values = decoded(builder, raw, stored, types.float64)
         return builder.extract_element(values, I32(0))
 
     return types.float64, code
+
+
+@lowers(meaning.number)
+def number(source, k):
+    if source == types.none:
+        return NOTHING
+    return source.dtype, lambda builder, source, k: builder.load(builder.gep(source, [k]))
 
 
 def _added(rule, source, *argument_types):
@@ -191,7 +224,7 @@ def store(destination, k, values):
         return NOTHING
     encode = _encoder(destination, values.element if isinstance(values, Lanes) else values)
     if not isinstance(values, Lanes):
-        return _store_one(encode, values)
+        return _store_one(encode, destination, values)
     stored = destination.dtype
 
     def code(builder, destination, k, lanes):
@@ -203,14 +236,15 @@ def store(destination, k, values):
 
 def _encoder(destination, element):
     """What gives what to write of lanes."""
-    encode = held if isinstance(destination, Holder) else encoded
+    pointer = destination.source if isinstance(destination, Column) else destination
+    encode = held if isinstance(pointer, Holder) else encoded
     return lambda builder, values: encode(builder, values, element, destination.dtype)
 
 
-def _store_one(encode, number):
+def _store_one(encode, destination_type, number):
     def code(builder, destination, k, value):
         raw = encode(builder, splat(builder, value))
-        builder.store(builder.extract_element(raw, I32(0)), builder.gep(destination, [k]))
+        builder.store(builder.extract_element(raw, I32(0)), _place(builder, destination_type, destination, k))
 
     return (types.none, returning_none(code)) if number in (types.float32, types.float64) else None
 

@@ -43,8 +43,9 @@ def pinned(builder, value):
     """The value, which LLVM knows only from here on: it models no modes, and computes before a mode is set what it can."""
     if MACHINE is None or (isinstance(value.type, ir.IntType) and value.type.width != 64):
         return value
-    if isinstance(value.type, ir.LiteralStructType):
-        for i in range(len(value.type.elements)):
+    if isinstance(value.type, ir.LiteralStructType | ir.ArrayType):
+        # a tuple, whose parts may be of one type
+        for i in range(len(value.type)):
             value = builder.insert_value(value, pinned(builder, builder.extract_value(value, i)), i)
         return value
     if isinstance(value.type, ir.DoubleType):

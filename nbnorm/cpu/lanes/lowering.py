@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import lower_builtin
 
 from nbnorm.cpu.lanes import access, meaning  # noqa: F401  teaches Numba to read and write memory
-from nbnorm.cpu.lanes.rules import MASK, Lanes, Mask, element_of, lowers, types_call
+from nbnorm.cpu.lanes.rules import MASK, NOTHING, Lanes, Mask, element_of, lowers, types_call
 from nbnorm.cpu.lanes.vectors import I8, I16, I32, I64, call, converted, first, halves_added, name, splat
 
 FLOATS = types.float32, types.float64
@@ -99,6 +99,11 @@ def fill(number):
     return Lanes(number), splat
 
 
+@lowers(meaning.fill_for)
+def fill_for(destination, value):
+    return NOTHING if destination == types.none else (Lanes(value), lambda builder, _, value: splat(builder, value))
+
+
 @lowers(meaning.widen)
 def widen(values):
     return _cast(values, types.float64)
@@ -156,6 +161,11 @@ def every(condition):
     if condition == types.boolean:
         return condition, lambda builder, value: value
     return types.boolean, lambda builder, value: builder.icmp_unsigned("==", builder.bitcast(value, I16), I16(-1))
+
+
+@lowers(meaning.choose)
+def choose(condition, values, others):
+    return (values, lambda builder, *arguments: builder.select(*arguments)) if condition == MASK else None
 
 
 @lowers(meaning.at_least_zero)

@@ -75,6 +75,15 @@ def behind(source, k):
     return source[k:]
 
 
+def column(source, at, pitch):
+    """As an operand, the elements `at`, `at + pitch` and so on, for `load_one` and to `store` numbers; None of None."""
+    if source is None:
+        return None
+    if isinstance(source, Added):
+        return Added(column(source.x, at, pitch), column(source.residual, at, pitch))
+    return Operand(_stored(source)[at::pitch], element_of(source))
+
+
 def element_of(source):
     """The type that the elements of an operand are read as."""
     if isinstance(source, Added):
@@ -130,6 +139,11 @@ def load_one(source, k):
     return _decoded(_stored(source)[k : k + 1], np.float64)[0]
 
 
+def number(source, k):
+    """Element k of a pointer, as it is; None of None."""
+    return None if source is None else source[k]
+
+
 def store(destination, k, values):
     """Write elements k to k + 15, each rounded once, to nearest even; of a number, element k. Nothing to None."""
     if destination is None:
@@ -173,6 +187,11 @@ def prefetch(source, k, ahead):
 def fill(value):
     """Sixteen times a float32 or float64."""
     return np.full(COUNT, value, type(value))
+
+
+def fill_for(destination, value):
+    """The same for what goes to a destination; None where that is None."""
+    return None if destination is None else fill(value)
 
 
 def widen(values):
@@ -226,6 +245,11 @@ def root(values):
 def every(condition):
     """Whether a comparison holds, of lanes for each of them."""
     return bool(np.all(condition))
+
+
+def choose(condition, values, others):
+    """The lanes of the first where a comparison holds, else those of the second."""
+    return np.where(condition, values, others)
 
 
 def at_least_zero(values):

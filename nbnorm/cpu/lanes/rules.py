@@ -53,6 +53,21 @@ class Added(types.Type):
         super().__init__(name=f"Added({x}, {residual})")
 
 
+class Column(types.Type):
+    """Numba's type of those elements of an operand, or of a pointer, that are a pitch apart."""
+
+    def __init__(self, source):
+        self.source = source
+        self.dtype, self.element = source.dtype, element_of(source)
+        super().__init__(name=f"Column({source})")
+
+
+@register_model(Column)
+class ColumnModel(StructModel):
+    def __init__(self, manager, column):
+        super().__init__(manager, column, [("source", column.source), ("pitch", types.int64)])
+
+
 @register_model(Added)
 class AddedModel(StructModel):
     def __init__(self, manager, added):
@@ -78,7 +93,7 @@ MASK = Mask()
 
 def element_of(source):
     """The type that the elements of an operand, or of any other pointer, are read as."""
-    return source.element if isinstance(source, Operand | Added) else source.dtype
+    return source.element if isinstance(source, Operand | Added | Column) else source.dtype
 
 
 def lowers(function):
