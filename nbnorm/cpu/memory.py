@@ -9,6 +9,8 @@ import math
 import numpy as np
 
 SMALLEST = 1 << 24
+# results begin with a cache line: rows of whole lines, written past the caches, are then written a line at a time
+LINE_BYTES = 64
 # what is kept at most, all together: two float32 arrays of (4096, 4096), a result and a gradient
 KEPT_BYTES = 1 << 27
 
@@ -34,7 +36,10 @@ def empty(shape, dtype):
     try:
         memory = _kept[size].pop()
     except (KeyError, IndexError):
-        memory = _fresh(size, np.uint8)
+        # NumPy's begins 16 bytes behind the beginning of a line
+        memory = _fresh(size + LINE_BYTES, np.uint8)
+        start = -memory.ctypes.data % LINE_BYTES
+        memory = memory[start : start + size]
     return np.asarray(Block(memory)).view(dtype).reshape(shape)
 
 
