@@ -28,6 +28,7 @@ def compile(  # noqa: A001
     rms: bool = False,
     residual: Any = None,
     total_out: bool = True,
+    axis: int | Sequence[int] | None = None,
 ) -> None:
     """Compile what calls on the CPU will need, or load it from the disk, so that none of them waits for it.
 
@@ -61,6 +62,8 @@ def compile(  # noqa: A001
         Of the residual, where the calls are of `add_layer_norm` or `add_rms_norm`. Their dtotal has the dtype of x.
     total_out : bool
         Whether these write the sum.
+    axis : int or sequence of int, optional
+        As in the calls. One that counts from the front is not taken for the last.
 
     Raises
     ------
@@ -85,7 +88,7 @@ def compile(  # noqa: A001
     """
     calls = Description(
         x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows, rms, residual,
-        total_out,
+        total_out, axis,
     )  # fmt: skip
     for kernel, build in builds(calls):
         choice.ready(kernel, build)

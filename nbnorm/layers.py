@@ -5,10 +5,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nbnorm.calls import arrays, checks, operands, state
+from nbnorm.calls import arrays, axes, checks, operands, state
 from nbnorm.cpu import keys, plans
 from nbnorm.functional import (
     Array,
+    Axis,
     LayerNormGrads,
     RMSNormGrads,
     Shape,
@@ -45,10 +46,14 @@ class LayerNorm:
         Of the parameters: float16, bfloat16, float32 (the default) or float64.
     use_diff_of_squares : bool
         Take the variance as ``mean(x**2) - mean(x)**2``.
+    axis : int or sequence of int, optional
+        The axes of the input along which it has normalized_shape, as in `layer_norm`; all from the front or all from the
+        back. ``LayerNorm(96, axis=1)`` is for images with the channels first.
 
     Attributes
     ----------
     normalized_shape : tuple of int
+    axis : int, tuple of int or None
     eps : float
     elementwise_affine : bool
     use_diff_of_squares : bool
@@ -90,8 +95,10 @@ class LayerNorm:
         dtype: Any = None,
         *,
         use_diff_of_squares: bool = False,
+        axis: Axis = None,
     ) -> None:
         self.normalized_shape = checks.shape(normalized_shape)
+        self.axis = axes.of_layer(axis, self.normalized_shape)
         self.eps = checks.epsilon(eps)
         self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
         self.use_diff_of_squares = checks.flag("use_diff_of_squares", use_diff_of_squares)
@@ -107,6 +114,9 @@ class LayerNorm:
         """Layer norm of x with this layer's parameters; see `layer_norm`."""
         # past one more call, which is a twentieth of the time at (1, 64)
         weight, bias, eps = self.weight, self.bias, self.eps
+        if self.axis is not None:
+            operands.no_training(x, "LayerNorm", (weight, bias))
+            return layer_norm(x, self.normalized_shape, weight, bias, eps, self.use_diff_of_squares, axis=self.axis)
         key = keys.forward_key(x, self.normalized_shape, weight, bias, eps, self.use_diff_of_squares, None, False)
         plan = plans.LAYER_NORM.get(key)
         y = None if plan is None else plan(x, weight, bias, eps, None)
@@ -133,6 +143,7 @@ class LayerNorm:
             self.eps,
             self.use_diff_of_squares,
             output_mask=(True, self.weight is not None, self.bias is not None),
+            axis=self.axis,
         )
 
     def state_dict(self) -> dict[str, Array]:
@@ -165,6 +176,7 @@ class LayerNorm:
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""
         mode = ", use_diff_of_squares=True" if self.use_diff_of_squares else ""
+        mode += "" if self.axis is None else f", axis={self.axis}"
         return (
             f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}, "
             f"bias={self.bias is not None}{mode}"
@@ -185,12 +197,13 @@ class RMSNorm:
         Added to the mean square; None is `rms_norm`'s default.
     elementwise_affine : bool
         Whether there is a weight.
-    device, dtype : optional
+    device, dtype, axis : optional
         As in `LayerNorm`.
 
     Attributes
     ----------
     normalized_shape : tuple of int
+    axis : int, tuple of int or None
     eps : float or None
     elementwise_affine : bool
     device : str
@@ -226,8 +239,11 @@ class RMSNorm:
         elementwise_affine: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        axis: Axis = None,
     ) -> None:
         self.normalized_shape = checks.shape(normalized_shape)
+        self.axis = axes.of_layer(axis, self.normalized_shape)
         self.eps = None if eps is None else checks.epsilon(eps)
         self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
         self.device, number = checks.device(device)
@@ -239,7 +255,7 @@ class RMSNorm:
         """RMS norm of x with this layer's weight; see `rms_norm`."""
         if type(x) is not np.ndarray:
             operands.no_training(x, "RMSNorm", (self.weight,))
-        return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        return rms_norm(x, self.normalized_shape, self.weight, self.eps, axis=self.axis)
 
     def __call__(self, x: Array) -> Array:
         """The same as `forward`."""
@@ -251,7 +267,9 @@ class RMSNorm:
         They are of x's library, whatever the weight is. Nothing is kept from the forward pass.
         """
         output_mask = (True, self.weight is not None)
-        return rms_norm_backward(dy, x, self.normalized_shape, self.weight, self.eps, output_mask=output_mask)
+        return rms_norm_backward(
+            dy, x, self.normalized_shape, self.weight, self.eps, output_mask=output_mask, axis=self.axis
+        )
 
     def state_dict(self) -> dict[str, Array]:
         """The weight by its name, if there is one: the array itself, not a copy."""
@@ -263,7 +281,8 @@ class RMSNorm:
 
     def extra_repr(self) -> str:
         """The arguments, as `repr` shows them."""
-        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        axis = "" if self.axis is None else f", axis={self.axis}"
+        return f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}{axis}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

@@ -19,7 +19,7 @@ def test_signatures_are_those_of_the_contract():
 
     assert signature(nbnorm.LayerNorm) == (
         "(normalized_shape, eps=1e-05, elementwise_affine=True, bias=True, device=None, dtype=None, "
-        "*, use_diff_of_squares=False)"
+        "*, use_diff_of_squares=False, axis=None)"
     )
     assert signature(nbnorm.layer_norm) == (
         "(x, normalized_shape, weight=None, bias=None, eps=1e-05, use_diff_of_squares=False, "

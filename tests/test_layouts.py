@@ -300,14 +300,14 @@ def test_dx_that_overlaps_another_input(rng, overlapped):
 
 def test_out_is_written_without_a_copy_where_nothing_overlaps(operands, monkeypatch, the_long_way):
     x, dy, weight, bias, _, _ = operands
-    deliver = nbnorm.cpu._delivered
+    deliver = nbnorm.cpu.delivered
     delivered = []
 
     def spy(result, out):
         delivered.append(result is out)
         return deliver(result, out)
 
-    monkeypatch.setattr("nbnorm.cpu._delivered", spy)
+    monkeypatch.setattr("nbnorm.cpu.delivered", spy)
     in_place = x.copy()
     for out in (np.empty_like(x), in_place):
         nbnorm.layer_norm(in_place, COLS, weight, bias, out=out)

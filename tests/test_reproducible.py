@@ -112,7 +112,7 @@ def test_written_past_the_caches(rng, monkeypatch, the_long_way, dtype, cols, lo
     results = []
     for streamed_bytes in (1 << 24, 0):
         monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", streamed_bytes)
-        assert nbnorm.cpu._is_streamed(np.empty_like(x), x) == (streamed_bytes == 0)
+        assert nbnorm.cpu.is_streamed(np.empty_like(x), x) == (streamed_bytes == 0)
         y = nbnorm.layer_norm(x, cols, weight, bias)
         results.append((y, *nbnorm.layer_norm_backward(dy, x, cols, weight)))
     for a, b in zip(*results, strict=True):
@@ -135,7 +135,7 @@ def test_written_past_the_caches_wherever_a_line_begins(rng, monkeypatch, dtype,
     for offset in range(begin, begin + 128 // memory.itemsize, pieces):
         dx = memory[offset : offset + x.size].reshape(x.shape)
         memory[:] = 7
-        assert nbnorm.cpu._is_streamed(dx, dy, x)
+        assert nbnorm.cpu.is_streamed(dx, dy, x)
         for a, b in zip(nbnorm.layer_norm_backward(dy, x, cols, weight, out=(dx, None, None)), expected, strict=True):
             np.testing.assert_array_equal(a, b)
         assert (memory[:offset] == 7).all()
@@ -150,7 +150,7 @@ def test_one_row_of_a_wider_array_is_written_to_its_end(rng, monkeypatch, long_r
     monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", 0)
     x, dy = rng.standard_normal((2, *shape), np.float32)
     out, dx = np.zeros((2, *(1,) * (len(shape) - 1), 24), np.float32)[..., :21]
-    assert nbnorm.cpu.is_ready(out)
+    assert nbnorm.cpu.operands.is_ready(out)
     np.testing.assert_array_equal(nbnorm.layer_norm(x, 21, out=out), nbnorm.layer_norm(x, 21))
     expected = nbnorm.layer_norm_backward(dy, x, 21).dx
     np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, x, 21, out=(dx, None, None)).dx, expected)
@@ -160,7 +160,7 @@ def test_what_is_not_written_past_the_caches(monkeypatch):
     monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", 0)
     memory = np.empty(33, np.float32)
     x = np.ones((4, 8), np.float32)
-    assert not nbnorm.cpu._is_streamed(memory[1:].reshape(4, 8), x)
-    assert not nbnorm.cpu._is_streamed(np.empty((4, 7), np.float32), x)
-    assert not nbnorm.cpu._is_streamed(np.empty((4, 16), np.float32)[:, ::2], x)
-    assert not nbnorm.cpu._is_streamed(x, x)
+    assert not nbnorm.cpu.is_streamed(memory[1:].reshape(4, 8), x)
+    assert not nbnorm.cpu.is_streamed(np.empty((4, 7), np.float32), x)
+    assert not nbnorm.cpu.is_streamed(np.empty((4, 16), np.float32)[:, ::2], x)
+    assert not nbnorm.cpu.is_streamed(x, x)

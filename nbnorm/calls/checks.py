@@ -1,4 +1,4 @@
-"""Every check of user input, with `operands`, `state` and `files`: all of them before a kernel runs, and no raise elsewhere.
+"""Every check of user input, with `axes`, `operands`, `state` and `files`: all before a kernel runs, and no raise elsewhere.
 
 TypeError is for a wrong kind of object, dtype or device, ValueError for a wrong shape, eps, mask or layout. A message
 begins with the argument's name and says what came and what was expected.
@@ -10,15 +10,14 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from nbnorm.calls import arrays, operands
+from nbnorm.calls import arrays, axes, operands
 from nbnorm.calls.operands import CPU, CUDA, FLOATS
 from nbnorm.calls.problem import BackwardArrays, ForwardArrays, Problem, wide_dtype
-from nbnorm.calls.shown import described, is_array, shown, type_name
+from nbnorm.calls.shown import described, is_array, is_sequence, shown, type_name
 
 MAX_NDIM = 64
 # how many gradients layer norm has, and RMS norm, which has no bias
@@ -74,7 +73,7 @@ def backward(call):
 def shape(normalized_shape, order=""):
     """normalized_shape as a tuple of ints; `order` is what to say of an array that came in its place."""
     is_text = isinstance(normalized_shape, str | bytes)
-    sizes = normalized_shape if _is_sequence(normalized_shape) and not is_text else (normalized_shape,)
+    sizes = normalized_shape if is_sequence(normalized_shape) and not is_text else (normalized_shape,)
     try:
         result = tuple(operator.index(size) for size in sizes)
     except TypeError:
@@ -172,6 +171,7 @@ def description(calls):
     flag("total_out", calls.total_out)
     variance = _variance(rms, calls.use_diff_of_squares)
     normalized_shape = shape(calls.normalized_shape)
+    axis = axes.of_layer(calls.axis, normalized_shape)
     problems = [
         Problem(
             batch=(),
@@ -183,6 +183,7 @@ def description(calls):
             dtype=dtypes["x"],
             weight_dtype=dtypes["weight"] or dtypes["x"],
             compute_dtype=np.result_type(*(wide_dtype(dtypes[name]) for name in names if dtypes[name])),
+            behind=() if axis is None or np.max(axis) == -1 else (1,),
         )
         for names in (("x", "weight", "bias", "residual"), ("x", "weight", "dy"))
     ]
@@ -228,21 +229,24 @@ def _x(name, x, stream):
 def _problem(x_name, x, call, dtype, weight_dtype, other_dtypes):
     normalized_shape = shape(call.normalized_shape, ORDER)
     batch_ndim = x.ndim - len(normalized_shape)
-    if batch_ndim < 0 or x.shape[batch_ndim:] != normalized_shape:
+    if call.axis is not None:
+        batch_ndim = axes.first_of(call.axis, normalized_shape, x_name, x)
+    elif batch_ndim < 0 or x.shape[batch_ndim:] != normalized_shape:
         raise ValueError(f"{x_name}: shape {x.shape}; expected one that ends in normalized_shape, {normalized_shape}")
-    batch = x.shape[:batch_ndim]
+    batch, behind = x.shape[:batch_ndim], x.shape[batch_ndim + len(normalized_shape) :]
     if math.prod(x.shape) * dtype.itemsize > sys.maxsize:
         raise ValueError(f"{x_name}: shape {x.shape}; expected one that a result of {dtype} can have")
     return Problem(
         batch=batch,
         normalized_shape=normalized_shape,
-        rows=math.prod(batch),
+        rows=math.prod(batch) * math.prod(behind),
         cols=math.prod(normalized_shape),
         eps=_default_eps(dtype) if call.is_rms and call.eps is None else epsilon(call.eps),
         variance=_variance(call.is_rms, call.use_diff_of_squares),
         dtype=dtype,
         weight_dtype=weight_dtype or dtype,
         compute_dtype=np.result_type(*map(wide_dtype, filter(None, (dtype, weight_dtype, *other_dtypes)))),
+        behind=behind,
     )
 
 
@@ -335,18 +339,12 @@ def _shares_memory(a, b):
 def _mask(output_mask, gradients):
     """Of three; in the place of a bias that there is not, nothing is asked for."""
     number, word, names = gradients
-    if not _is_sequence(output_mask) or isinstance(output_mask, str):
+    if not is_sequence(output_mask) or isinstance(output_mask, str):
         raise TypeError(f"output_mask: {shown(output_mask)}; expected {word} bools, for {names}")
     if len(output_mask) != number:
         raise ValueError(f"output_mask: {shown(output_mask)}; expected {word} bools, for {names}")
     mask = tuple(flag(f"output_mask[{i}]", wanted) for i, wanted in enumerate(output_mask))
     return (*mask, False)[:3]
-
-
-def _is_sequence(value):
-    """Whether it is one, or an array of one or more dimensions."""
-    ndim = getattr(value, "ndim", 0)
-    return isinstance(value, Sequence) or (isinstance(ndim, int) and ndim > 0)
 
 
 def _stream(stream, device):

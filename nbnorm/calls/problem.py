@@ -21,6 +21,7 @@ class ForwardCall(NamedTuple):
     total_out: Any = False
     is_rms: bool = False
     is_added: bool = False
+    axis: Any = None
 
 
 class BackwardCall(NamedTuple):
@@ -40,6 +41,7 @@ class BackwardCall(NamedTuple):
     dtotal: Any = None
     is_rms: bool = False
     is_added: bool = False
+    axis: Any = None
 
 
 class Description(NamedTuple):
@@ -59,6 +61,7 @@ class Description(NamedTuple):
     is_rms: Any = False
     residual: Any = None
     total_out: Any = True
+    axis: Any = None
 
 
 class ForwardArrays(NamedTuple):
@@ -87,12 +90,12 @@ class BackwardArrays(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A norm over the trailing `normalized_shape` of operands of shape `batch + normalized_shape`.
+    """A norm over the `normalized_shape` of operands of shape `batch + normalized_shape + behind`.
 
-    That is `rows` rows of `cols` elements. What they are normalised by is the `variance`: "centred" or "diff_of_squares",
-    which are two ways to find that about the mean, or "mean_square", about 0, with the mean left alone. `dtype` is that of y
-    and dx, `weight_dtype` that of dweight and dbias. `compute_dtype` is float64 where an operand is wider than float32, else
-    float32.
+    `behind` is empty unless the axes are not the last. That is `rows` rows of `cols` elements. What they are normalised by
+    is the `variance`: "centred" or "diff_of_squares", which are two ways to find that about the mean, or "mean_square",
+    about 0, with the mean left alone. `dtype` is that of y and dx, `weight_dtype` that of dweight and dbias.
+    `compute_dtype` is float64 where an operand is wider than float32, else float32.
     """
 
     batch: tuple[int, ...]
@@ -104,14 +107,15 @@ class Problem(NamedTuple):
     dtype: np.dtype
     weight_dtype: np.dtype
     compute_dtype: np.dtype
+    behind: tuple[int, ...] = ()
 
     @property
     def shape(self):
-        return self.batch + self.normalized_shape
+        return self.batch + self.normalized_shape + self.behind
 
     @property
     def statistics_shape(self):
-        return self.batch + (1,) * len(self.normalized_shape)
+        return self.batch + (1,) * len(self.normalized_shape) + self.behind
 
     @property
     def statistics_dtype(self):

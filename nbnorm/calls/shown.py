@@ -2,6 +2,7 @@
 
 import re
 import reprlib
+from collections.abc import Sequence
 
 
 class _Brief(reprlib.Repr):
@@ -73,3 +74,9 @@ def is_array(value):
 
 def type_name(value):
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def is_sequence(value):
+    """Whether it is one, or an array of one or more dimensions."""
+    ndim = getattr(value, "ndim", 0)
+    return isinstance(value, Sequence) or (isinstance(ndim, int) and ndim > 0)

@@ -29,9 +29,14 @@ def add_command(commands, shape):
     command.add_argument("--rms", action="store_true", help="RMS norm, which has no bias")
     command.add_argument("--residual", action="store_true", help="norm of x plus a residual of the same dtype")
     command.add_argument("--total-out", action=argparse.BooleanOptionalAction, default=True, help="whether that is written")
+    command.add_argument("--axis", type=_axis, metavar="N[,N...]", help="where not the last, as in 1 or --axis=-3")
     command.add_argument("--given-stats", action="store_true", help="backward is given mean and rstd")
     command.add_argument("--backward", action=argparse.BooleanOptionalAction, default=True, help="whether it is called too")
     command.add_argument("--rows", type=int, metavar="N", help="the most rows of a call; few need one build less")
+
+
+def _axis(text):
+    return tuple(int(number) for number in text.split(","))
 
 
 def warm(options):
@@ -55,6 +60,7 @@ def warm(options):
                     dtype, normalized_shape, weight, None if options.rms else bias, options.use_diff_of_squares,
                     options.backward, mean=None if options.rms else statistics, rstd=statistics, rows=options.rows,
                     is_rms=options.rms, residual=dtype if options.residual else None, total_out=options.total_out,
+                    axis=options.axis,
                 )  # fmt: skip
                 wanted += builds(described)
         wanted = list(dict.fromkeys(wanted))

@@ -5,16 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm.calls.arrays import convert
 from nbnorm.calls.problem import given_dtype, wide_dtype
-from nbnorm.cpu import choice, memory, sizes
-from nbnorm.cpu.staging import beside, block_limit, buffer_for, is_ready, load, order_of_blocks, rows_of, storage, store
+from nbnorm.cpu import channels_first, choice, memory, sizes
+from nbnorm.cpu.operands import delivered, flat, is_streamed, parameter_like
+from nbnorm.cpu.staging import beside, block_limit, buffer_for, load, order_of_blocks, rows_of, storage, store
 from nbnorm.cpu.workers import blocks, threads
 from nbnorm.cpu.workers.parallel import ONE
 
 
 def forward(problem, given, return_stats):
     """Returns y, x + residual, mean and rstd; these two have one entry a row, and none at all unless asked for."""
+    if problem.behind:
+        return channels_first.forward(problem, given, return_stats)
     x, residual, weight, bias, out, total_out, with_total = given
     order = order_of_blocks((out, total_out), (x, residual))
     y = _rows_like(problem, out, order)
@@ -26,9 +28,9 @@ def forward(problem, given, return_stats):
     if problem.rows > 0 and problem.cols > 0:
         dtype = problem.compute_dtype
         present = (weight is not None, bias is not None)
-        weight_row = _flat(weight, dtype, y, total)
-        bias_row = _flat(bias, dtype, y, total)
-        streaming = all(_is_streamed(result, x, residual) for result in (y, total) if result is not None)
+        weight_row = flat(weight, dtype, y, total)
+        bias_row = flat(bias, dtype, y, total)
+        streaming = all(is_streamed(result, x, residual) for result in (y, total) if result is not None)
         limit = block_limit(problem, order, x, residual, y, total)
 
         def new_buffers(limit):
@@ -55,11 +57,13 @@ def forward(problem, given, return_stats):
         mean.fill(math.nan)
         rstd.fill(math.nan)
 
-    return _delivered(y, out), _delivered(total, total_out) if with_total else None, mean, rstd
+    return delivered(y, out), delivered(total, total_out) if with_total else None, mean, rstd
 
 
 def backward(problem, given):
     """Returns dx, dweight and dbias, None where not asked for; recomputes the statistics where mean and rstd are None."""
+    if problem.behind:
+        return channels_first.backward(problem, given)
     dy, dtotal, x, weight, mean, rstd, output_mask, out = given
     with_dx, with_dweight, with_dbias = output_mask
     dx_out, dweight_out, dbias_out = out
@@ -69,15 +73,15 @@ def backward(problem, given):
         only_sums = given._replace(output_mask=(False, with_dweight, with_dbias), out=(None, None, None))
         _, dweight, dbias = backward(problem, only_sums)
         backward(problem, given._replace(output_mask=(True, False, False), out=(dx_out, None, None)))
-        return dx_out, _delivered(dweight, dweight_out), _delivered(dbias, dbias_out)
+        return dx_out, delivered(dweight, dweight_out), delivered(dbias, dbias_out)
 
     # where it is not asked for, it is never touched
     dx: Any = dx_out
     if with_dx:
         dx = _rows_like(problem, dx_out, order)
     inputs = [array for array in (dy, dtotal, x, weight, mean, rstd) if array is not None]
-    dweight = _parameter_like(with_dweight, problem, dweight_out, inputs)
-    dbias = _parameter_like(with_dbias, problem, dbias_out, inputs)
+    dweight = parameter_like(with_dweight, problem, dweight_out, inputs)
+    dbias = parameter_like(with_dbias, problem, dbias_out, inputs)
 
     if problem.rows > 0 and problem.cols > 0 and any(output_mask):
         _gradients(problem, order, given, (dx, dweight, dbias))
@@ -86,9 +90,9 @@ def backward(problem, given):
         dbias.fill(0)
 
     return (
-        _delivered(dx, dx_out) if with_dx else None,
-        _delivered(dweight, dweight_out) if with_dweight else None,
-        _delivered(dbias, dbias_out) if with_dbias else None,
+        delivered(dx, dx_out) if with_dx else None,
+        delivered(dweight, dweight_out) if with_dweight else None,
+        delivered(dbias, dbias_out) if with_dbias else None,
     )
 
 
@@ -103,13 +107,13 @@ def _gradients(problem, order, given, results):
     given_statistics = given_dtype(mean, rstd)
     statistics_dtype = given_statistics or wide_dtype(x.dtype)
     sum_dtype = storage(problem.weight_dtype)
-    weight_row = _flat(weight, dtype, dx)
-    mean_row = _flat(mean, statistics_dtype, dx)
-    rstd_row = _flat(rstd, statistics_dtype, dx)
+    weight_row = flat(weight, dtype, dx)
+    mean_row = flat(mean, statistics_dtype, dx)
+    rstd_row = flat(rstd, statistics_dtype, dx)
     dweight_row = dweight.reshape(-1).view(sum_dtype)
     dbias_row = dbias.reshape(-1).view(sum_dtype)
     # a kernel for long rows writes dweight and dbias past the caches too
-    streaming = with_dx and _is_streamed(dx, dy, dtotal, x) and dweight.ctypes.data % 16 == dbias.ctypes.data % 16 == 0
+    streaming = with_dx and is_streamed(dx, dy, dtotal, x) and dweight.ctypes.data % 16 == dbias.ctypes.data % 16 == 0
     absent_dx = np.empty((0, problem.cols), x_dtype)
     limit = block_limit(problem, order, dy, dtotal, x, dx)
     has_sums = with_dweight or with_dbias
@@ -154,46 +158,6 @@ def _blocks_of_sums(problem, block_rows, limit):
     return -(-problem.rows // block_rows)
 
 
-def _is_streamed(result, *inputs):
-    """Whether it is large, in one piece of which every row starts at a multiple of 16 bytes, and apart from the inputs."""
-    return (
-        result.nbytes >= sizes.STREAMED_BYTES
-        and is_ready(result)
-        and result.ctypes.data % 16 == 0
-        and result.shape[-1] * result.itemsize % 16 == 0
-        and not any(array is not None and np.may_share_memory(result, array) for array in inputs)
-    )
-
-
 def _rows_like(problem, out, order):
     """What a kernel writes rows into: `out` where it can."""
     return memory.empty(problem.shape, problem.dtype) if out is None or order is None else out
-
-
-def _flat(array, dtype, *results):
-    """The operand as one contiguous row, apart from the results; a kernel takes what is absent as an empty one."""
-    if array is None:
-        return np.empty(0, dtype)
-    is_apart = not any(result is not None and np.may_share_memory(array, result) for result in results)
-    if array.dtype != dtype or not is_ready(array) or not is_apart:
-        converted = np.empty(array.shape, dtype)
-        convert(array, converted)
-        array = converted
-    return array.reshape(-1)
-
-
-def _parameter_like(is_wanted, problem, out, inputs):
-    """What the kernel writes dweight or dbias into: `out` where it can, which of few long rows is as large as dx."""
-    if not is_wanted:
-        return np.empty(0, problem.weight_dtype)
-    if out is not None and is_ready(out) and not any(np.may_share_memory(out, array) for array in inputs):
-        return out
-    return memory.empty(problem.normalized_shape, problem.weight_dtype)
-
-
-def _delivered(result, out):
-    """`out` with the result in it, or the result where there is no `out`."""
-    if out is None or out is result:
-        return result
-    np.copyto(out, result)
-    return out

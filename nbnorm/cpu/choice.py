@@ -58,13 +58,12 @@ def backward(problem, dy_dtype, has_weight, statistics_dtype, output_mask, dtota
 @functools.cache
 def ready(kernel, parallel):
     """The serial or the parallel build of a kernel, as a function: from the disk, or compiled now."""
-    signature = SIGNATURES[kernel.name](*kernel.choices)
-    return compiled.compiled(kernel, signature, parallel, functools.partial(_made, kernel))
+    return compiled.compiled(kernel, _signature(kernel), parallel, functools.partial(_made, kernel))
 
 
 def is_kept(kernel, parallel):
     """Whether a build of a kernel is on disk."""
-    return compiled.is_kept(kernel, SIGNATURES[kernel.name](*kernel.choices), parallel)
+    return compiled.is_kept(kernel, _signature(kernel), parallel)
 
 
 def is_short(problem):
@@ -72,6 +71,8 @@ def is_short(problem):
 
 
 def _module(problem):
+    if problem.behind:
+        return "channels_first.kernels"
     if problem.cols > sizes.LONG_ROW:
         return "long_rows"
     return "short_rows" if is_short(problem) else "whole_rows"
@@ -80,6 +81,24 @@ def _module(problem):
 def _made(kernel):
     module: Any = importlib.import_module(f"nbnorm.cpu.kernels.{kernel.module}")
     return getattr(module, kernel.name)(*kernel.choices)
+
+
+def _signature(kernel):
+    signature = SIGNATURES[kernel.name](*kernel.choices)
+    if not kernel.module.startswith("channels_first"):
+        return signature
+    # rows of one more dimension; and width, of a forward lead, begin and end
+    numbers = (types.int64,) * (4 if kernel.name == "forward" else 3)
+    return types.void(*(_with_one_dimension_more(argument) for argument in signature.args), *numbers)
+
+
+def _with_one_dimension_more(argument: Any):
+    """The type of rows that lie beside each other, or what else an argument is."""
+    if isinstance(argument, types.Tuple):
+        return types.Tuple(tuple(_with_one_dimension_more(part) for part in argument.types))
+    if isinstance(argument, types.UniTuple):
+        return types.UniTuple(_with_one_dimension_more(argument.dtype), argument.count)
+    return argument.copy(ndim=3) if isinstance(argument, types.Array) and argument.ndim == 2 else argument
 
 
 def _inputs(dtype, ndim):

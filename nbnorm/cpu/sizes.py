@@ -17,6 +17,12 @@ STREAMED_BYTES = 1 << 24
 TASK_ELEMENTS = 1 << 12
 STREAMED_TASK_ELEMENTS = 1 << 16
 
+# bytes of the buffers that rows which lie beside each other are copied to, on a thread's stack, and how many of these rows
+# are worked on together at most. On an Intel Xeon a forward at (16, 256, 32, 32), float32, takes 33, 20 and 14 ns for 16
+# elements with 2^15, 2^16 and 2^17
+BUFFER_BYTES = 1 << 17
+MOST_ABREAST = 1 << 8
+
 # dweight and dbias are summed by blocks of rows. Their number depends on the shape alone, so that the bits are the same at
 # any thread count; at most 64 of them, and at most 2 MiB of float64 sums for each of the two
 MIN_BLOCK_ROWS = 16
@@ -33,3 +39,18 @@ def block_rows(rows, cols):
     """Rows whose dweight and dbias are summed in one go."""
     blocks = min(MAX_BLOCKS, max(1, MAX_BLOCK_SUMS // max(1, cols)))
     return max(MIN_BLOCK_ROWS, -(-rows // blocks))
+
+
+def buffer_elements(dtype, buffers):
+    """Elements of each of so many buffers, of the type that is computed in."""
+    return BUFFER_BYTES // dtype.itemsize // buffers
+
+
+def rows_abreast(rows, cols, buffer):
+    """How many rows of so many elements are worked on together, of so many that lie beside each other."""
+    return min(MOST_ABREAST, max(16, buffer // cols), rows + 15) & ~15
+
+
+def blocks_abreast(blocks, cols):
+    """Of how many of so many blocks dweight and dbias are summed in one go."""
+    return -(-blocks // min(MAX_BLOCKS, max(1, MAX_BLOCK_SUMS // cols)))

@@ -11,13 +11,14 @@ from nbnorm.functional.residual import (
     add_rms_norm_backward,
 )
 from nbnorm.functional.rms import RMSNormGrads, RMSNormResult, rms_norm, rms_norm_backward
-from nbnorm.functional.types import Array, Shape
+from nbnorm.functional.types import Array, Axis, Shape
 
 __all__ = [
     "AddLayerNormResult",
     "AddNormResult",
     "AddRMSNormResult",
     "Array",
+    "Axis",
     "LayerNormGrads",
     "LayerNormResult",
     "RMSNormGrads",

@@ -7,7 +7,7 @@ from nbnorm.calls import lent_by_torch
 from nbnorm.calls.problem import BackwardCall, ForwardCall
 from nbnorm.cpu import keys, plans
 from nbnorm.functional import run
-from nbnorm.functional.types import Array, Shape, ends_a_graph
+from nbnorm.functional.types import Array, Axis, Shape, ends_a_graph
 
 
 class LayerNormResult(NamedTuple):
@@ -38,6 +38,7 @@ def layer_norm(
     out: Array | None = None,
     return_stats: bool = False,
     stream: Any = None,
+    axis: Axis = None,
 ) -> Any:
     """Normalise an array over its trailing dimensions.
 
@@ -65,6 +66,10 @@ def layer_norm(
         For CUDA arrays only: where to enqueue the work, a stream of Numba, CuPy, torch or cuda.core, or its address. By
         default the current stream of x's library. The call returns before the work is done. Whatever fills the
         other arrays must be enqueued on this stream before the call.
+    axis : int or sequence of int, optional
+        The axes of x along which it has normalized_shape: adjacent ones, in their order, that count from the front or, below
+        0, from the back. By default the last ones. weight and bias lie along them. ``axis=1`` is the norm over the channels
+        of images ``(n, channels, height, width)``.
 
     Returns
     -------
@@ -106,7 +111,8 @@ def layer_norm(
     array([[ 2.5],
            [15. ]])
     """
-    key = keys.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
+    key = keys.forward_key(x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
     given = None
     if (
         key is None
@@ -115,7 +121,7 @@ def layer_norm(
     ):
         given = x, weight, bias, out
         x, weight, bias, out = views
-        key = keys.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+        key = keys.forward_key(x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
     plan = plans.LAYER_NORM.get(key) or keys.of_other_rows(plans.LAYER_NORM, key)
     if plan is not None and stream is None:
         result = plan(x, weight, bias, eps, out)
@@ -123,7 +129,7 @@ def layer_norm(
             if given is not None:
                 result = lent_by_torch.given_back(result, given[-1])
             return LayerNormResult(*result) if return_stats else result
-    call = ForwardCall(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream)
+    call = ForwardCall(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream, axis=axis)
     y, _, mean, rstd = run.forward(call, plans.LAYER_NORM, None if plan else key, given)
     return LayerNormResult(y, mean, rstd) if return_stats else y
 
@@ -142,6 +148,7 @@ def layer_norm_backward(
     output_mask: Sequence[bool] = (True, True, True),
     out: Sequence[Array | None] | None = None,
     stream: Any = None,
+    axis: Axis = None,
 ) -> LayerNormGrads:
     """Gradients of `layer_norm` with respect to x, weight and bias.
 
@@ -167,6 +174,8 @@ def layer_norm_backward(
     out : tuple of three arrays or None, optional
         Where to write the gradients. dx may be dy or x itself, or overlap any input.
     stream : stream or int, optional
+        As in `layer_norm`.
+    axis : int or sequence of int, optional
         As in `layer_norm`.
 
     Returns
@@ -210,16 +219,19 @@ def layer_norm_backward(
     >>> dbias
     array([1., 1., 0., 0.])
     """
-    key = keys.backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
+    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
+    key = keys.backward_key(dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
     given = None
     if key is None and (views := lent_by_torch.of_backward((x, dy, weight, mean, rstd), out)):
         given = x, dy, weight, mean, rstd, out
         x, dy, weight, mean, rstd, out = views
-        key = keys.backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
+        key = keys.backward_key(dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
     plan = plans.LAYER_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.LAYER_NORM_BACKWARD, key)
     if plan is not None and stream is None:
         grads = plan(dy, x, weight, eps, mean, rstd, out)
         if grads is not None:
             return LayerNormGrads(*(grads if given is None else lent_by_torch.given_back(grads, given[-1])))
-    call = BackwardCall(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream)
+    call = BackwardCall(
+        dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream, axis=axis
+    )
     return LayerNormGrads(*run.backward(call, plans.LAYER_NORM_BACKWARD, None if plan else key, given))

@@ -8,7 +8,7 @@ from nbnorm.cpu import keys, plans
 from nbnorm.functional import run
 from nbnorm.functional.layer import LayerNormGrads
 from nbnorm.functional.rms import RMSNormGrads
-from nbnorm.functional.types import Array, Shape, ends_a_graph
+from nbnorm.functional.types import Array, Axis, Shape, ends_a_graph
 
 
 class AddNormResult(NamedTuple):
@@ -49,6 +49,7 @@ def add_layer_norm(
     total_out: Any = None,
     return_stats: bool = False,
     stream: Any = None,
+    axis: Axis = None,
 ) -> Any:
     """Add a residual, and normalise the sum over its trailing dimensions.
 
@@ -73,6 +74,8 @@ def add_layer_norm(
     return_stats : bool
         Return mean and rstd of the sum too.
     stream : stream or int, optional
+        As in `layer_norm`.
+    axis : int or sequence of int, optional
         As in `layer_norm`.
 
     Returns
@@ -106,8 +109,9 @@ def add_layer_norm(
     >>> y.round(4)
     array([[-1., -1.,  1.,  1.]])
     """
+    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
     key = keys.added_key(
-        keys.forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats), residual, total_out
+        keys.forward_key(x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats), residual, total_out
     )
     plan = plans.ADD_LAYER_NORM.get(key) or keys.of_other_rows(plans.ADD_LAYER_NORM, key)
     result = None
@@ -116,7 +120,7 @@ def add_layer_norm(
     if result is None:
         call = ForwardCall(
             x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream, residual, total_out,
-            is_added=True,
+            is_added=True, axis=axis,
         )  # fmt: skip
         result = run.forward(call, plans.ADD_LAYER_NORM, None if plan else key)
     return AddLayerNormResult(*result) if return_stats else AddNormResult(*result[:2])
@@ -137,6 +141,7 @@ def add_layer_norm_backward(
     output_mask: Sequence[bool] = (True, True, True),
     out: Sequence[Array | None] | None = None,
     stream: Any = None,
+    axis: Axis = None,
 ) -> LayerNormGrads:
     """Gradients of `add_layer_norm` with respect to x and residual, which are one, and to weight and bias.
 
@@ -164,6 +169,8 @@ def add_layer_norm_backward(
         Where to write the gradients. dx may be dy, dtotal or total itself, or overlap any input.
     stream : stream or int, optional
         As in `layer_norm`.
+    axis : int or sequence of int, optional
+        As in `layer_norm`.
 
     Returns
     -------
@@ -190,7 +197,8 @@ def add_layer_norm_backward(
     >>> dx.round(3)
     array([[1.268, 0.642, 0.911, 1.179]])
     """
-    key = keys.backward_key(dy, total, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
+    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, total)
+    key = keys.backward_key(dy, total, shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
     key = keys.added_key(key, dtotal)
     plan = plans.ADD_LAYER_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.ADD_LAYER_NORM_BACKWARD, key)
     if plan is not None and stream is None:
@@ -199,7 +207,7 @@ def add_layer_norm_backward(
             return LayerNormGrads(*grads)
     call = BackwardCall(
         dy, total, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream, dtotal,
-        is_added=True,
+        is_added=True, axis=axis,
     )  # fmt: skip
     return LayerNormGrads(*run.backward(call, plans.ADD_LAYER_NORM_BACKWARD, None if plan else key))
 
@@ -216,6 +224,7 @@ def add_rms_norm(
     total_out: Any = None,
     return_stats: bool = False,
     stream: Any = None,
+    axis: Axis = None,
 ) -> Any:
     """Add a residual, and divide the sum by its root mean square over its trailing dimensions.
 
@@ -234,6 +243,8 @@ def add_rms_norm(
     return_stats : bool
         Return rstd of the sum too.
     stream : stream or int, optional
+        As in `layer_norm`.
+    axis : int or sequence of int, optional
         As in `layer_norm`.
 
     Returns
@@ -265,7 +276,8 @@ def add_rms_norm(
     >>> y.round(4)
     array([[0.8485, 1.1314]])
     """
-    key = keys.forward_key(x, normalized_shape, weight, None, eps, False, out, return_stats)
+    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
+    key = keys.forward_key(x, shape, weight, None, eps, False, out, return_stats)
     key = keys.added_key(key, residual, total_out)
     plan = plans.ADD_RMS_NORM.get(key) or keys.of_other_rows(plans.ADD_RMS_NORM, key)
     result = None
@@ -274,7 +286,7 @@ def add_rms_norm(
     if result is None:
         call = ForwardCall(
             x, normalized_shape, weight, None, eps, False, out, return_stats, stream, residual, total_out,
-            is_rms=True, is_added=True,
+            is_rms=True, is_added=True, axis=axis,
         )  # fmt: skip
         result = run.forward(call, plans.ADD_RMS_NORM, None if plan else key)
     return AddRMSNormResult(result[0], result[1], result[3]) if return_stats else AddNormResult(*result[:2])
@@ -293,6 +305,7 @@ def add_rms_norm_backward(
     output_mask: Sequence[bool] = (True, True),
     out: Sequence[Array | None] | None = None,
     stream: Any = None,
+    axis: Axis = None,
 ) -> RMSNormGrads:
     """Gradients of `add_rms_norm` with respect to x and residual, which are one, and to weight.
 
@@ -313,6 +326,8 @@ def add_rms_norm_backward(
     out : tuple of two arrays or None, optional
         Where to write the gradients. dx may be dy, dtotal or total itself, or overlap any input.
     stream : stream or int, optional
+        As in `layer_norm`.
+    axis : int or sequence of int, optional
         As in `layer_norm`.
 
     Returns
@@ -339,8 +354,9 @@ def add_rms_norm_backward(
     >>> dx.round(3)
     array([[1.181, 0.864]])
     """
+    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, total)
     mask = (*output_mask, False) if type(output_mask) is tuple and len(output_mask) == 2 else None
-    key = keys.added_key(keys.backward_key(dy, total, normalized_shape, weight, eps, False, None, rstd, mask, out), dtotal)
+    key = keys.added_key(keys.backward_key(dy, total, shape, weight, eps, False, None, rstd, mask, out), dtotal)
     plan = plans.ADD_RMS_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.ADD_RMS_NORM_BACKWARD, key)
     if plan is not None and stream is None:
         grads = plan(dy, total, weight, eps, None, rstd, None if out is None else (*out, None), dtotal)
@@ -348,7 +364,7 @@ def add_rms_norm_backward(
             return RMSNormGrads(grads[0], grads[1])
     call = BackwardCall(
         dy, total, normalized_shape, weight, eps, False, None, rstd, output_mask, out, stream, dtotal,
-        is_rms=True, is_added=True,
+        is_rms=True, is_added=True, axis=axis,
     )  # fmt: skip
     dx, dweight, *_ = run.backward(call, plans.ADD_RMS_NORM_BACKWARD, None if plan else key)
     return RMSNormGrads(dx, dweight)

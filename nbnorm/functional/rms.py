@@ -7,7 +7,7 @@ from nbnorm.calls import lent_by_torch
 from nbnorm.calls.problem import BackwardCall, ForwardCall
 from nbnorm.cpu import keys, plans
 from nbnorm.functional import run
-from nbnorm.functional.types import Array, Shape, ends_a_graph
+from nbnorm.functional.types import Array, Axis, Shape, ends_a_graph
 
 
 class RMSNormResult(NamedTuple):
@@ -34,6 +34,7 @@ def rms_norm(
     out: Array | None = None,
     return_stats: bool = False,
     stream: Any = None,
+    axis: Axis = None,
 ) -> Any:
     """Divide an array by its root mean square over its trailing dimensions.
 
@@ -53,6 +54,8 @@ def rms_norm(
     return_stats : bool
         Return rstd too.
     stream : stream or int, optional
+        As in `layer_norm`.
+    axis : int or sequence of int, optional
         As in `layer_norm`.
 
     Returns
@@ -92,12 +95,13 @@ def rms_norm(
     array([[ 3.5355],
            [35.3553]])
     """
-    key = keys.forward_key(x, normalized_shape, weight, None, eps, False, out, return_stats)
+    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
+    key = keys.forward_key(x, shape, weight, None, eps, False, out, return_stats)
     given = None
     if key is None and (views := lent_by_torch.lent(x, weight, out)) and (out is None or lent_by_torch.may_be_written(out)):
         given = x, weight, None, out
         x, weight, out = views
-        key = keys.forward_key(x, normalized_shape, weight, None, eps, False, out, return_stats)
+        key = keys.forward_key(x, shape, weight, None, eps, False, out, return_stats)
     plan = plans.RMS_NORM.get(key) or keys.of_other_rows(plans.RMS_NORM, key)
     if plan is not None and stream is None:
         result = plan(x, weight, None, eps, out)
@@ -105,7 +109,9 @@ def rms_norm(
             if given is not None:
                 result = lent_by_torch.given_back(result, given[-1])
             return RMSNormResult(result[0], result[2]) if return_stats else result
-    call = ForwardCall(x, normalized_shape, weight, eps=eps, out=out, return_stats=return_stats, stream=stream, is_rms=True)
+    call = ForwardCall(
+        x, normalized_shape, weight, eps=eps, out=out, return_stats=return_stats, stream=stream, is_rms=True, axis=axis
+    )
     y, _, _, rstd = run.forward(call, plans.RMS_NORM, None if plan else key, given)
     return RMSNormResult(y, rstd) if return_stats else y
 
@@ -122,6 +128,7 @@ def rms_norm_backward(
     output_mask: Sequence[bool] = (True, True),
     out: Sequence[Array | None] | None = None,
     stream: Any = None,
+    axis: Axis = None,
 ) -> RMSNormGrads:
     """Gradients of `rms_norm` with respect to x and weight.
 
@@ -144,6 +151,8 @@ def rms_norm_backward(
     out : tuple of two arrays or None, optional
         Where to write the gradients. dx may be dy or x itself, or overlap any input.
     stream : stream or int, optional
+        As in `layer_norm`.
+    axis : int or sequence of int, optional
         As in `layer_norm`.
 
     Returns
@@ -180,13 +189,14 @@ def rms_norm_backward(
     >>> dweight.round(3)
     array([0.849, 1.131])
     """
+    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
     mask = (*output_mask, False) if type(output_mask) is tuple and len(output_mask) == 2 else None
-    key = keys.backward_key(dy, x, normalized_shape, weight, eps, False, None, rstd, mask, out)
+    key = keys.backward_key(dy, x, shape, weight, eps, False, None, rstd, mask, out)
     given = None
     if key is None and (views := lent_by_torch.of_backward((x, dy, weight, rstd), out)):
         given = x, dy, weight, None, rstd, out
         x, dy, weight, rstd, out = views
-        key = keys.backward_key(dy, x, normalized_shape, weight, eps, False, None, rstd, mask, out)
+        key = keys.backward_key(dy, x, shape, weight, eps, False, None, rstd, mask, out)
     plan = plans.RMS_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.RMS_NORM_BACKWARD, key)
     if plan is not None and stream is None:
         grads = plan(dy, x, weight, eps, None, rstd, None if out is None else (*out, None))
@@ -194,6 +204,8 @@ def rms_norm_backward(
             if given is not None:
                 grads = lent_by_torch.given_back(grads, given[-1])
             return RMSNormGrads(grads[0], grads[1])
-    call = BackwardCall(dy, x, normalized_shape, weight, eps, False, None, rstd, output_mask, out, stream, is_rms=True)
+    call = BackwardCall(
+        dy, x, normalized_shape, weight, eps, False, None, rstd, output_mask, out, stream, is_rms=True, axis=axis
+    )
     dx, dweight, *_ = run.backward(call, plans.RMS_NORM_BACKWARD, None if plan else key, given)
     return RMSNormGrads(dx, dweight)

@@ -12,7 +12,7 @@ def forward(call, kept, key, given=None):
 
     Of a call on lent arrays, `given` is x, weight, bias and out as they came.
     """
-    if key is None and (lent := lent_by_jax.lent(call, ("x", "weight", "bias"))):
+    if key is None and call.axis is None and (lent := lent_by_jax.lent(call, ("x", "weight", "bias"))):
         y, mean, rstd = lent_by_jax.given_back(_forward_on_lent(call, lent, kept), call.x)
         return y, None, mean, rstd
     known, call = call, _as_it_came(call, ("x", "weight", "bias", "out"), given)
@@ -41,7 +41,7 @@ def forward(call, kept, key, given=None):
 
 def backward(call, kept, key, given=None):
     """The same of dx, dweight and dbias; `given` is x, dy, weight, mean, rstd and out."""
-    if key is None and (lent := lent_by_jax.lent(call, ("dy", "x", "weight", "mean", "rstd"))):
+    if key is None and call.axis is None and (lent := lent_by_jax.lent(call, ("dy", "x", "weight", "mean", "rstd"))):
         return lent_by_jax.given_back(_backward_on_lent(call, lent, kept), call.x)
     known, call = call, _as_it_came(call, ("x", "dy", "weight", "mean", "rstd", "out"), given)
     outs = (None, None, None) if call.out is None else call.out
@@ -61,6 +61,13 @@ def backward(call, kept, key, given=None):
         _written(grad if out is not None else arrays.give_back(grad, call.x, kind), out)
         for grad, out in zip(grads, outs, strict=False)
     ]
+
+
+def trailing(normalized_shape, axis, x):
+    """What a call without an axis has its plans for: normalized_shape where the axis is the last, else None."""
+    is_one = type(normalized_shape) is int or (type(normalized_shape) is tuple and len(normalized_shape) == 1)
+    is_last = type(axis) is int and is_one and (axis == -1 or axis + 1 == getattr(x, "ndim", 0))
+    return normalized_shape if is_last else None
 
 
 def _as_it_came(call, names, given):

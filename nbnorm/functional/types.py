@@ -6,6 +6,7 @@ from typing import Any, SupportsIndex, TypeAlias, TypeVar
 # an array of any of the supported libraries, or what numpy.asarray takes
 Array: TypeAlias = Any
 Shape: TypeAlias = SupportsIndex | Sequence[SupportsIndex]
+Axis: TypeAlias = SupportsIndex | Sequence[SupportsIndex] | None
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

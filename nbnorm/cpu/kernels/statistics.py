@@ -143,8 +143,14 @@ def near_mean(x, span):
 @inlined
 def is_enough(rest, variance, limits):
     """Whether sums with these limits are enough for a variance, and a mean that is the shift and `rest`; NaN fails it."""
+    return every(are_enough(rest, variance, limits))
+
+
+@inlined
+def are_enough(rest, variance, limits):
+    """The same, of lanes for each of them."""
     condition, smallest, largest = limits
-    return every((smallest < variance) & (variance < largest) & (rest * rest <= condition * variance))
+    return (smallest < variance) & (variance < largest) & (rest * rest <= condition * variance)
 
 
 @inlined

@@ -174,8 +174,10 @@ def timed(without, kernel, first, *others):
 
 
 def shape_of(arrays):
-    """That of a kernel's rows, or of both arrays that are beside each other."""
-    return arrays[0].shape if isinstance(arrays, tuple) else arrays.shape
+    """How many rows a kernel is given, and of how many elements, in an array or in both that are beside each other."""
+    shape = arrays[0].shape if isinstance(arrays, tuple) else arrays.shape
+    # rows that lie beside each other
+    return shape if len(shape) == 2 else (shape[0] * shape[2], shape[1])
 
 
 def keep(without, kind, per_element):

@@ -74,6 +74,14 @@ def backward(kernel, dy, x, weight, eps, mean, rstd, first, block_rows, last, st
         )  # fmt: skip
 
 
+def blocks(kernel, step, *arguments):
+    """`kernel` of `channels_first`, its blocks shared by the threads, of which multiples of `step` are one thread's."""
+    *same, begin, end = arguments
+    threads = parallel.our_threads()
+    size = -(-(end - begin) // (step * threads * PIECES)) * step
+    share(kernel, [(*same, start, min(start + size, end)) for start in range(begin, end, size)], threads)
+
+
 def _rows(arrays, piece):
     """A piece of an array, or of both in a tuple."""
     return tuple(array[piece] for array in arrays) if isinstance(arrays, tuple) else arrays[piece]
