@@ -194,11 +194,17 @@ def onnx_session(dtype, threads, operator="LayerNormalization"):
     if operator == "LayerNormalization":
         onnx.checker.check_model(model)
 
+    return onnxruntime.InferenceSession(model.SerializeToString(), onnx_options(threads), providers=["CPUExecutionProvider"])
+
+
+def onnx_options(threads):
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # its idle threads spin otherwise, and slow whoever is next: see `prepare`
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def jax_layer_norm(x, weight, bias):
