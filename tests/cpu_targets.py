@@ -36,6 +36,8 @@ TARGETS = {
 DTYPES = "float32", "bfloat16", "float16"
 # a length of each kind of rows
 ROWS = {"short": 64, "ordinary": 768, "long": 1 << 17}
+# of those over an axis that is not the last, which differ from the others in what each dtype has in common
+CHANNELS, CHANNELS_DTYPES = 96, DTYPES[:2]
 
 
 def counts_for(name):
@@ -83,11 +85,12 @@ def kernels():
     from nbnorm import ahead
     from nbnorm.calls.problem import Description
 
-    for rows, cols in ROWS.items():
-        for dtype in DTYPES:
-            for kernel, is_parallel in ahead.builds(Description(dtype, cols, dtype, dtype)):
-                if not is_parallel:
-                    yield f"{kernel.name} {rows} {dtype}", kernel
+    calls = [(rows, Description(dtype, cols, dtype, dtype)) for rows, cols in ROWS.items() for dtype in DTYPES]
+    calls += [("channels-first", Description(dtype, CHANNELS, dtype, dtype, axis=1)) for dtype in CHANNELS_DTYPES]
+    for rows, described in calls:
+        for kernel, is_parallel in ahead.builds(described):
+            if not is_parallel:
+                yield f"{kernel.name} {rows} {described.x}", kernel
 
 
 def build(kernel):

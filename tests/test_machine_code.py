@@ -18,6 +18,8 @@ RECORD = json.loads(Path(__file__).with_name("machine_code.json").read_text())
 # for a block's sums, for rows of extreme elements, and for the memory of a call with long rows
 CALLED = {"memset", "bzero", "numba_frexp", "numba_ldexp"}
 CALLED_FOR_LONG_ROWS = {"NRT_MemInfo_alloc_aligned", "NRT_incref", "NRT_decref"}
+# where nothing is converted, LLVM has the C library copy a channel of a block to the buffer: up to 256 rows in one call
+CALLED_FOR_BUFFERS = {"memcpy", "NRT_incref", "NRT_decref"}
 
 
 @pytest.fixture(scope="module", params=cpu_targets.TARGETS)
@@ -30,9 +32,10 @@ def found(request):
 def test_calls(found):
     _, counts = found
     for title, of_kernel in counts.items():
-        allowed = CALLED | (CALLED_FOR_LONG_ROWS if "long" in title else set())
+        has_buffer = "channels-first" in title
+        allowed = CALLED | (CALLED_FOR_LONG_ROWS if "long" in title else CALLED_FOR_BUFFERS if has_buffer else set())
         assert set(of_kernel["called"]) <= allowed, title
-        assert of_kernel["calls"] == 0, title
+        assert of_kernel["calls"] == 0 or (has_buffer and "memcpy" in of_kernel["called"]), title
 
 
 @pytest.mark.deep

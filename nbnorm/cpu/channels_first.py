@@ -48,19 +48,21 @@ def forward(problem, given, return_stats):
     dtype, behind = problem.compute_dtype, math.prod(problem.behind)
     width = sizes.rows_abreast(behind, problem.cols, sizes.buffer_elements(dtype, 1))
     weight_row, bias_row = flat(weight, dtype, y, total), flat(bias, dtype, y, total)
-    streaming = all(is_streamed(result, x, residual) for result in (y, total) if result is not None)
+    results = [result for result in (y, total) if result is not None]
+    # what is written to a buffer is read again
+    streaming = _are_ready(x, residual, *results) and all(is_streamed(result, x, residual) for result in results)
     residual_dtype = None if residual is None else residual.dtype
     lead = y.ctypes.data // y.itemsize % (LINE_BYTES // y.itemsize) if streaming else 0
     chosen = choice.forward(problem, weight is not None, bias is not None, residual_dtype, with_total)
     run = _runner(problem, chosen, 1)
     for piece in _pieces(problem, width, lead, (x, residual, y, total)):
         inputs = beside(*(_read(array, problem, piece) for array in (x, residual)))
-        results = [_written(array, problem, piece) for array in (y, total)]
+        written = [_written(array, problem, piece) for array in (y, total)]
         run(
-            piece.blocks, inputs, weight_row, bias_row, problem.eps, streaming, beside(*results), mean[piece.rows],
-            rstd[piece.rows], width, lead if piece.outer is None else 0,
+            piece.blocks, inputs, weight_row, bias_row, problem.eps, streaming, beside(*written), mean[piece.rows],
+            rstd[piece.rows], width, lead,
         )  # fmt: skip
-        for array, rows in zip((y, total), results, strict=True):
+        for array, rows in zip((y, total), written, strict=True):
             _deliver(rows, array, problem, piece)
     return delivered(y, out), delivered(total, total_out) if with_total else None, mean, rstd
 
@@ -97,7 +99,7 @@ def _gradients(problem, given, results):
     weight_row = flat(weight, problem.compute_dtype, dx)
     mean_row, rstd_row = flat(mean, statistics_dtype, dx), flat(rstd, statistics_dtype, dx)
     dweight_row, dbias_row = (array.reshape(-1).view(storage(problem.weight_dtype)) for array in (dweight, dbias))
-    streaming = with_dx and is_streamed(dx, dy, dtotal, x)
+    streaming = with_dx and _are_ready(dy, dtotal, x, dx) and is_streamed(dx, dy, dtotal, x)
     behind = math.prod(problem.behind)
     width = sizes.rows_abreast(behind, problem.cols, sizes.buffer_elements(problem.compute_dtype, 2))
     blocks = problem.rows // behind * -(-behind // width)
@@ -155,11 +157,15 @@ def _runner(problem, chosen, step):
     return run
 
 
+def _are_ready(*arrays):
+    return all(array is None or is_ready(array) for array in arrays)
+
+
 def _pieces(problem, width, lead, arrays):
     """All rows, where kernels can use all arrays as they are; else as many as buffers hold."""
     behind = math.prod(problem.behind)
     blocks = -(-behind // width)
-    if all(array is None or is_ready(array) for array in arrays):
+    if _are_ready(*arrays):
         yield Piece(None, slice(0, behind), slice(0, problem.rows), 0, problem.rows // behind * -(-(behind + lead) // width))
         return
     step = max(1, BUFFER_ELEMENTS // (problem.cols * width)) * width
