@@ -2,7 +2,7 @@
 
 import time
 
-from .problems import DEVICES, DTYPES, LARGE, MODES, OTHERS, PASSES, other, problem, use_threads
+from .problems import DEVICES, DTYPES, LARGE, MODES, OTHERS, PASSES, channels_first, other, problem, use_threads
 
 SMALL = ((1, 64), (8, 768), (32, 768))
 # samples in each process: at least 5, at most 50, else as many as half a second has
@@ -32,6 +32,20 @@ class OtherNorms:
 
     def setup(self, *case):
         self.call = other(*case)
+
+    def time_call(self, *case):
+        self.call()
+
+
+class ChannelsFirst:
+    """On the CPU, with `out=`, over axis 1 of images."""
+
+    params = (PASSES, ((16, 96, 56, 56), (16, 256, 32, 32)), ("float32", "bfloat16"))
+    param_names = ("pass", "shape", "dtype")
+    repeat = (5, 25, 0.25)
+
+    def setup(self, *case):
+        self.call = channels_first(*case)
 
     def time_call(self, *case):
         self.call()
