@@ -10,6 +10,10 @@ from nbnorm.calls.problem import Description, wide_dtype
 from nbnorm.cpu import choice
 from nbnorm.cpu.workers import parallel
 from nbnorm.functional import Shape
+from nbnorm.nopython import entries
+
+# of which kernels calls on tensors have an entry
+ENTERED = ("short_rows", "whole_rows")
 
 
 def compile(  # noqa: A001
@@ -33,7 +37,8 @@ def compile(  # noqa: A001
     """Compile what calls on the CPU will need, or load it from the disk, so that none of them waits for it.
 
     The arguments are those of `layer_norm` and `layer_norm_backward`, or of the other functions, with a dtype in the place
-    of each array. Processes that are forked later have the kernels; others find them on the disk.
+    of each array. A dtype of torch's for x means calls on tensors, which need a small function more. Processes that are
+    forked later have the kernels; others find them on the disk.
 
     Parameters
     ----------
@@ -90,8 +95,17 @@ def compile(  # noqa: A001
         x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows, rms, residual,
         total_out, axis,
     )  # fmt: skip
-    for kernel, build in builds(calls):
+    wanted = builds(calls)
+    for kernel, build in wanted:
         choice.ready(kernel, build)
+    if type(x).__module__ == "torch":
+        for entry in entries_of(wanted):
+            entries.function(*entry)
+
+
+def entries_of(wanted):
+    """What calls on torch's tensors need beside these builds of kernels, by names and choices."""
+    return list(dict.fromkeys(entries.of(kernel) for kernel, build in wanted if not build and kernel.module in ENTERED))
 
 
 def builds(calls):

@@ -11,9 +11,10 @@ import pytest
 
 import nbnorm
 from nbnorm.__main__ import main
-from nbnorm.ahead import builds
+from nbnorm.ahead import builds, entries_of
 from nbnorm.calls.problem import Description
 from nbnorm.cpu import choice
+from nbnorm.nopython import entries
 
 # prints how many functions Numba compiled in calls of every size, and who worked on the last
 CALLS = """
@@ -67,6 +68,24 @@ def test_forked_and_fresh_processes_compile_nothing(python_environment, tmp_path
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_entries_of_a_description_are_those_of_calls_on_tensors(monkeypatch, dtype):
+    torch = pytest.importorskip("torch")
+    asked = []
+    monkeypatch.setattr(entries, "function", lambda *entry, real=entries.function: asked.append(entry) or real(*entry))
+    x, weight = torch.ones(2, 8).to(getattr(torch, dtype)), torch.ones(8)
+    nbnorm.layer_norm(x, 8, weight)
+    nbnorm.layer_norm_backward(x, x, 8, weight)
+    nbnorm.add_rms_norm(x, x, 8, weight)
+    nbnorm.add_rms_norm_backward(x, x, x, 8, weight)
+    descriptions = [Description(dtype, 8, "float32"), Description(dtype, 8, "float32", is_rms=True, residual=dtype)]
+    assert asked == [entry for described in descriptions for entry in entries_of(builds(described._replace(rows=2)))]
+    asked.clear()
+    nbnorm.compile(x.dtype, 8, "float32", rows=2)
+    assert asked == entries_of(builds(descriptions[0]))
+
+
+@pytest.mark.compiled
 def test_the_command(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("NBNORM_CACHE_DIR", raising=False)
     monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
@@ -80,6 +99,9 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert lines[-1] == "1 of 1 kernels kept on disk"
     assert len(list(tmp_path.rglob("*.nbnorm"))) == 1
     assert not logging.getLogger("nbnorm").handlers
+    monkeypatch.setattr(entries, "_ready", entries._ready.__wrapped__)
+    assert main([*command, "--tensors"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 of 2 kernels kept on disk"
     # in memory, but not kept
     monkeypatch.setattr("numba.core.config.CACHE_DIR", "/dev/null/cache")
     assert main(command) == 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import nbnorm
+from nbnorm.functional import addressed
 
 SHAPE = (6, 9)
 
@@ -77,7 +78,7 @@ def test_torch_agrees_with_torch(torch, rng, name, use_diff_of_squares):
 def both(library, x, dy, weight, bias, **options):
     """Every array that the functions which take the short way return; NumPy's, whatever they are."""
     cols = SHAPE[1]
-    outs = options.pop("outs", [None] * 4)
+    outs = options.pop("outs", [None] * 6)
     forward = library.layer_norm(x, cols, weight, bias, return_stats=True, out=outs[0])
     _, mean, rstd = forward
     results = [
@@ -89,6 +90,13 @@ def both(library, x, dy, weight, bias, **options):
         library.rms_norm(x, cols, weight, out=outs[3]),
         *library.rms_norm(x, cols, weight, return_stats=True),
         *library.rms_norm_backward(dy, x, cols, weight),
+        *library.add_layer_norm(x, dy, cols, weight, bias, return_stats=True),
+        *library.add_layer_norm(x, dy, cols, weight, bias, total_out=outs[4]),
+        *library.add_layer_norm(x, dy, cols, total_out=False),
+        *library.add_layer_norm_backward(dy, x, x, cols, weight, mean=mean, rstd=rstd),
+        *library.add_layer_norm_backward(dy, None, x, cols, output_mask=(True, True, False)),
+        *library.add_rms_norm(x, dy, cols, weight),
+        *library.add_rms_norm_backward(dy, x, x, cols, weight, out=None if outs[5] is None else (outs[5], None)),
     ]
     return [result if result is None or isinstance(result, np.ndarray) else to_numpy(result) for result in results]
 
@@ -100,11 +108,15 @@ def to_numpy(tensor):
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
-@pytest.mark.parametrize("make", ["tensors", "parameters", "slices", "numpy_weights"])
+@pytest.mark.parametrize("make", ["tensors", "views", "parameters", "slices", "numpy_weights"])
 def test_torch_goes_the_short_way(torch, plain, monkeypatch, make, name):
     """With the bits of NumPy's arrays, and without the checks."""
     x, dy, weight, bias = (torch.from_numpy(array).to(getattr(torch, name)) for array in plain[:4])
     expected = both(nbnorm, *map(to_numpy, (x, dy, weight, bias)))
+    if make == "views":
+        # as of large ones
+        monkeypatch.setattr(addressed, "forward", lambda *_, **__: None)
+        monkeypatch.setattr(addressed, "backward", lambda *_, **__: None)
     if make == "slices":
         x, dy = (torch.cat([array, array])[SHAPE[0] :] for array in (x, dy))
     if make == "parameters":
@@ -122,12 +134,12 @@ def test_torch_goes_the_short_way(torch, plain, monkeypatch, make, name):
 def test_torch_outs_on_the_short_way(torch, plain, monkeypatch):
     x, dy, weight, bias = map(torch.from_numpy, plain[:4])
     expected = both(nbnorm, *plain[:4])
-    outs = [torch.empty(SHAPE) for _ in range(4)]
+    outs = [torch.empty(SHAPE) for _ in range(6)]
     for time in (1, 2):
         for result, value in zip(both(nbnorm, x, dy, weight, bias, outs=outs), expected, strict=True):
             np.testing.assert_array_equal(result, value)
         # autograd is told
-        assert [out._version for out in outs] == [time] * 4
+        assert [out._version for out in outs] == [time] * 6
         monkeypatch.setattr("nbnorm.calls.checks.forward", None)
         monkeypatch.setattr("nbnorm.calls.checks.backward", None)
     assert nbnorm.layer_norm(x, SHAPE[1], weight, bias, out=outs[0]) is outs[0]
@@ -138,6 +150,7 @@ def test_torch_outs_on_the_short_way(torch, plain, monkeypatch):
         lambda: nbnorm.layer_norm(x, SHAPE[1], weight, bias, out=locked),
         lambda: nbnorm.layer_norm_backward(dy, x, SHAPE[1], weight, out=(locked, None, None)),
         lambda: nbnorm.rms_norm(x, SHAPE[1], weight, out=locked),
+        lambda: nbnorm.add_rms_norm_backward(dy, x, x, SHAPE[1], weight, out=(locked, None)),
     ):
         with pytest.raises(TypeError, match=r"^out(\[0\])?: a torch tensor of inference mode"):
             call()

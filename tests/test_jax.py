@@ -374,6 +374,11 @@ def on_arrays(x, dy, weight, bias):
         *nbnorm.layer_norm_backward(dy, x, COLS, output_mask=(True, False, True)),
         *nbnorm.rms_norm(x, COLS, weight, return_stats=True),
         *nbnorm.rms_norm_backward(dy, x, COLS, weight),
+        *nbnorm.add_layer_norm(x, dy, COLS, weight, bias, return_stats=True),
+        *nbnorm.add_layer_norm(x, dy, COLS, weight, bias, total_out=False),
+        *nbnorm.add_layer_norm_backward(dy, x, x, COLS, weight),
+        *nbnorm.add_rms_norm(x, dy, COLS, weight),
+        *nbnorm.add_rms_norm_backward(dy, None, x, COLS, weight),
     ]
 
 

@@ -15,7 +15,10 @@ def lent(call, names):
     """The call with its arrays of these names lent; None where x is no array of JAX, or another is not to be lent."""
     kind = type(call.x)
     # tracers are of other types
-    if kind.__name__ != "ArrayImpl" or call.is_added or call.out is not None or call.stream is not None:
+    if kind.__name__ != "ArrayImpl" or call.out is not None:
+        return None
+    total_out = getattr(call, "total_out", None)
+    if total_out is not None and total_out is not False:
         return None
     views = {}
     try:
@@ -25,7 +28,7 @@ def lent(call, names):
                 if getattr(array.device, "platform", None) != "cpu":
                     return None
                 views[name] = np.asarray(array)
-            elif array is not None and type(array) is not ndarray:
+            elif array is not None and array is not False and type(array) is not ndarray:
                 return None
     except Exception:
         # of a deleted array; the long way says what it is

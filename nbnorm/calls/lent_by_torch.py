@@ -1,9 +1,8 @@
-"""torch's CPU tensors as NumPy arrays of the same memory, so that a call on them finds its plan.
+"""The memory of torch's CPU tensors: by its address, or as NumPy arrays, so that a call on them finds its plan.
 
-All of a call's are lent, or none. A plan takes arrays in C order alone; any other call goes the long way, on its tensors.
+All of a call's are lent, or none. What a tensor may lose from one call to the next, such as its memory, is asked each time.
 """
 
-import functools
 import sys
 from typing import Any
 
@@ -12,109 +11,89 @@ from numpy import ndarray
 from nbnorm.calls import arrays
 
 
-def lent(*given: Any) -> list | None:
-    """A call's arrays, x first, as NumPy arrays, None for what is absent; None for all where x is not torch's."""
+def is_plain(x):
+    """Whether x is a tensor, and nothing records, batches or imitates what is done with it."""
     torch: Any = sys.modules.get("torch")
     # while another thread imports it, it has no names yet
     if not hasattr(torch, "nn") or not hasattr(torch, "compiler"):
-        return None
-    # from now on: to look up its names at each call would take a twentieth of it
-    globals()["lent"] = lend = _lender(torch)
-    return lend(*given)
+        return False
+    # from now on: to look up its names at each call would take a tenth of it
+    globals()["is_plain"], globals()["address"] = _readers(torch)
+    return is_plain(x)
 
 
-def _lender(torch):
-    tensor, parameter, bfloat16, int16 = torch.Tensor, torch.nn.Parameter, torch.bfloat16, torch.int16
-    is_grad_enabled, forward_ad = torch.is_grad_enabled, torch.autograd.forward_ad
+def address(array):
+    """What `is_plain` puts in its place, once there is a torch."""
+    raise TypeError
+
+
+def _readers(torch):
+    tensor, parameter, is_grad_enabled = torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled
     is_transformed, is_traced = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
-    modes = torch._C._len_torch_dispatch_stack
+    modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+    forward_ad = torch.autograd.forward_ad
 
-    def lent(*given):
-        x = given[0]
-        if (type(x) is not tensor and type(x) is not parameter) or not x.is_cpu:
-            return None
-        # whatever records, batches or imitates
-        if is_transformed() or modes() or is_traced() is not None or forward_ad._current_level >= 0:
-            return None
-        if x.dtype is bfloat16:
-            return with_care(given)
-        try:
-            views = []
-            for array in given:
-                if type(array) is tensor:
-                    view = array.numpy()
-                    # a program may have freed the storage
-                    if array.storage_offset() or array.untyped_storage().nbytes() < view.nbytes:
-                        return with_care(given)
-                    views.append(view)
-                elif array is None or type(array) is ndarray:
-                    views.append(array)
-                else:
-                    return with_care(given)
-            return views
-        except Exception:
-            return with_care(given)
+    def is_plain(x):
+        if type(x) is not tensor and type(x) is not parameter:
+            return False
+        is_seen = is_transformed() or modes() or function_modes() or is_traced() is not None
+        return not is_seen and forward_ad._current_level < 0
 
-    def with_care(given):
-        """The same of parameters, of slices, of bfloat16, and of what requires grad where none is recorded."""
-        views = []
-        try:
-            for array in given:
-                if array is not None and type(array) is not ndarray:
-                    if type(array) is not tensor and type(array) is not parameter:
-                        return None
-                    array = view_of(array)
-                    if array is None:
-                        return None
-                views.append(array)
-        except Exception:
-            # of what has no memory of its own; the long way says what it is
-            return None
-        return views
+    def address(array):
+        """Where a tensor's elements begin, which follow each other in memory; an error where there is no such place."""
+        if type(array) is not tensor and type(array) is not parameter:
+            raise TypeError
+        place, storage = array.data_ptr(), array.untyped_storage()
+        # a program may have freed the storage
+        if not place or place + array.nbytes > storage.data_ptr() + storage.nbytes() or not array.is_cpu:
+            raise TypeError
+        if not array.is_contiguous() or array.is_neg() or (array.requires_grad and is_grad_enabled()):
+            raise TypeError
+        return place
 
-    def view_of(array):
-        if array.requires_grad:
-            if is_grad_enabled():
-                return None
-            array = array.detach()
-        is_bfloat16 = array.dtype is bfloat16
-        view = (array.view(int16) if is_bfloat16 else array).numpy()
-        if array.storage_offset() * view.itemsize + view.nbytes > array.untyped_storage().nbytes():
-            return None
-        return view.view(numpys_bfloat16()) if is_bfloat16 else view
-
-    return lent
+    return is_plain, address
 
 
-@functools.cache
-def numpys_bfloat16():
-    return arrays.bfloat16()
-
-
-def of_backward(inputs, out):
-    """The same of a backward, with its `out`, None or a tuple, behind the inputs."""
-    if out is None:
-        views = lent(*inputs)
-        return None if views is None else (*views, None)
-    if type(out) is not tuple:
+def lent(call, names):
+    """The call with its arrays of these names as NumPy's; None where x is none of torch's, or one is not to be lent."""
+    if not is_plain(call.x):
         return None
-    views = lent(*inputs, *out)
-    if views is None or not may_be_written(*out):
+    views = {}
+    try:
+        for name in names:
+            array = getattr(call, name)
+            # a backward's `out`
+            views[name] = tuple(map(_written_view, array)) if type(array) is tuple else WAYS.get(name, _view)(array)
+    except Exception:
+        # of what has no memory of its own; the long way says what it is
         return None
-    return *views[: len(inputs)], tuple(views[len(inputs) :])
+    return call._replace(**views)
 
 
-def may_be_written(*outs):
-    """Whether torch lets those of the given arrays be written to that are tensors."""
-    return all(out is None or type(out) is ndarray or arrays.may_be_written(out) for out in outs)
+def _view(array):
+    if array is None or array is False or type(array) is ndarray:
+        return array
+    address(array)
+    return arrays.to_numpy(array, "torch")
 
 
-def given_back(results, out):
-    """A call's results as tensors, or as what they were written to."""
-    if type(results) is ndarray:
-        if out is None:
-            return arrays.give_back(results, None, "torch")
-        arrays.mark_written(out)
-        return out
-    outs = (None,) * 3 if out is None else out if type(out) is tuple else (out, None, None)
-    return [None if result is None else given_back(result, to) for result, to in zip(results, outs, strict=False)]
+def _written_view(array):
+    view = _view(array)
+    if view is not array and not arrays.may_be_written(array):
+        raise TypeError
+    return view
+
+
+WAYS = {"out": _written_view, "total_out": _written_view}
+
+
+def given_back(results, outs):
+    """As tensors, or as what they were written to; None for what is absent."""
+    return [_given_back(result, out) for result, out in zip(results, outs, strict=True)]
+
+
+def _given_back(result, out):
+    if result is None or out is None or out is False:
+        return arrays.give_back(result, None, "torch")
+    arrays.mark_written(out)
+    return out

@@ -32,6 +32,7 @@ def add_command(commands, shape):
     command.add_argument("--axis", type=_axis, metavar="N[,N...]", help="where not the last, as in 1 or --axis=-3")
     command.add_argument("--given-stats", action="store_true", help="backward is given mean and rstd")
     command.add_argument("--backward", action=argparse.BooleanOptionalAction, default=True, help="whether it is called too")
+    command.add_argument("--tensors", action="store_true", help="calls are on torch's tensors")
     command.add_argument("--rows", type=int, metavar="N", help="the most rows of a call; few need one build less")
 
 
@@ -41,9 +42,10 @@ def _axis(text):
 
 def warm(options):
     """Returns the exit code: 1 where a kernel could not be kept."""
-    from nbnorm.ahead import builds
+    from nbnorm.ahead import builds, entries_of
     from nbnorm.calls.problem import Description
     from nbnorm.cpu import choice
+    from nbnorm.nopython import entries
 
     logger = logging.getLogger("nbnorm")
     handler = logging.StreamHandler(sys.stdout)
@@ -66,9 +68,12 @@ def warm(options):
         wanted = list(dict.fromkeys(wanted))
         for kernel, build in wanted:
             choice.ready(kernel, build)
+        needed = entries_of(wanted) if options.tensors else []
+        for entry in needed:
+            entries.function(*entry)
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    kept = [choice.is_kept(kernel, build) for kernel, build in wanted]
+    kept = [choice.is_kept(kernel, build) for kernel, build in wanted] + [entries.is_kept(*entry) for entry in needed]
     print(f"{sum(kept)} of {len(kept)} kernels kept on disk")
     return 0 if all(kept) else 1

@@ -28,9 +28,13 @@ ADD_LAYER_NORM: dict[tuple, Any] = {}
 ADD_LAYER_NORM_BACKWARD: dict[tuple, Any] = {}
 ADD_RMS_NORM: dict[tuple, Any] = {}
 ADD_RMS_NORM_BACKWARD: dict[tuple, Any] = {}
+# of torch's tensors, which are known by other things; one of all functions
+TENSORS: dict[tuple, Any] = {}
+TENSORS_BACKWARD: dict[tuple, Any] = {}
 ALL = (
     LAYER_NORM, LAYER_NORM_BACKWARD, RMS_NORM, RMS_NORM_BACKWARD,
     ADD_LAYER_NORM, ADD_LAYER_NORM_BACKWARD, ADD_RMS_NORM, ADD_RMS_NORM_BACKWARD,
+    TENSORS, TENSORS_BACKWARD,
 )  # fmt: skip
 
 

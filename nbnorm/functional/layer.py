@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from nbnorm.calls import lent_by_torch
 from nbnorm.calls.problem import BackwardCall, ForwardCall
 from nbnorm.cpu import keys, plans
-from nbnorm.functional import run
+from nbnorm.functional import addressed, run
 from nbnorm.functional.types import Array, Axis, Shape, ends_a_graph
 
 
@@ -113,24 +112,18 @@ def layer_norm(
     """
     shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
     key = keys.forward_key(x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
-    given = None
-    if (
-        key is None
-        and (views := lent_by_torch.lent(x, weight, bias, out))
-        and (out is None or lent_by_torch.may_be_written(out))
-    ):
-        given = x, weight, bias, out
-        x, weight, bias, out = views
-        key = keys.forward_key(x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    if key is None and stream is None:
+        options = shape, eps, use_diff_of_squares, return_stats
+        found = addressed.forward((x, None, weight, bias, out, False), options)
+        if found is not None:
+            return LayerNormResult(found[0], *found[2:]) if return_stats else found[0]
     plan = plans.LAYER_NORM.get(key) or keys.of_other_rows(plans.LAYER_NORM, key)
     if plan is not None and stream is None:
         result = plan(x, weight, bias, eps, out)
         if result is not None:
-            if given is not None:
-                result = lent_by_torch.given_back(result, given[-1])
             return LayerNormResult(*result) if return_stats else result
     call = ForwardCall(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats, stream, axis=axis)
-    y, _, mean, rstd = run.forward(call, plans.LAYER_NORM, None if plan else key, given)
+    y, _, mean, rstd = run.forward(call, plans.LAYER_NORM, None if plan else key)
     return LayerNormResult(y, mean, rstd) if return_stats else y
 
 
@@ -221,17 +214,17 @@ def layer_norm_backward(
     """
     shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
     key = keys.backward_key(dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
-    given = None
-    if key is None and (views := lent_by_torch.of_backward((x, dy, weight, mean, rstd), out)):
-        given = x, dy, weight, mean, rstd, out
-        x, dy, weight, mean, rstd, out = views
-        key = keys.backward_key(dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
+    if key is None and stream is None:
+        options = shape, eps, use_diff_of_squares, output_mask
+        grads = addressed.backward((x, dy, None, weight, mean, rstd), options, out)
+        if grads is not None:
+            return LayerNormGrads(*grads)
     plan = plans.LAYER_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.LAYER_NORM_BACKWARD, key)
     if plan is not None and stream is None:
         grads = plan(dy, x, weight, eps, mean, rstd, out)
         if grads is not None:
-            return LayerNormGrads(*(grads if given is None else lent_by_torch.given_back(grads, given[-1])))
+            return LayerNormGrads(*grads)
     call = BackwardCall(
         dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream, axis=axis
     )
-    return LayerNormGrads(*run.backward(call, plans.LAYER_NORM_BACKWARD, None if plan else key, given))
+    return LayerNormGrads(*run.backward(call, plans.LAYER_NORM_BACKWARD, None if plan else key))

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from nbnorm.calls.problem import BackwardCall, ForwardCall
 from nbnorm.cpu import keys, plans
-from nbnorm.functional import run
+from nbnorm.functional import addressed, run
 from nbnorm.functional.layer import LayerNormGrads
 from nbnorm.functional.rms import RMSNormGrads
 from nbnorm.functional.types import Array, Axis, Shape, ends_a_graph
@@ -115,6 +115,9 @@ def add_layer_norm(
     )
     plan = plans.ADD_LAYER_NORM.get(key) or keys.of_other_rows(plans.ADD_LAYER_NORM, key)
     result = None
+    if key is None and stream is None:
+        options = shape, eps, use_diff_of_squares, return_stats
+        result = addressed.forward((x, residual, weight, bias, out, total_out), options, is_added=True)
     if plan is not None and stream is None:
         result = plan(x, residual, weight, bias, eps, out, total_out)
     if result is None:
@@ -201,10 +204,14 @@ def add_layer_norm_backward(
     key = keys.backward_key(dy, total, shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
     key = keys.added_key(key, dtotal)
     plan = plans.ADD_LAYER_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.ADD_LAYER_NORM_BACKWARD, key)
+    grads = None
+    if key is None and stream is None:
+        options = shape, eps, use_diff_of_squares, output_mask
+        grads = addressed.backward((total, dy, dtotal, weight, mean, rstd), options, out, is_added=True)
     if plan is not None and stream is None:
         grads = plan(dy, total, weight, eps, mean, rstd, out, dtotal)
-        if grads is not None:
-            return LayerNormGrads(*grads)
+    if grads is not None:
+        return LayerNormGrads(*grads)
     call = BackwardCall(
         dy, total, normalized_shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out, stream, dtotal,
         is_added=True, axis=axis,
@@ -281,6 +288,9 @@ def add_rms_norm(
     key = keys.added_key(key, residual, total_out)
     plan = plans.ADD_RMS_NORM.get(key) or keys.of_other_rows(plans.ADD_RMS_NORM, key)
     result = None
+    if key is None and stream is None:
+        options = shape, eps, False, return_stats
+        result = addressed.forward((x, residual, weight, None, out, total_out), options, True, True)
     if plan is not None and stream is None:
         result = plan(x, residual, weight, None, eps, out, total_out)
     if result is None:
@@ -358,10 +368,15 @@ def add_rms_norm_backward(
     mask = (*output_mask, False) if type(output_mask) is tuple and len(output_mask) == 2 else None
     key = keys.added_key(keys.backward_key(dy, total, shape, weight, eps, False, None, rstd, mask, out), dtotal)
     plan = plans.ADD_RMS_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.ADD_RMS_NORM_BACKWARD, key)
+    grads = None
+    if key is None and stream is None:
+        outs = (*out, None) if type(out) is tuple else out
+        options = shape, eps, False, mask
+        grads = addressed.backward((total, dy, dtotal, weight, None, rstd), options, outs, True, True)
     if plan is not None and stream is None:
         grads = plan(dy, total, weight, eps, None, rstd, None if out is None else (*out, None), dtotal)
-        if grads is not None:
-            return RMSNormGrads(grads[0], grads[1])
+    if grads is not None:
+        return RMSNormGrads(grads[0], grads[1])
     call = BackwardCall(
         dy, total, normalized_shape, weight, eps, False, None, rstd, output_mask, out, stream, dtotal,
         is_rms=True, is_added=True, axis=axis,

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from nbnorm.calls import lent_by_torch
 from nbnorm.calls.problem import BackwardCall, ForwardCall
 from nbnorm.cpu import keys, plans
-from nbnorm.functional import run
+from nbnorm.functional import addressed, run
 from nbnorm.functional.types import Array, Axis, Shape, ends_a_graph
 
 
@@ -97,22 +96,19 @@ def rms_norm(
     """
     shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
     key = keys.forward_key(x, shape, weight, None, eps, False, out, return_stats)
-    given = None
-    if key is None and (views := lent_by_torch.lent(x, weight, out)) and (out is None or lent_by_torch.may_be_written(out)):
-        given = x, weight, None, out
-        x, weight, out = views
-        key = keys.forward_key(x, shape, weight, None, eps, False, out, return_stats)
+    if key is None and stream is None:
+        found = addressed.forward((x, None, weight, None, out, False), (shape, eps, False, return_stats), True)
+        if found is not None:
+            return RMSNormResult(found[0], found[3]) if return_stats else found[0]
     plan = plans.RMS_NORM.get(key) or keys.of_other_rows(plans.RMS_NORM, key)
     if plan is not None and stream is None:
         result = plan(x, weight, None, eps, out)
         if result is not None:
-            if given is not None:
-                result = lent_by_torch.given_back(result, given[-1])
             return RMSNormResult(result[0], result[2]) if return_stats else result
     call = ForwardCall(
         x, normalized_shape, weight, eps=eps, out=out, return_stats=return_stats, stream=stream, is_rms=True, axis=axis
     )
-    y, _, _, rstd = run.forward(call, plans.RMS_NORM, None if plan else key, given)
+    y, _, _, rstd = run.forward(call, plans.RMS_NORM, None if plan else key)
     return RMSNormResult(y, rstd) if return_stats else y
 
 
@@ -192,20 +188,18 @@ def rms_norm_backward(
     shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
     mask = (*output_mask, False) if type(output_mask) is tuple and len(output_mask) == 2 else None
     key = keys.backward_key(dy, x, shape, weight, eps, False, None, rstd, mask, out)
-    given = None
-    if key is None and (views := lent_by_torch.of_backward((x, dy, weight, rstd), out)):
-        given = x, dy, weight, None, rstd, out
-        x, dy, weight, rstd, out = views
-        key = keys.backward_key(dy, x, shape, weight, eps, False, None, rstd, mask, out)
+    if key is None and stream is None:
+        outs = (*out, None) if type(out) is tuple else out
+        grads = addressed.backward((x, dy, None, weight, None, rstd), (shape, eps, False, mask), outs, True)
+        if grads is not None:
+            return RMSNormGrads(*grads[:2])
     plan = plans.RMS_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.RMS_NORM_BACKWARD, key)
     if plan is not None and stream is None:
         grads = plan(dy, x, weight, eps, None, rstd, None if out is None else (*out, None))
         if grads is not None:
-            if given is not None:
-                grads = lent_by_torch.given_back(grads, given[-1])
             return RMSNormGrads(grads[0], grads[1])
     call = BackwardCall(
         dy, x, normalized_shape, weight, eps, False, None, rstd, output_mask, out, stream, is_rms=True, axis=axis
     )
-    dx, dweight, *_ = run.backward(call, plans.RMS_NORM_BACKWARD, None if plan else key, given)
+    dx, dweight, *_ = run.backward(call, plans.RMS_NORM_BACKWARD, None if plan else key)
     return RMSNormGrads(dx, dweight)

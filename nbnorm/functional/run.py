@@ -3,19 +3,25 @@
 import functools
 
 from nbnorm import cpu
-from nbnorm.calls import arrays, checks, lent_by_jax
+from nbnorm.calls import arrays, checks, lent_by_jax, lent_by_torch
 from nbnorm.cpu import keys, plans
 
+OF_FORWARD = "x", "residual", "weight", "bias", "out", "total_out"
+OF_BACKWARD = "x", "dy", "dtotal", "weight", "mean", "rstd", "out"
 
-def forward(call, kept, key, given=None):
-    """Returns y, total, mean and rstd, None for what is not asked for; a plan of the key is kept among the function's.
 
-    Of a call on lent arrays, `given` is x, weight, bias and out as they came.
-    """
-    if key is None and call.axis is None and (lent := lent_by_jax.lent(call, ("x", "weight", "bias"))):
-        y, mean, rstd = lent_by_jax.given_back(_forward_on_lent(call, lent, kept), call.x)
-        return y, None, mean, rstd
-    known, call = call, _as_it_came(call, ("x", "weight", "bias", "out"), given)
+def forward(call, kept, key):
+    """Returns y, total, mean and rstd, None for what is not asked for; a plan of the key is kept among the function's."""
+    if key is None and call.axis is None and call.stream is None:
+        if lent := lent_by_torch.lent(call, OF_FORWARD):
+            outs = call.out, call.total_out, None, None
+            return lent_by_torch.given_back(_forward_on_lent(call, lent, kept), outs)
+        if lent := lent_by_jax.lent(call, OF_FORWARD):
+            out, total_out = lent_by_jax.memory_for(lent.x), call.total_out
+            if call.is_added and total_out is None:
+                total_out = lent_by_jax.memory_for(lent.x)
+            lent = lent._replace(out=out, total_out=total_out)
+            return lent_by_jax.given_back(_forward_on_lent(call, lent, kept), call.x)
     out, total_out = call.out, None if call.total_out is False else call.total_out
     if arrays.is_cuda(call.x):
         cuda = _cuda()
@@ -29,7 +35,7 @@ def forward(call, kept, key, given=None):
         operands = operands._replace(total_out=arrays.empty(problem.shape, problem.dtype, kind))
     y, total, mean, rstd = cpu.forward(problem, operands, call.return_stats)
     if key is not None:
-        plan = plans.added(problem, known) if call.is_added else plans.forward(problem, known)
+        plan = plans.added(problem, call) if call.is_added else plans.forward(problem, call)
         keys.keep_for_any_rows(kept, key, plan)
     y = _written(y if out is not None else arrays.give_back(y, call.x, kind), out)
     total = _written(total if total_out is not None else arrays.give_back(total, call.x, kind), total_out)
@@ -39,11 +45,17 @@ def forward(call, kept, key, given=None):
     return y, total, mean, rstd
 
 
-def backward(call, kept, key, given=None):
-    """The same of dx, dweight and dbias; `given` is x, dy, weight, mean, rstd and out."""
-    if key is None and call.axis is None and (lent := lent_by_jax.lent(call, ("dy", "x", "weight", "mean", "rstd"))):
-        return lent_by_jax.given_back(_backward_on_lent(call, lent, kept), call.x)
-    known, call = call, _as_it_came(call, ("x", "dy", "weight", "mean", "rstd", "out"), given)
+def backward(call, kept, key):
+    """The same of dx, dweight and dbias."""
+    if key is None and call.axis is None and call.stream is None:
+        if lent := lent_by_torch.lent(call, OF_BACKWARD):
+            outs = (None, None, None) if call.out is None else (*call.out, None)[:3]
+            return lent_by_torch.given_back(_backward_on_lent(call, lent, kept), outs)
+        if lent := lent_by_jax.lent(call, OF_BACKWARD):
+            dx = lent_by_jax.memory_for(lent.x)
+            if dx is not None and type(call.output_mask) is tuple and call.output_mask[:1] == (True,):
+                lent = lent._replace(out=(dx, None) if call.is_rms else (dx, None, None))
+            return lent_by_jax.given_back(_backward_on_lent(call, lent, kept), call.x)
     outs = (None, None, None) if call.out is None else call.out
     if arrays.is_cuda(call.x):
         cuda = _cuda()
@@ -56,7 +68,7 @@ def backward(call, kept, key, given=None):
         operands = operands._replace(out=(arrays.empty(problem.shape, problem.dtype, kind), *others))
     grads = cpu.backward(problem, operands)
     if key is not None:
-        keys.keep_for_any_rows(kept, key, plans.backward(problem, known, operands.output_mask))
+        keys.keep_for_any_rows(kept, key, plans.backward(problem, call, operands.output_mask))
     return [
         _written(grad if out is not None else arrays.give_back(grad, call.x, kind), out)
         for grad, out in zip(grads, outs, strict=False)
@@ -70,40 +82,42 @@ def trailing(normalized_shape, axis, x):
     return normalized_shape if is_last else None
 
 
-def _as_it_came(call, names, given):
-    """Before its arrays were lent."""
-    return call if given is None else call._replace(**dict(zip(names, given, strict=True)))
-
-
 def _forward_on_lent(call, lent, kept):
-    """y, mean and rstd of a call whose arrays were lent, by its plan where there is one."""
-    x, shape, weight, bias, eps, use_diff_of_squares, _, return_stats, *_ = lent
-    out = lent_by_jax.memory_for(x)
+    """y, total, mean and rstd of a call whose arrays were lent, by its plan where there is one."""
+    x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats, _, residual, total_out, *_ = lent
     key = keys.forward_key(x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    if call.is_added:
+        key = keys.added_key(key, residual, total_out)
     plan = kept.get(key) or keys.of_other_rows(kept, key)
-    result = plan and plan(x, weight, bias, eps, out)
-    if result is not None:
-        return result if return_stats else (result, None, None)
-    # what is wrong is said of the arrays as they came
-    checks.forward(call)
-    y, _, mean, rstd = forward(lent._replace(out=out), kept, None if plan else key)
-    return y, mean, rstd
+    result = None
+    if plan is not None and call.is_added:
+        result = plan(x, residual, weight, bias, eps, out, total_out)
+    elif plan is not None and (found := plan(x, weight, bias, eps, out)) is not None:
+        y, mean, rstd = found if return_stats else (found, None, None)
+        result = y, None, mean, rstd
+    if result is None:
+        # what is wrong is said of the arrays as they came
+        checks.forward(call)
+        result = forward(lent, kept, None if plan else key)
+    return result
 
 
 def _backward_on_lent(call, lent, kept):
     """dx, dweight and dbias, the same way."""
-    dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, mask, *_ = lent
+    dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, mask, out, _, dtotal, *_ = lent
     if call.is_rms:
         mask = (*mask, False) if type(mask) is tuple and len(mask) == 2 else None
-    dx = lent_by_jax.memory_for(x)
-    out = None if dx is None or type(mask) is not tuple or mask[:1] != (True,) else (dx, None, None)
     key = keys.backward_key(dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, mask, out)
+    if call.is_added:
+        key = keys.added_key(key, dtotal)
     plan = kept.get(key) or keys.of_other_rows(kept, key)
-    grads = plan and plan(dy, x, weight, eps, mean, rstd, out)
-    if grads is not None:
-        return grads
-    checks.backward(call)
-    return backward(lent._replace(out=out and out[: 2 if call.is_rms else 3]), kept, None if plan else key)
+    if call.is_rms and out is not None:
+        out = *out, None
+    grads = plan and plan(dy, x, weight, eps, mean, rstd, out, dtotal)
+    if grads is None:
+        checks.backward(call)
+        grads = backward(lent, kept, None if plan else key)
+    return (*grads, None)[:3]
 
 
 @functools.cache

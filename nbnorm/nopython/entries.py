@@ -36,12 +36,35 @@ class Entry(NamedTuple):
         return f"nopython.{self.name}({', '.join(map(str, self.choices))})"
 
 
-@functools.cache
 def ready(name, *choices):
     """The address of an entry for kernels of these choices, compiled now or loaded."""
+    return address(_ready(name, *choices))
+
+
+def function(name, *choices):
+    """The same as a function for Python, of numbers."""
+    return compiled.entry_of(_ready(name, *choices))
+
+
+def of(kernel):
+    """The name and the choices of the entry that calls a kernel of `cpu.choice`."""
+    if kernel.name == "forward":
+        x_dtype, dtype, _, _, _, *added = kernel.choices
+        return "forward", x_dtype, dtype, *(added or (None, False))
+    *dtypes, _, _, mask = kernel.choices[:8]
+    return "backward", *dtypes, *(kernel.choices[8:] or (None,)), sum(mask[1:])
+
+
+def is_kept(name, *choices):
+    """Whether the code of an entry is on disk."""
+    return compiled.is_kept(Entry(name, choices, digest(__file__)), FACTORIES[name][1], False)
+
+
+@functools.cache
+def _ready(name, *choices):
     factory, signature = FACTORIES[name]
     entry = Entry(name, choices, digest(__file__))
-    return address(compiled.compiled(entry, signature, False, functools.partial(factory, *choices)))
+    return compiled.compiled(entry, signature, False, functools.partial(factory, *choices))
 
 
 def address(function):
