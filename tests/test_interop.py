@@ -531,7 +531,7 @@ def test_jax(jax, plain, name):
 
 
 def test_jax_is_taken_and_given_back_without_a_copy(jax, addresses):
-    x = jax.numpy.ones((1000, 100))
+    x = jax.numpy.ones((2000, 100))
     y = nbnorm.layer_norm(x, 100)
     assert addresses == [x.unsafe_buffer_pointer(), y.unsafe_buffer_pointer()]
 

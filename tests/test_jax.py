@@ -383,7 +383,7 @@ def on_arrays(x, dy, weight, bias):
 
 
 # of larger ones, JAX takes the results' memory over
-@pytest.mark.parametrize("shape", [SHAPE, (1000, COLS)])
+@pytest.mark.parametrize("shape", [SHAPE, (8000, COLS)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_committed", [False, True])
 def test_arrays_with_values_go_the_short_way(monkeypatch, rng, is_committed, dtype, shape):

@@ -2,38 +2,38 @@
 
 import sys
 
-import numpy as np
-from numpy import ndarray
+from numpy import asarray, ndarray
 
 from nbnorm.calls import arrays
 
 # a smaller result JAX copies, in less time than it takes memory over
-COPIED_BYTES = 1 << 16
+COPIED_BYTES = 1 << 19
 
 
 def lent(call, names):
-    """The call with its arrays of these names lent; None where x is no array of JAX, or another is not to be lent."""
-    kind = type(call.x)
-    # tracers are of other types
-    if kind.__name__ != "ArrayImpl" or call.out is not None:
+    """Views of a call's arrays of these names; None where x is no array of JAX, or another is not to be lent."""
+    x, total_out = call.x, getattr(call, "total_out", None)
+    kind = type(x)
+    # tracers are of other types, and none of JAX's is written to
+    if kind.__name__ != "ArrayImpl" or call.out is not None or not (total_out is None or total_out is False):
         return None
-    total_out = getattr(call, "total_out", None)
-    if total_out is not None and total_out is not False:
-        return None
-    views = {}
+    views: list = []
     try:
         for name in names:
             array = getattr(call, name)
             if type(array) is kind:
-                if getattr(array.device, "platform", None) != "cpu":
+                # in half the time of the property `device`
+                (device,) = array.devices()
+                if device.platform != "cpu":
                     return None
-                views[name] = np.asarray(array)
+                array = asarray(array)
             elif array is not None and array is not False and type(array) is not ndarray:
                 return None
+            views.append(array)
     except Exception:
-        # of a deleted array; the long way says what it is
+        # of a deleted array, or one on several devices; the long way says what it is
         return None
-    return call._replace(**views)
+    return views
 
 
 def memory_for(x):
@@ -46,13 +46,14 @@ def memory_for(x):
 def given_back(results, x):
     """As arrays of JAX, on the device of x; None for what is absent."""
     jax = sys.modules["jax"]
-    sharding, asarray = x.sharding if x.committed else None, jax.numpy.asarray
-    return [
-        None
-        if result is None
-        # which copies, in half the time of the other
-        else asarray(result)
-        if sharding is None and result.nbytes < COPIED_BYTES
-        else jax.device_put(result, sharding)
-        for result in results
-    ]
+    sharding = x.sharding if x.committed else None
+    given: list = []
+    for result in results:
+        if result is None:
+            given.append(None)
+        elif sharding is None and result.nbytes < COPIED_BYTES:
+            # which copies, in half the time of the other
+            given.append(jax.numpy.asarray(result))
+        else:
+            given.append(jax.device_put(result, sharding))
+    return given

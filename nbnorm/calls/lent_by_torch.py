@@ -55,19 +55,19 @@ def _readers(torch):
 
 
 def lent(call, names):
-    """The call with its arrays of these names as NumPy's; None where x is none of torch's, or one is not to be lent."""
+    """Views of a call's arrays of these names; None where x is none of torch's, or one is not to be lent."""
     if not is_plain(call.x):
         return None
-    views = {}
+    views: list = []
     try:
         for name in names:
             array = getattr(call, name)
             # a backward's `out`
-            views[name] = tuple(map(_written_view, array)) if type(array) is tuple else WAYS.get(name, _view)(array)
+            views.append(tuple(map(_written_view, array)) if type(array) is tuple else WAYS.get(name, _view)(array))
     except Exception:
         # of what has no memory of its own; the long way says what it is
         return None
-    return call._replace(**views)
+    return views
 
 
 def _view(array):

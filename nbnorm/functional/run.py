@@ -13,15 +13,14 @@ OF_BACKWARD = "x", "dy", "dtotal", "weight", "mean", "rstd", "out"
 def forward(call, kept, key):
     """Returns y, total, mean and rstd, None for what is not asked for; a plan of the key is kept among the function's."""
     if key is None and call.axis is None and call.stream is None:
-        if lent := lent_by_torch.lent(call, OF_FORWARD):
+        if views := lent_by_torch.lent(call, OF_FORWARD):
             outs = call.out, call.total_out, None, None
-            return lent_by_torch.given_back(_forward_on_lent(call, lent, kept), outs)
-        if lent := lent_by_jax.lent(call, OF_FORWARD):
-            out, total_out = lent_by_jax.memory_for(lent.x), call.total_out
-            if call.is_added and total_out is None:
-                total_out = lent_by_jax.memory_for(lent.x)
-            lent = lent._replace(out=out, total_out=total_out)
-            return lent_by_jax.given_back(_forward_on_lent(call, lent, kept), call.x)
+            return lent_by_torch.given_back(_forward_on_views(call, views, kept), outs)
+        if views := lent_by_jax.lent(call, OF_FORWARD):
+            views[4] = lent_by_jax.memory_for(views[0])
+            if call.is_added and call.total_out is None:
+                views[5] = lent_by_jax.memory_for(views[0])
+            return lent_by_jax.given_back(_forward_on_views(call, views, kept), call.x)
     out, total_out = call.out, None if call.total_out is False else call.total_out
     if arrays.is_cuda(call.x):
         cuda = _cuda()
@@ -48,14 +47,14 @@ def forward(call, kept, key):
 def backward(call, kept, key):
     """The same of dx, dweight and dbias."""
     if key is None and call.axis is None and call.stream is None:
-        if lent := lent_by_torch.lent(call, OF_BACKWARD):
+        if views := lent_by_torch.lent(call, OF_BACKWARD):
             outs = (None, None, None) if call.out is None else (*call.out, None)[:3]
-            return lent_by_torch.given_back(_backward_on_lent(call, lent, kept), outs)
-        if lent := lent_by_jax.lent(call, OF_BACKWARD):
-            dx = lent_by_jax.memory_for(lent.x)
+            return lent_by_torch.given_back(_backward_on_views(call, views, kept), outs)
+        if views := lent_by_jax.lent(call, OF_BACKWARD):
+            dx = lent_by_jax.memory_for(views[0])
             if dx is not None and type(call.output_mask) is tuple and call.output_mask[:1] == (True,):
-                lent = lent._replace(out=(dx, None) if call.is_rms else (dx, None, None))
-            return lent_by_jax.given_back(_backward_on_lent(call, lent, kept), call.x)
+                views[-1] = (dx, None) if call.is_rms else (dx, None, None)
+            return lent_by_jax.given_back(_backward_on_views(call, views, kept), call.x)
     outs = (None, None, None) if call.out is None else call.out
     if arrays.is_cuda(call.x):
         cuda = _cuda()
@@ -75,17 +74,11 @@ def backward(call, kept, key):
     ]
 
 
-def trailing(normalized_shape, axis, x):
-    """What a call without an axis has its plans for: normalized_shape where the axis is the last, else None."""
-    is_one = type(normalized_shape) is int or (type(normalized_shape) is tuple and len(normalized_shape) == 1)
-    is_last = type(axis) is int and is_one and (axis == -1 or axis + 1 == getattr(x, "ndim", 0))
-    return normalized_shape if is_last else None
-
-
-def _forward_on_lent(call, lent, kept):
+def _forward_on_views(call, views, kept):
     """y, total, mean and rstd of a call whose arrays were lent, by its plan where there is one."""
-    x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats, _, residual, total_out, *_ = lent
-    key = keys.forward_key(x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
+    x, residual, weight, bias, out, total_out = views
+    eps, return_stats = call.eps, call.return_stats
+    key = keys.forward_key(x, call.normalized_shape, weight, bias, eps, call.use_diff_of_squares, out, return_stats)
     if call.is_added:
         key = keys.added_key(key, residual, total_out)
     plan = kept.get(key) or keys.of_other_rows(kept, key)
@@ -98,16 +91,17 @@ def _forward_on_lent(call, lent, kept):
     if result is None:
         # what is wrong is said of the arrays as they came
         checks.forward(call)
-        result = forward(lent, kept, None if plan else key)
+        result = forward(call._replace(**dict(zip(OF_FORWARD, views, strict=True))), kept, None if plan else key)
     return result
 
 
-def _backward_on_lent(call, lent, kept):
+def _backward_on_views(call, views, kept):
     """dx, dweight and dbias, the same way."""
-    dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, mask, out, _, dtotal, *_ = lent
+    x, dy, dtotal, weight, mean, rstd, out = views
+    eps, mask = call.eps, call.output_mask
     if call.is_rms:
         mask = (*mask, False) if type(mask) is tuple and len(mask) == 2 else None
-    key = keys.backward_key(dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, mask, out)
+    key = keys.backward_key(dy, x, call.normalized_shape, weight, eps, call.use_diff_of_squares, mean, rstd, mask, out)
     if call.is_added:
         key = keys.added_key(key, dtotal)
     plan = kept.get(key) or keys.of_other_rows(kept, key)
@@ -116,7 +110,7 @@ def _backward_on_lent(call, lent, kept):
     grads = plan and plan(dy, x, weight, eps, mean, rstd, out, dtotal)
     if grads is None:
         checks.backward(call)
-        grads = backward(lent, kept, None if plan else key)
+        grads = backward(call._replace(**dict(zip(OF_BACKWARD, views, strict=True))), kept, None if plan else key)
     return (*grads, None)[:3]
 
 
