@@ -459,3 +459,55 @@ def test_gradients_have_the_dtypes_of_their_operands(way, rng):
     assert_same(grads[2], np.full(COLS, 20, "float16"))
     alone = jax.grad(lambda bias: nbnorm.jax.layer_norm(x, COLS, None, bias).astype("float32").sum())(bias)
     assert_same(alone, grads[2])
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("arguments", [{}, {"eps": 0.5, "elementwise_affine": False}])
+def test_layers_are_pytrees_of_their_parameters(rng, name, arguments):
+    layer, numpys = getattr(nbnorm.jax, name)(COLS, **arguments), getattr(nbnorm, name)(COLS, **arguments)
+    assert repr(layer) == repr(numpys)
+    parameters = numpys.state_dict()
+    leaves, structure = jax.tree_util.tree_flatten_with_path(layer)
+    assert {path[0].name: leaf for path, leaf in leaves}.keys() == parameters.keys()
+    for path, leaf in leaves:
+        assert_same(leaf, parameters[path[0].name])
+    # so that a program is compiled once
+    assert structure == jax.tree.structure(getattr(nbnorm.jax, name)([COLS], **arguments))
+    assert structure != jax.tree.structure(getattr(nbnorm.jax, name)([COLS], **(arguments | {"eps": 0.25})))
+
+    x, dy = drawn(rng, SHAPE, SHAPE)
+    assert_same(jax.jit(lambda layer, x: layer(x))(layer, x), numpys(np.asarray(x)))
+    grads = jax.grad(lambda layer: (layer(x) * dy).sum())(layer)
+    assert type(grads) is type(layer)
+    wanted = numpys.backward(np.asarray(dy), np.asarray(x))[1:]
+    for parameter, grad in zip(("weight", "bias"), wanted, strict=False):
+        assert (getattr(grads, parameter) is None) == (grad is None)
+        if grad is not None:
+            np.testing.assert_allclose(getattr(grads, parameter).astype(float), grad.astype(float), rtol=1e-5, atol=1e-5)
+
+
+def test_stacked_layers(rng):
+    (x,) = drawn(rng, SHAPE)
+    layers = [nbnorm.jax.LayerNorm(COLS), nbnorm.jax.LayerNorm(COLS)]
+    layers[1].weight, layers[1].bias = drawn(rng, COLS, COLS)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    for index, layer in enumerate(layers):
+        assert_same(jax.vmap(lambda layer: layer(x))(stacked)[index], np.asarray(layer(x)))
+    # one layer after the other, as a deep network has them
+    carried, _ = jax.lax.scan(lambda x, layer: (layer(x), None), x, stacked)
+    assert_same(carried, np.asarray(layers[1](layers[0](x))))
+
+
+def test_options_of_layers(rng):
+    (x,) = drawn(rng, SHAPE)
+    layer = nbnorm.jax.LayerNorm(COLS, bias=False, use_diff_of_squares=True, device=jax.devices()[0])
+    assert repr(layer) == repr(nbnorm.LayerNorm(COLS, bias=False, use_diff_of_squares=True))
+    assert_same(layer(x), nbnorm.layer_norm(np.asarray(x), COLS, np.ones(COLS, "float32"), use_diff_of_squares=True))
+    assert layer.weight.committed
+    assert nbnorm.jax.RMSNorm(COLS, dtype="bfloat16").weight.dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"^eps: -1.0"):
+        nbnorm.jax.RMSNorm(COLS, eps=-1.0)
+    with pytest.raises(TypeError, match=r"^dtype: "):
+        nbnorm.jax.LayerNorm(COLS, dtype="int8")
+    with pytest.raises(ValueError, match="^x: shape"):
+        jax.jit(layer)(x[..., 1:])

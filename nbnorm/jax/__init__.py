@@ -1,5 +1,6 @@
 """The norms in JAX's programs on the CPU: under jit, grad and vmap."""
 
 from nbnorm.jax.functional import layer_norm, rms_norm
+from nbnorm.jax.layers import LayerNorm, RMSNorm
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = ["LayerNorm", "RMSNorm", "layer_norm", "rms_norm"]
