@@ -168,6 +168,46 @@ def test_torch_storage_that_was_freed_after_a_plan(torch, argument):
         nbnorm.layer_norm_backward(normalized_shape=SHAPE[1], **right)
 
 
+@pytest.mark.parametrize("argument", ["x", "weight", "dy"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda torch, tensor: torch._neg_view(tensor), "negative bit"),
+        (lambda torch, tensor: tensor.requires_grad_(), "a torch tensor that requires grad"),
+        (lambda torch, tensor: tensor.to("meta"), "a torch tensor on meta"),
+        (lambda torch, tensor: tensor.to_sparse(), "to_dense"),
+        (lambda torch, tensor: torch._to_functional_tensor(tensor), "a torch tensor whose storage was freed"),
+        (lambda torch, tensor: tensor.to(torch.complex64), "dtype complex64"),
+    ],
+)
+def test_torch_tensors_that_are_no_longer_plain(torch, argument, change, message):
+    """A plan that others have left does not take them."""
+    for _ in range(2):
+        right = {name: torch.ones(shape) for name, shape in (("dy", SHAPE), ("x", SHAPE), ("weight", SHAPE[1:]))}
+        nbnorm.layer_norm_backward(normalized_shape=SHAPE[1], **right)
+    right[argument] = change(torch, right[argument])
+    with pytest.raises(TypeError, match=f"^{argument}: .*{message}"):
+        nbnorm.layer_norm_backward(normalized_shape=SHAPE[1], **right)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_torch_zeros_without_memory(torch, plain, name):
+    x, _, weight, _ = (torch.from_numpy(array).to(getattr(torch, name)) for array in plain[:4])
+    zeros, dy = torch._efficientzerotensor(SHAPE, dtype=x.dtype), torch.zeros(SHAPE, dtype=x.dtype)
+    # of the first call, the second has a plan
+    for _ in range(2):
+        for results in (
+            (nbnorm.layer_norm_backward(values, x, SHAPE[1], weight) for values in (zeros, dy)),
+            (nbnorm.add_rms_norm_backward(x, values, x, SHAPE[1], weight) for values in (zeros, dy)),
+            ([nbnorm.layer_norm(values, SHAPE[1], weight, weight)] for values in (zeros, dy)),
+        ):
+            for actual, expected in zip(*results, strict=True):
+                assert (actual is None) == (expected is None)
+                assert actual is None or torch.equal(actual, expected)
+    with pytest.raises(TypeError, match=r"^out: a torch ZeroTensor, which has no memory; expected out.clone\(\)"):
+        nbnorm.layer_norm(x, SHAPE[1], out=zeros)
+
+
 @pytest.fixture
 def addresses(monkeypatch):
     """Where the x that the kernels read and the y that they wrote lie, of each call."""

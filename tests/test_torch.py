@@ -90,6 +90,16 @@ def test_tensors_that_are_negatives_of_memory(torch, ours, theirs, norm):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_zeros_without_memory(torch, ours, theirs, norm):
+    grads = []
+    for library in (ours, theirs):
+        x, weight = (torch.ones(shape, requires_grad=True) for shape in ((ROWS, COLS), (COLS,)))
+        norm(library, x, weight).backward(torch._efficientzerotensor((ROWS, COLS)))
+        grads += x.grad, weight.grad
+    for grad in grads:
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
 @pytest.mark.parametrize("wrong", [None, np.ones((2, COLS), np.float32), [1.0]])
 def test_what_is_no_tensor_is_named(norm, ours, wrong):
     with pytest.raises(TypeError, match=r"input: .*expected a torch\.Tensor"):

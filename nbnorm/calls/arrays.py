@@ -111,6 +111,9 @@ def to_numpy(array, array_kind):
         torch = sys.modules["torch"]
         if array.requires_grad:
             array = array.detach()
+        if array._is_zerotensor():
+            # torch's for a gradient of zeros, which has no memory
+            array = array.clone()
         if array.dtype == torch.bfloat16:
             return array.view(torch.int16).numpy().view(bfloat16())
         return array.numpy()

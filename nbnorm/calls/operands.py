@@ -56,6 +56,8 @@ def out(name, array, expected_shape, dtype, device=CPU, is_copied=False):
         raise TypeError(
             f"{name}: a torch tensor of inference mode, which torch lets be written there alone; expected another"
         )
+    if arrays.kind(given) == "torch" and given._is_zerotensor():
+        raise TypeError(f"{name}: a torch ZeroTensor, which has no memory; expected {name}.clone()")
     return array
 
 

@@ -97,6 +97,9 @@ def _has_memory(tensor):
     size = tensor.numel()
     if size > 0 and not tensor.is_contiguous():
         size = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    if size > 0 and tensor.data_ptr() == 0:
+        # a functional one of torch's, and what was freed
+        return tensor._is_zerotensor()
     return size == 0 or (tensor.storage_offset() + size) * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 

@@ -96,9 +96,11 @@ def view(array, array_kind):
     if array_kind == "torch":
         if array.is_neg():
             raise TypeError("its negative bit is set; expected an array that is as its memory is, such as by resolve_neg()")
-        itemsize = array.element_size()
+        itemsize, address = array.element_size(), array.data_ptr()
         strides = tuple(stride * itemsize for stride in array.stride())
-        return View(array.data_ptr(), tuple(array.shape), strides, dtype_of(array.dtype), array.get_device())
+        if address == 0 and array.numel() > 0:
+            raise TypeError("it has no memory; of a ZeroTensor, pass the clone")
+        return View(address, tuple(array.shape), strides, dtype_of(array.dtype), array.get_device())
     if array_kind == "cupy":
         return View(array.data.ptr, array.shape, array.strides, dtype_of(array.dtype), array.data.device_id)
     if array_kind == "numba":

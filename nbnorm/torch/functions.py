@@ -94,10 +94,14 @@ def backward(dy, x, normalized_shape, weight, eps, mask, is_rms):
 
 
 def _as_values(tensor):
-    """Past errors of torch's: what requires grad gives no NumPy array, nor what is the negative of other memory."""
-    if tensor is None or not (tensor.requires_grad or tensor.is_neg()):
+    """Past errors of torch's: what requires grad gives no NumPy array, nor what is the negative of other memory.
+
+    Nor what has none, as the zeros of a gradient may.
+    """
+    if tensor is None or not (tensor.requires_grad or tensor.is_neg() or tensor._is_zerotensor()):
         return tensor
-    return tensor.detach().resolve_neg()
+    tensor = tensor.detach().resolve_neg()
+    return tensor.clone() if tensor._is_zerotensor() else tensor
 
 
 def apply(function, *arguments):
