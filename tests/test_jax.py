@@ -192,6 +192,7 @@ def test_gradients_of_gradients(way, rng):
 
 IN_64_BITS = """
 from functools import partial
+import warnings
 import jax, jax.numpy as jnp, numpy as np, nbnorm, nbnorm.jax
 from jax.test_util import check_grads
 rng = np.random.default_rng(0)
@@ -228,6 +229,27 @@ if hasattr(jax, "shard_map"):
         assert "x: an array that varies over 'rows' within shard_map; give shard_map check_vma=False" in str(error), error
     else:
         raise AssertionError
+_, pull = jax.vjp(layer_norm, x, weight.astype("float32"), bias)
+# what comes from the 64-bit mode is rounded outside of it, whatever is beside it, and without a warning
+warnings.simplefilter("error")
+jax.config.update("jax_enable_x64", False)
+narrow = [jnp.asarray(array, "float32") for array in map(np.asarray, (x, weight, bias))]
+wanted = np.asarray(layer_norm(*narrow))
+for operands in ((x, weight, bias), (x, *narrow[1:]), (narrow[0], weight, bias)):
+    for function in (layer_norm, jax.jit(layer_norm), lambda x, *rest: nbnorm.layer_norm(x, 5, *rest)):
+        y = function(*operands)
+        assert y.dtype == "float32"
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
+dx, dweight, _ = jax.grad(lambda *a: layer_norm(*a)[0, 0, 0], (0, 1, 2))(x, narrow[1], narrow[2])
+np.testing.assert_allclose(dx, jax.grad(lambda *a: layer_norm(*a)[0, 0, 0])(*narrow), rtol=1e-5, atol=1e-6)
+# JAX's own, of a parameter's conversion
+warnings.simplefilter("ignore")
+try:
+    pull(x)
+except TypeError as error:
+    assert "float64 arrays outside of JAX's 64-bit mode" in str(error), error
+else:
+    raise AssertionError
 print("done")
 """
 

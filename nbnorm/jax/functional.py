@@ -30,7 +30,7 @@ def layer_norm(
     ----------
     x : array, shape ``(*batch, *normalized_shape)``
         float16, bfloat16, float32 or, in JAX's 64-bit mode, float64; traced, or with values. Integers and booleans become
-        JAX's widest float.
+        JAX's widest float, and so does a float64 array from the 64-bit mode outside of it: float32, as in `jax.numpy.mean`.
     normalized_shape : int or sequence of int
         The trailing dimensions that make up a row; an int stands for the last one.
     weight, bias : array, shape normalized_shape, optional
@@ -143,7 +143,9 @@ def _seen(array):
 
 
 def _floating(array):
+    """In a float dtype of the mode that JAX is in, whose own operations have no float64 outside of the 64-bit mode."""
     if not isinstance(array, jax.Array):
         array = jnp.asarray(array)
     # bfloat16 is of NumPy's kind V
-    return array if array.dtype.kind in "fV" else array.astype(float)
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype if array.dtype.kind in "fV" else np.float64)
+    return array if array.dtype == dtype else array.astype(dtype)

@@ -49,6 +49,10 @@ def backward(norm, dy, x, weight, mean, rstd, mask):
 
 
 def _call(function, norm, choices, operands, results):
+    known = zip(operands, _dtypes(function, choices), strict=False)
+    if any(operand.size and operand.dtype.name != name for operand, name in known):
+        # as of a gradient whose forward was in the other mode: a kernel would read what is not there
+        raise TypeError("float64 arrays outside of JAX's 64-bit mode, which they are from; make all of the call in it")
     if targets.are_registered():
         number = targets.number(function, *choices, cols=results[0].shape[-1])
         call = jax.ffi.ffi_call(targets.NAMES[function], results, vmap_method="expand_dims")
@@ -57,6 +61,12 @@ def _call(function, norm, choices, operands, results):
         )
     call = partial(_called_back, function, norm, [(result.shape, result.dtype) for result in results])
     return jax.pure_callback(call, results, *operands, vmap_method="expand_dims")
+
+
+def _dtypes(function, choices):
+    """Of the operands, as a kernel reads them: x, weight and bias, or dy, x and weight."""
+    x, dtype, *_ = choices
+    return (x, dtype, dtype) if function == "forward" else (x, x, dtype)
 
 
 def _called_back(function, norm, results, *operands):
