@@ -94,13 +94,13 @@ def backward(dy, x, normalized_shape, weight, eps, mask, is_rms):
 
 
 def _as_values(tensor):
-    """Past errors of torch's: what requires grad gives no NumPy array, nor what is the negative of other memory.
-
-    Nor what has none, as the zeros of a gradient may.
-    """
-    if tensor is None or not (tensor.requires_grad or tensor.is_neg() or tensor._is_zerotensor()):
-        return tensor
-    tensor = tensor.detach().resolve_neg()
+    """Past errors: of what requires grad, where that is on; of the negative of other memory; of zeros without memory."""
+    if tensor is None:
+        return None
+    if tensor.requires_grad and torch.is_grad_enabled():
+        tensor = tensor.detach()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     return tensor.clone() if tensor._is_zerotensor() else tensor
 
 
