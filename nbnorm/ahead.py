@@ -9,7 +9,10 @@ from nbnorm.calls import checks
 from nbnorm.calls.problem import Description, wide_dtype
 from nbnorm.cpu import choice
 from nbnorm.cpu.workers import parallel
-from nbnorm.functional import Shape
+from nbnorm.functional import Axis, Shape
+
+# of which kernels calls on tensors have an entry
+ENTERED = ("short_rows", "whole_rows")
 
 
 def compile(  # noqa: A001
@@ -28,6 +31,7 @@ def compile(  # noqa: A001
     rms: bool = False,
     residual: Any = None,
     total_out: bool = True,
+    axis: Axis = None,
 ) -> None:
     """Compile what calls on the CPU will need, or load it from the disk, so that none of them waits for it.
 
@@ -62,6 +66,8 @@ def compile(  # noqa: A001
         Of the residual, where the calls are of `add_layer_norm` or `add_rms_norm`. Their dtotal has the dtype of x.
     total_out : bool
         Whether these write the sum.
+    axis : int or sequence of int, optional
+        As in the calls. One that counts from the front is not taken for the last.
 
     Raises
     ------
@@ -86,7 +92,7 @@ def compile(  # noqa: A001
     """
     calls = Description(
         x, normalized_shape, weight, bias, use_diff_of_squares, backward, dy, mean, rstd, output_mask, rows, rms, residual,
-        total_out,
+        total_out, axis,
     )  # fmt: skip
     wanted = builds(calls)
     for kernel, build in wanted:
@@ -103,7 +109,7 @@ def entries_of(wanted):
     # which would be a third of `import nbnorm`
     from nbnorm.nopython import entries
 
-    return list(dict.fromkeys(entries.of(kernel) for kernel, build in wanted if not build and kernel.module != "long_rows"))
+    return list(dict.fromkeys(entries.of(kernel) for kernel, build in wanted if not build and kernel.module in ENTERED))
 
 
 def builds(calls):

@@ -74,6 +74,13 @@ def backward(call, kept, key):
     ]
 
 
+def trailing(normalized_shape, axis, x):
+    """What a call without an axis has its plans for: normalized_shape where the axis is the last, else None."""
+    is_one = type(normalized_shape) is int or (type(normalized_shape) is tuple and len(normalized_shape) == 1)
+    is_last = type(axis) is int and is_one and (axis == -1 or axis + 1 == getattr(x, "ndim", 0))
+    return normalized_shape if is_last else None
+
+
 def _forward_on_views(call, views, kept):
     """y, total, mean and rstd of a call whose arrays were lent, by its plan where there is one."""
     x, residual, weight, bias, out, total_out = views
