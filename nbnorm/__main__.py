@@ -61,23 +61,36 @@ def parser():
     help_ = "what this machine offers, checked and timed"
     description = "Check both passes on real-sized arrays against float64, and time them beside NumPy and a copy."
     commands.add_parser("check", help=help_, description=description)
-    apply = commands.add_parser("apply", help="layer norm of a .npy file", description="Layer norm of an array on disk.")
-    apply.add_argument("input", metavar="INPUT.npy", help="the array, of any size and order; it is only read")
-    apply.add_argument("-o", "--output", metavar="OUT.npy", required=True, help="appears when the result is complete")
-    apply.add_argument(
-        "--normalized-shape", type=_shape, required=True, metavar="N[,N...]", help="sizes of a row, as in 768 or 28,28"
-    )
-    apply.add_argument("--weight", metavar="W.npy", help="scale of each element of a row")
-    apply.add_argument("--bias", metavar="B.npy", help="shift of each element of a row")
-    apply.add_argument("--eps", type=float, default=1e-5, help="added to the variance (default: %(default)s)")
-    apply.add_argument("--use-diff-of-squares", action="store_true", help="variance as mean(x^2) - mean(x)^2")
-    dtypes = ["float16", "bfloat16", "float32", "float64"]
-    apply.add_argument("--dtype", choices=dtypes, help="of the result (default: the input's)")
+    _add_apply(commands)
     help_ = "the folder of compiled kernels"
     cache = commands.add_parser("cache", help=help_, description=f"Show {help_}: where it is, and what is in it.")
     cache.add_argument("--clear", action="store_true", help="delete them")
     warm.add_command(commands, _shape)
     return result
+
+
+def _add_apply(commands):
+    description = (
+        "Layer norm, or RMS norm, of an array on disk. Files are .npy, .npz, safetensors, HDF5 and zarr; where one has "
+        "several arrays, FILE:NAME is one of them."
+    )
+    apply = commands.add_parser("apply", help="layer norm of an array in a file", description=description)
+    apply.add_argument("input", metavar="INPUT", help="the array, of any size and order; it is only read")
+    help_ = "appears when the result is complete, of the kind that its name says, .npy for any other name"
+    apply.add_argument("-o", "--output", metavar="OUT", required=True, help=help_)
+    apply.add_argument(
+        "--normalized-shape", type=_shape, required=True, metavar="N[,N...]", help="sizes of a row, as in 768 or 28,28"
+    )
+    apply.add_argument("--weight", metavar="FILE", help="scale of each element of a row")
+    apply.add_argument("--bias", metavar="FILE", help="shift of each element of a row")
+    help_ = "added to the variance (default: 1e-5, with --rms as torch.nn.RMSNorm has it)"
+    apply.add_argument("--eps", type=float, help=help_)
+    apply.add_argument("--use-diff-of-squares", action="store_true", help="variance as mean(x^2) - mean(x)^2")
+    apply.add_argument("--rms", action="store_true", help="RMS norm, which has no bias")
+    apply.add_argument("--residual", metavar="FILE", help="added to the array, before the norm")
+    apply.add_argument("--total-out", metavar="OUT", help="the sum of the array and the residual, to keep it too")
+    dtypes = ["float16", "bfloat16", "float32", "float64"]
+    apply.add_argument("--dtype", choices=dtypes, help="of the result (default: the input's)")
 
 
 def _shape(text):
@@ -100,25 +113,36 @@ def _check(_):
 
 
 def _apply(options):
+    from nbnorm.calls.problem import ForwardCall
     from nbnorm.commands.apply import apply
 
+    fault = _apply_fault(options)
+    if fault:
+        raise ValueError(fault)
+    default_eps = None if options.rms else 1e-5
+    call = ForwardCall(
+        options.input, options.normalized_shape, options.weight, options.bias,
+        default_eps if options.eps is None else options.eps, options.use_diff_of_squares, out=options.output,
+        residual=options.residual, total_out=options.total_out or False, is_rms=options.rms,
+        is_added=options.residual is not None,
+    )  # fmt: skip
     with _signals() as received:
-        applied = apply(
-            options.input,
-            options.output,
-            options.normalized_shape,
-            options.weight,
-            options.bias,
-            options.eps,
-            options.use_diff_of_squares,
-            options.dtype,
-            interrupted=lambda: bool(received),
-        )
+        applied = apply(call, options.dtype, interrupted=lambda: bool(received))
     for path in applied.taken_as_bfloat16:
         print(f"{_spelt_out(path)}: 2-byte elements without a name, taken as bfloat16")
     print(f"{_spelt_out(options.output)}: {applied.shape} {applied.dtype}; ", end="")
     print(f"largest error {applied.largest_error:.2f} eps in {applied.checked_rows} rows checked against longdouble")
     return 0
+
+
+def _apply_fault(options):
+    """What is wrong with options of `apply` together."""
+    for name, value in (("--bias", options.bias), ("--use-diff-of-squares", options.use_diff_of_squares)):
+        if options.rms and value:
+            return f"{name}: RMS norm has none; expected it without --rms"
+    if options.total_out is not None and options.residual is None:
+        return f"--total-out: {options.total_out}; expected --residual beside it, as there is no sum without"
+    return ""
 
 
 def _cache(options):

@@ -53,12 +53,12 @@ def rms_norm_backward(dy, x, ndim, weight=None, eps=0.0, rstd=None):
     return dx, (dy * x_hat).sum(tuple(range(x.ndim - ndim)))
 
 
-def error_of_y(y, x, ndim, weight=None, bias=None, eps=1e-5):
-    """The largest error of y against this reference, computed in the dtype of x.
+def error_of_y(y, x, ndim, weight=None, bias=None, eps=1e-5, is_rms=False):
+    """The largest error of y against this reference, of RMS norm or layer norm, computed in the dtype of x.
 
     In eps of y's dtype, of (|normalised part| + |bias| + 1).
     """
-    scaled = layer_norm(x, ndim, weight, None, eps)[0]
+    scaled = (rms_norm(x, ndim, weight, eps) if is_rms else layer_norm(x, ndim, weight, None, eps))[0]
     shift = 0 if bias is None else bias
     error = np.max(np.abs(y.astype(x.dtype) - (scaled + shift)) / (np.abs(scaled) + np.abs(shift) + 1))
     # of which NumPy knows nothing

@@ -30,7 +30,7 @@ import nbnorm
 from nbnorm.__main__ import main
 from nbnorm.calls.arrays import bfloat16
 from nbnorm.commands import apply as apply_module
-from nbnorm.commands import npy
+from nbnorm.commands import elements
 
 COLS = 6
 OLD = b"what was there before"
@@ -227,7 +227,7 @@ def test_what_would_steer_a_terminal_is_spelt_out(folder):
     (folder / "x.npy").write_bytes(npy_file(**{**PLAIN, "descr": "<\x1b[2Jf4\x9b"}))
     assert_refused(apply(), r"\x1b[2J")
     (folder / "\x1b]0;\a\u202e.npy").write_bytes(b"")
-    assert_refused(apply(x="\x1b]0;\a\u202e.npy"), r"\x1b]0;\x07\u202e.npy: not an array")
+    assert_refused(apply(x="\x1b]0;\a\u202e.npy"), r"\x1b]0;\x07\u202e.npy: an empty file")
     np.save("x.npy", np.zeros((2, COLS), "f4"))
     code, stdout, _ = apply(out="\x1b]0;\a\n.npy")
     assert code == 0
@@ -255,7 +255,7 @@ def test_pickles_are_not_loaded(folder):
     np.save("x.npy", np.array([Payload()]), allow_pickle=True)
     assert_refused(apply(), "x.npy: elements of dtype object; expected floats")
     (folder / "x.npy").write_bytes(pickle.dumps(Payload()))
-    assert_refused(apply(), "x.npy: not an array in NumPy's .npy format, but a pickle; pickles are not loaded")
+    assert_refused(apply(), "x.npy: a pickle; expected .npy, .npz, safetensors, HDF5 or zarr; pickles are not loaded")
     assert sorted(contents(folder)) == ["b.npy", "w.npy", "x.npy", "y.npy"]
 
 
@@ -287,7 +287,7 @@ MANY_ROWS = npy_file(**{**PLAIN, "shape": (2**40, COLS)})
             "w.npy: not an array in NumPy's .npy format: a header of 4294967295 b",
             id="header of weight",
         ),
-        pytest.param("x.npy", b"", 2**40, "x.npy: not an array in NumPy's .npy format, but of another", id="no header"),
+        pytest.param("x.npy", b"", 2**40, "x.npy: an unknown format", id="no header"),
         pytest.param("x.npy", LONG_ROW, 2**40, "x.npy: shape (68719476736,); expected one that ends in", id="row of x"),
         pytest.param("w.npy", LONG_ROW, 2**40, "w.npy: shape (68719476736,); expected (6,)", id="row of weight"),
         pytest.param("x.npy", MANY_ROWS, 2**12, "x.npy: 4096 bytes; expected 26388279066", id="rows that are not there"),
@@ -383,7 +383,7 @@ def become_a_fifo(path):
 def test_a_file_that_changes_between_its_header_and_its_end(folder, monkeypatch, change, name, order):
     np.save(name, np.asarray(np.load(name), order=order))
     path = folder / name
-    fill = npy._fill
+    fill = elements._fill
 
     def change_and_fill(target, array, place):
         if array.path == os.fspath(path) and not changed:
@@ -391,14 +391,14 @@ def test_a_file_that_changes_between_its_header_and_its_end(folder, monkeypatch,
         fill(target, array, place)
 
     changed = []
-    monkeypatch.setattr(npy, "_fill", change_and_fill)
+    monkeypatch.setattr(elements, "_fill", change_and_fill)
     assert_refused(apply(folder), "No such file" if change is Path.unlink else f"{path}: changed while it was read")
     assert changed
     assert_untouched(folder)
 
 
 def test_a_file_that_is_cut_while_it_is_read_and_mended(folder, monkeypatch):
-    fill = npy._fill
+    fill = elements._fill
 
     def cut_fill_and_mend(target, array, place):
         before = Path(array.path).stat()
@@ -409,21 +409,21 @@ def test_a_file_that_is_cut_while_it_is_read_and_mended(folder, monkeypatch):
             os.truncate(array.path, before.st_size)
             os.utime(array.path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
-    monkeypatch.setattr(npy, "_fill", cut_fill_and_mend)
+    monkeypatch.setattr(elements, "_fill", cut_fill_and_mend)
     assert_refused(apply(), "w.npy: changed while it was read")
     assert_untouched(folder)
 
 
 @pytest.mark.parametrize("name", ["x.npy", "w.npy"])
 def test_a_disk_that_cannot_be_read(folder, monkeypatch, name):
-    fill = npy._fill
+    fill = elements._fill
 
     def fail(target, array, place):
         if array.path == name:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         fill(target, array, place)
 
-    monkeypatch.setattr(npy, "_fill", fail)
+    monkeypatch.setattr(elements, "_fill", fail)
     assert_refused(apply(), f"[Errno 5] Input/output error: '{name}'")
     assert_untouched(folder)
     # whose first bytes are not mapped
@@ -444,8 +444,8 @@ def test_reads_that_give_less_than_was_asked_for(folder, monkeypatch):
         target[:] = 255
         fill(target, array._replace(file=File(array.file)), place)
 
-    fill = npy._fill
-    monkeypatch.setattr(npy, "_fill", fill_by_sevens)
+    fill = elements._fill
+    monkeypatch.setattr(elements, "_fill", fill_by_sevens)
     assert_right_or_refused(folder)
     assert apply()[0] == 0
 

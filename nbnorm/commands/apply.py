@@ -1,32 +1,32 @@
-"""Layer norm of an array on disk, in blocks of rows: memory does not grow with the file."""
+"""A norm of an array on disk, in blocks of rows: memory does not grow with the file."""
 
-import os
-import stat
+import math
 import sys
-import tempfile
 import time
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nbnorm import reference
 from nbnorm.calls import checks
-from nbnorm.calls.problem import ForwardCall, wide_dtype
-from nbnorm.commands import files, npy
+from nbnorm.calls.problem import ForwardCall, Problem, wide_dtype
+from nbnorm.commands import files, inputs, outputs
 from nbnorm.cpu.staging import row_blocks
-from nbnorm.functional import layer_norm
+from nbnorm.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 BLOCK_BYTES = 1 << 23
 # rows of a Fortran-ordered file are all over it: the larger the blocks, the fewer reads
 FORTRAN_BLOCK_BYTES = 1 << 24
+# at most, where that lets a block end where chunks of the file do: a chunk across two blocks is read and unpacked twice
+CHUNKED_BLOCK_BYTES = 1 << 25
 # of each block; the reference takes about six times as many longdouble numbers
 CHECKED_ROWS = 16
 CHECKED_ELEMENTS = 1 << 19
 # between two signs of life, on a terminal and in a log
 TERMINAL_SECONDS = 0.5
 LOG_SECONDS = 30.0
+ARRAYS = ("x", "weight", "bias", "residual")
 
 
 class Applied(NamedTuple):
@@ -40,91 +40,109 @@ class Applied(NamedTuple):
     taken_as_bfloat16: tuple[str, ...]
 
 
-def apply(
-    source,
-    destination,
-    normalized_shape,
-    weight=None,
-    bias=None,
-    eps=1e-5,
-    use_diff_of_squares=False,
-    dtype=None,
-    interrupted=lambda: False,
-):
-    """Write layer norm of the .npy file `source` to the .npy file `destination`, which appears when it is complete.
+def apply(call, dtype=None, interrupted=lambda: False):
+    """Write the norm of an array in a file to another file, which appears when it is complete.
 
-    Computes in the wider of the file's dtype and `dtype`, and compares the first rows of each block with the reference,
-    where they are finite and not too long for memory. Where `interrupted` says True after a block, raises KeyboardInterrupt.
+    `call` is a `ForwardCall` with FILE or FILE:NAME in the place of each array. Computes in the wider of the dtype of x and
+    `dtype`, and compares the first rows of each block with the reference, where they are finite and not too long for memory.
+    Where `interrupted` says True after a block, raises KeyboardInterrupt.
     """
-    inputs = [path for path in (source, weight, bias) if path is not None]
-    destination = files.destination(destination, inputs)
-    names = {"x": source, "weight": weight, "bias": bias}
-    names |= {name: f"--{name.replace('_', '-')}" for name in ("normalized_shape", "eps", "dtype")}
-    checked_rows = 0
-    largest_error = 0.0
-    with npy.opened(source) as x_file, npy.opened(weight) as weight_file, npy.opened(bias) as bias_file:
-        x, weight, bias = (None if file is None else file.stand_in() for file in (x_file, weight_file, bias_file))
+    given = {name: text for name in ARRAYS if (text := getattr(call, name)) is not None}
+    sources = [files.located(text)[0] for text in given.values()]
+    wanted = {"y": call.out} | ({"total": call.total_out} if call.total_out else {})
+    destinations = files.different([files.destination(text, sources, name) for name, text in wanted.items()])
+    names = given | {name: f"--{name.replace('_', '-')}" for name in ("normalized_shape", "eps", "dtype")}
+    with ExitStack() as stack:
+        scratch = destinations[0].path.parent
+        opened = {name: stack.enter_context(inputs.opened(text, scratch)) for name, text in given.items()}
+        stand_ins = {name: array.stand_in() for name, array in opened.items()}
         with files.named(names):
-            problem = checks.forward(ForwardCall(x, normalized_shape, weight, bias, eps, use_diff_of_squares))[0]
+            problem = checks.forward(call._replace(out=None, total_out=False, **stand_ins))[0]
             result_dtype = problem.dtype if dtype is None else checks.float_dtype(dtype)
         # read where they are known to be as long as a row, which x has
-        weight, bias = (None if file is None else npy.read(file) for file in (weight_file, bias_file))
-        exact_weight, exact_bias = (None if a is None else a.astype(wide_dtype(a.dtype), copy=False) for a in (weight, bias))
-        is_same = problem.dtype == result_dtype
-        compute_dtype = problem.dtype if is_same else np.result_type(wide_dtype(problem.dtype), wide_dtype(result_dtype))
-        block_bytes = FORTRAN_BLOCK_BYTES if x_file.fortran_order else BLOCK_BYTES
-        limit = max(1, block_bytes // max(1, problem.cols * compute_dtype.itemsize))
-        blocks = row_blocks(problem.batch, limit) if problem.rows * problem.cols else ()
-        with _complete_or_absent(destination) as y_file, _progress(problem.rows) as advance:
-            header = {"descr": result_dtype.str, "fortran_order": False, "shape": problem.shape}
-            np.lib.format.write_array_header_1_0(y_file, header)
-            for index, rows in blocks:
-                x = npy.read(x_file, index).astype(compute_dtype, copy=False)
-                y = layer_norm(x, problem.normalized_shape, weight, bias, problem.eps, use_diff_of_squares)
-                with np.errstate(over="ignore", under="ignore"):
-                    y = y.astype(result_dtype, copy=False)
-                y_file.write(y.reshape(-1).view(np.uint8))
-                first = slice(min(CHECKED_ROWS, CHECKED_ELEMENTS // problem.cols))
-                x, y = (a.reshape(-1, *problem.normalized_shape)[first] for a in (x, y))
-                finite = np.isfinite(y).all(axis=tuple(range(1, y.ndim)))
-                if finite.any():
-                    exact_x = x[finite].astype(np.longdouble)
-                    error = reference.error_of_y(y[finite], exact_x, y.ndim - 1, exact_weight, exact_bias, problem.eps)
-                    largest_error = max(largest_error, error)
-                    checked_rows += int(finite.sum())
-                # before the next block is made, not after
-                del x, y
-                advance(rows.stop - rows.start)
-                if interrupted():
-                    raise KeyboardInterrupt
-        taken = [str(file.path) for file in (x_file, weight_file, bias_file) if file and file.dtype.name == "bfloat16"]
+        parameters = [opened[name].read() if name in opened else None for name in ("weight", "bias")]
+        norm = Norm(call, problem, *parameters)
+        arrays = [opened[name] for name in ("x", "residual") if name in opened]
+        checked_rows, largest_error = _write(norm, arrays, destinations, result_dtype, interrupted)
+        taken = [array.name for array in opened.values() if array.taken_as_bfloat16]
     return Applied(problem.shape, result_dtype, checked_rows, largest_error, tuple(taken))
 
 
-@contextmanager
-def _complete_or_absent(path):
-    """A file to write that takes the name `path` at the end, or is removed where anything is raised."""
-    descriptor, temporary = tempfile.mkstemp(prefix=".nbnorm-", suffix=".part", dir=path.parent)
-    try:
-        with npy.named(path), os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            # a full disk or a lost network drive may show only here
-            os.fsync(file.fileno())
-        Path(temporary).chmod(_mode(path))
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+class Norm(NamedTuple):
+    """What is done to each block: a call that was checked, and its parameters."""
+
+    call: ForwardCall
+    problem: Problem
+    weight: Any
+    bias: Any
+
+    def of(self, x, residual=None):
+        """y, and the total, which is x itself where nothing is added to it."""
+        row, weight, bias, eps = self.problem.normalized_shape, self.weight, self.bias, self.problem.eps
+        use_diff_of_squares = self.call.use_diff_of_squares
+        if self.call.is_rms:
+            added = None if residual is None else add_rms_norm(x, residual, row, weight, eps)
+            return added or (rms_norm(x, row, weight, eps), x)
+        added = None if residual is None else add_layer_norm(x, residual, row, weight, bias, eps, use_diff_of_squares)
+        return added or (layer_norm(x, row, weight, bias, eps, use_diff_of_squares), x)
+
+    def largest_error(self, y, total):
+        """How many of a block's first rows were compared with the reference, and the largest error of these."""
+        first = slice(min(CHECKED_ROWS, CHECKED_ELEMENTS // self.problem.cols))
+        y, total = (a.reshape(-1, *self.problem.normalized_shape)[first] for a in (y, total))
+        finite = np.isfinite(y).all(axis=tuple(range(1, y.ndim)))
+        if not finite.any():
+            return 0, 0.0
+        weight, bias = (None if a is None else a.astype(wide_dtype(a.dtype), copy=False) for a in (self.weight, self.bias))
+        exact = total[finite].astype(np.longdouble)
+        error = reference.error_of_y(y[finite], exact, y.ndim - 1, weight, bias, self.problem.eps, self.call.is_rms)
+        return int(finite.sum()), error
 
 
-def _mode(path):
-    """The permissions of the file that is replaced, or those of a new one."""
-    if path.exists():
-        return stat.S_IMODE(path.stat().st_mode)
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+def _write(norm, arrays, destinations, dtype, interrupted):
+    """Returns the number of rows that were compared with the reference, and the largest error of these."""
+    problem = norm.problem
+    is_same = problem.dtype == dtype
+    compute_dtype = problem.dtype if is_same else np.result_type(wide_dtype(problem.dtype), wide_dtype(dtype))
+    limit = _rows_of_a_block(problem, arrays, compute_dtype.itemsize)
+    blocks = row_blocks(problem.batch, limit) if problem.rows * problem.cols else ()
+    checked_rows, largest_error = 0, 0.0
+    with (
+        outputs.created(destinations, problem.shape, dtype, _block_shape(problem, limit)) as writers,
+        _progress(problem.rows) as advance,
+    ):
+        for index, rows in blocks:
+            x, *residual = (array.read(index) for array in arrays)
+            y, total = norm.of(x.astype(compute_dtype, copy=False), *residual)
+            with np.errstate(over="ignore", under="ignore"):
+                y = y.astype(dtype, copy=False)
+                # of which one is wanted, or both
+                for write, result in zip(writers, (y, total), strict=False):
+                    write(index, result.astype(dtype, copy=False))
+            count, error = norm.largest_error(y, total)
+            checked_rows += count
+            largest_error = max(largest_error, error)
+            # before the next block is made, not after
+            del x, residual, y, total, result
+            advance(rows.stop - rows.start)
+            if interrupted():
+                raise KeyboardInterrupt
+    return checked_rows, largest_error
+
+
+def _rows_of_a_block(problem, arrays, itemsize):
+    row_bytes = max(1, problem.cols * itemsize)
+    limit = max(1, (FORTRAN_BLOCK_BYTES if any(array.fortran_order for array in arrays) else BLOCK_BYTES) // row_bytes)
+    chunks = next((array.chunks for array in arrays if array.chunks), (1,) * len(problem.batch))[: len(problem.batch)]
+    # a block is whole in the axes behind one: the first in which a chunk has more than one entry, or else the last
+    axis = next((axis for axis, size in enumerate(chunks) if size > 1), len(chunks) - 1)
+    unit = math.prod(chunks[axis : axis + 1]) * math.prod(problem.batch[axis + 1 :])
+    return limit if unit > CHUNKED_BLOCK_BYTES // row_bytes else max(1, limit // max(1, unit)) * max(1, unit)
+
+
+def _block_shape(problem, limit):
+    index = next((index for index, _ in row_blocks(problem.batch, limit)), ()) if math.prod(problem.batch) else ()
+    return tuple(1 if isinstance(i, int) else i.stop - i.start for i in index) + problem.shape[len(index) :]
 
 
 @contextmanager

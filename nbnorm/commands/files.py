@@ -1,93 +1,119 @@
-"""Every check of the files that `nbnorm apply` reads and writes, and every error about one.
+"""Every check of the names of files that `nbnorm apply` reads and writes, and what errors about files have in common.
 
-A message begins with the file's name, and says what it is, what was expected, and what to do with a file of another format.
+A message begins with the file's name, and says what it is, what was expected, and what to do with another. What a file is,
+`formats.py` finds out, and what may be wrong within one of a kind, its file in `kinds/`.
 """
 
-import ast
-import codecs
 import errno
 import math
 import os
 import re
 import stat
 import sys
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 from nbnorm.calls import arrays
 from nbnorm.calls.checks import MAX_NDIM
 
-# as NumPy allows; what is longer takes long to parse
-NPY_HEADER_CHARACTERS = 10_000
-NPY_MAGIC = b"\x93NUMPY"
-# bytes of the number that says how long the header is
-NPY_LENGTH_BYTES = {(1, 0): 2, (2, 0): 4, (3, 0): 4}
-NPY_KEYS = {"descr", "fortran_order", "shape"}
-# as numpy.save writes ml_dtypes.bfloat16, and what numpy.load makes of that
-NPY_BFLOAT16 = {"<V2": "<", "|V2": "=", ">V2": ">"}
-
-SAVE = 'np.save("x.npy", {})'
-# how files of other formats begin, the more special first, what they are, and how to get a .npy file out of them
-FORMATS = (
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", SAVE.format('h5py.File("{name}")["NAME"][()]')),
-    (b"CDF", "a NetCDF file", SAVE.format('xarray.open_dataset("{name}")["NAME"].values')),
-    (b"MATLAB 7.3", "a MATLAB file in HDF5", SAVE.format('h5py.File("{name}")["NAME"][()].T')),
-    (b"MATLAB ", "a MATLAB file", SAVE.format('scipy.io.loadmat("{name}")["NAME"]')),
-    (b"\x1f\x8b", "compressed by gzip", 'decompress it first: gunzip -c "{name}" > x.npy'),
-    (b"BZh", "compressed by bzip2", 'decompress it first: bunzip2 -c "{name}" > x.npy'),
-    (b"\xfd7zXZ\x00", "compressed by xz", 'decompress it first: unxz -c "{name}" > x.npy'),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd", 'decompress it first: unzstd -c "{name}" > x.npy'),
-    (b"\x04\x22\x4d\x18", "compressed by lz4", 'decompress it first: unlz4 -c "{name}" > x.npy'),
-    (b"GGUF", "a GGUF file", "read a tensor with gguf.GGUFReader, and np.save it"),
-    (b"PAR1", "a Parquet file", SAVE.format('pandas.read_parquet("{name}").to_numpy()')),
-    (b"ARROW1", "an Arrow file", SAVE.format('pandas.read_feather("{name}").to_numpy()')),
-    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9", "a file of torch.save", SAVE.format('torch.load("{name}")["NAME"].numpy()')),
-    (b"version https://git-lfs", "Git LFS's stand-in for a file", "fetch the file itself: git lfs pull"),
-    *((b"\x80" + bytes([protocol]), "a pickle", "pickles are not loaded, as they can run code") for protocol in range(2, 6)),
-)
-NPZ = "a .npz file", SAVE.format('np.load("{name}")["NAME"]')
-TORCH = "a file of torch.save", SAVE.format('torch.load("{name}")["NAME"].numpy()')
-ZIP = "a zip file", "unpack it first"
-SAFETENSORS = "a safetensors file", SAVE.format('safetensors.numpy.load_file("{name}")["NAME"]')
-ZARR = "a zarr folder", SAVE.format('zarr.open("{name}", mode="r")[...]')
+# how the names end of files that are written, and their kinds; any other is of a .npy file
+ENDINGS = {".npy": "npy", ".npz": "npz", ".safetensors": "safetensors", ".zarr": "zarr", ".h5": "hdf5", ".hdf5": "hdf5"}
+# an array in one of those that have several is FILE:NAME
+WITH_NAMES = re.compile(r"\.(npz|safetensors|zarr|h5|hdf5)(?=:|$)", re.IGNORECASE)
 # endings of names that would say that the result is of another format than it is
 OTHER_ENDINGS = re.compile(
-    r"\.(npz|gz|bz2|xz|zst|lz4|zip|tar|safetensors|hdf5?|h5|nc|mat|zarr|pth?|bin|ckpt|onnx|gguf|pkl|pickle|parquet|feather|arrow"
-    r"|csv|tsv|txt|json)$",
+    r"\.(gz|bz2|xz|zst|lz4|zip|tar|hdf|nc|mat|pth?|bin|ckpt|onnx|gguf|pkl|pickle|parquet|feather|arrow|csv|tsv|txt|json)$",
     re.IGNORECASE,
 )
+# what is in a folder of zarr, of its second version or its third
+ZARR_MARKS = (".zarray", ".zgroup", "zarr.json")
+# as numpy.save writes ml_dtypes.bfloat16, and what numpy.load makes of that
+BFLOAT16 = {"<V2": "<", "|V2": "=", ">V2": ">"}
 
 
-def destination(path, sources):
-    """The file to replace, or to make, which must be none of those that are read."""
-    name = os.fspath(path)
-    if name == "-":
+class Destination(NamedTuple):
+    """A file to replace, or to make, of a kind, and what the array in it is named, if such a file has names."""
+
+    path: Path
+    kind: str
+    name: str | None
+
+
+def located(text):
+    """The path of FILE or FILE:NAME, and NAME or None, each of which may have colons of its own."""
+    text = os.fspath(text)
+    places = [place for place, character in enumerate(text) if character == ":" and place > 0]
+    for place in [] if os.path.lexists(text) else places:
+        if os.path.lexists(text[:place]):
+            return text[:place], text[place + 1 :]
+    return text, None
+
+
+def source(path):
+    """Of what may be opened: a FIFO would wait for its other end."""
+    if path == "-" and not Path(path).exists():
+        raise ValueError("-: expected a file's name; stdin is not read")
+    if not stat.S_ISREG(Path(path).stat().st_mode) and not is_zarr(path):
+        raise ValueError(f"{path or repr(path)}: not a regular file; expected an array in a file, or in a folder of zarr")
+
+
+def is_zarr(path):
+    folder = Path(path)
+    return folder.is_dir() and any((folder / name).exists() for name in ZARR_MARKS)
+
+
+def destination(text, sources, name):
+    """Where to write, which must be none of the files that are read; `name` is the array's where `text` has none."""
+    text = os.fspath(text)
+    if text == "-":
         raise ValueError("-: expected a name for a file; the result is not written to stdout")
-    ending = OTHER_ENDINGS.search(name)
+    with_names = WITH_NAMES.search(text)
+    has_name = with_names is not None and with_names.end() < len(text)
+    if has_name:
+        text, name = text[: with_names.end()], text[with_names.end() + 1 :]
+        _name_of_array(text, name)
+    ending = OTHER_ENDINGS.search(text)
     if ending is not None:
-        raise ValueError(f"{name}: ends in {ending[0]}; expected a name that ends in .npy, as the result is of that format")
-    if name.endswith(os.sep) or not name:
-        raise ValueError(f"{name!r}: not a name for a file; expected one such as y.npy")
+        raise ValueError(f"{text}: ends in {ending[0]}; expected a name that ends in {', '.join(ENDINGS)}")
+    if text.endswith(os.sep) or not text:
+        raise ValueError(f"{text!r}: not a name for a file; expected one such as y.npy")
+    kind = next((kind for ending, kind in ENDINGS.items() if text.lower().endswith(ending)), "npy")
+    if kind == "zarr" and not has_name:
+        # the folder is the array itself then
+        name = None
     # as the system follows it: what /dev/stdout leads to may have no name
-    is_there = _is_regular_output(name)
-    result = Path(os.path.realpath(name))
-    if not result.parent.is_dir():
-        raise ValueError(f"{result}: no such directory as {result.parent}")
-    if result.is_symlink():
-        raise ValueError(f"{result}: a symbolic link that leads back to itself; expected a name for a file")
-    if not os.access(result.parent, os.W_OK):
-        raise ValueError(f"{result}: no permission to write in {result.parent}")
+    is_there = _is_regular_output(text, kind)
+    path = Path(os.path.realpath(text))
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: no such directory as {path.parent}")
+    if path.is_symlink():
+        raise ValueError(f"{path}: a symbolic link that leads back to itself; expected a name for a file")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path}: no permission to write in {path.parent}")
     for source in sources:
         # one that is missing is complained of when it is opened
-        if is_there and Path(source).exists() and Path(source).samefile(result):
-            raise ValueError(f"{result}: is also an input; expected another file to write to")
-    return result
+        if is_there and Path(source).exists() and Path(source).samefile(path):
+            raise ValueError(f"{path}: is also an input; expected another file to write to")
+    return Destination(path, kind, name)
 
 
-def _is_regular_output(name):
+def different(destinations):
+    """The same, where no two are one file."""
+    paths = [destination.path for destination in destinations]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"{paths[0]}: is to have y and the total; expected a file for each")
+    return destinations
+
+
+def _name_of_array(text, name):
+    """Of one that is to be written: no way out of the file, and nothing that its format keeps for itself."""
+    parts = name.split("/")
+    if {"", ".", ".."}.intersection(parts) or not name.isprintable() or name.startswith("__"):
+        raise ValueError(f"{text}:{name}: not a name for an array; expected one such as y or layer/y")
+
+
+def _is_regular_output(name, kind):
     """Whether there is such a file already."""
     try:
         status = Path(name).stat()
@@ -95,6 +121,8 @@ def _is_regular_output(name):
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise
         return False
+    if kind == "zarr":
+        raise ValueError(f"{name}: is there already; expected a new name, as a folder is not replaced")
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{name}: not a regular file; expected a name for a new file, or a file to replace")
     for number, stream in ((1, "stdout"), (2, "stderr")):
@@ -107,150 +135,107 @@ def _is_regular_output(name):
     return True
 
 
-def source(path):
-    """Of what may be opened: a FIFO would wait for its other end."""
-    folder = Path(path)
-    if os.fspath(path) == "-" and not folder.exists():
-        raise ValueError("-: expected a file's name; stdin is not read")
-    mode = folder.stat().st_mode
-    if stat.S_ISDIR(mode) and any((folder / name).exists() for name in (".zarray", ".zgroup", "zarr.json")):
-        raise _other_format(path, *ZARR)
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path or repr(path)}: not a regular file; expected an array in NumPy's .npy format")
+def chosen(path, name, names):
+    """Which of the arrays in a file is meant, by its name, or as the only one."""
+    if name is None and len(names) == 1:
+        return names[0]
+    if name in names:
+        return name
+    if not names:
+        raise ValueError(f"{path}: has no array")
+    # those within a group of this name come first
+    some = sorted(names, key=lambda other: (not other.startswith(f"{name}/"), other))[:5]
+    has = f"has {', '.join(map(short, some))}" + (f" and {len(names) - len(some)} more" if len(names) > len(some) else "")
+    wanted = f"{path}: {len(names)} arrays" if name is None else f"{path}:{name}: no such array"
+    raise ValueError(f"{wanted}; the file {has}: expected one by its name, as in {path}:{some[0]}")
 
 
-def npy_header(path, file):
-    """What the header of an open .npy file says: where the elements begin, the shape, the dtype, and if in Fortran order."""
-    # all that is looked at: a header can say that it has 4 GB
-    head = file.read(NPY_HEADER_CHARACTERS + 100)
-    if head[: len(NPY_MAGIC)] != NPY_MAGIC:
-        raise _other_format(path, *_format(head))
-    version = tuple(head[6:8])
-    if version not in NPY_LENGTH_BYTES:
-        raise _broken(path, f"version {'.'.join(map(str, version)) or 'missing'}; expected 1.0, 2.0 or 3.0")
-    start = 8 + NPY_LENGTH_BYTES[version]
-    length = int.from_bytes(head[8:start], "little")
-    if length > NPY_HEADER_CHARACTERS:
-        raise _broken(path, f"a header of {length} bytes; expected at most {NPY_HEADER_CHARACTERS}")
-    offset = start + length
-    if len(head) < offset:
-        raise _broken(path, f"it ends within its header, after {len(head)} of {offset} bytes")
-    text = head[start:offset].decode("utf-8" if version == (3, 0) else "latin-1", "replace")
-    header = _parsed(path, text)
-    fortran_order = header["fortran_order"]
-    if type(fortran_order) is not bool:
-        raise _broken(path, f"fortran_order {_short(fortran_order)} in its header; expected True or False")
-    dtype = _dtype(path, header["descr"])
-    shape = header["shape"]
-    _shape(path, shape, dtype)
-    expected = offset + math.prod(shape) * dtype.itemsize
-    size = os.fstat(file.fileno()).st_size
-    if size < expected:
-        raise ValueError(f"{path}: {size} bytes; expected {expected}, for the shape and dtype that its header says")
-    return offset, shape, dtype, fortran_order
-
-
-def _parsed(path, text):
-    """The header's dict."""
-    try:
-        header = _literal(text)
-    # a hostile one may raise anything in there
-    except Exception as error:
-        example = "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 768)}"
-        fault = f"the header {_short(text.strip())}; expected one such as {example}"
-        raise _broken(path, fault) from error
-    if not isinstance(header, dict) or set(header) != NPY_KEYS:
-        came = sorted(map(str, header)) if isinstance(header, dict) else type(header).__name__
-        raise _broken(path, f"a header of {_short(came)}; expected a dict of descr, fortran_order and shape")
-    return header
-
-
-def _literal(text):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return ast.literal_eval(text)
-        except SyntaxError:
-            # what Python 2 wrote has sizes such as 3L
-            return ast.literal_eval(re.sub(r"(?<=[0-9])L\b", "", text))
-
-
-def _dtype(path, descr):
-    if isinstance(descr, str) and descr in NPY_BFLOAT16:
-        try:
-            return arrays.bfloat16().newbyteorder(NPY_BFLOAT16[descr])
-        except ModuleNotFoundError as error:
-            fault = f"{path}: elements of dtype {descr}, which is taken as bfloat16 and needs the package ml_dtypes"
-            raise TypeError(f"{fault}: pip install ml_dtypes") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dtype = np.lib.format.descr_to_dtype(descr)
-    except Exception as error:
-        raise _broken(path, f"descr {_short(descr)} in its header; expected a dtype such as '<f4'") from error
+def number_dtype(name, dtype):
+    """The dtype of a file's elements, bfloat16 for two bytes without a name; refused where it is none of numbers."""
+    descr = dtype if isinstance(dtype, str) else dtype.str
+    if descr in BFLOAT16 and getattr(dtype, "fields", None) is None:
+        return bfloat16(name, descr, BFLOAT16[descr], "which is taken as bfloat16 and needs")
     # pickles, and numbers in structures or arrays of their own
     if dtype.kind in "OV":
-        raise TypeError(f"{path}: elements of dtype {dtype!s:.200}; expected floats, integers or booleans")
+        raise TypeError(f"{name}: elements of dtype {dtype!s:.200}; expected floats, integers or booleans")
     return dtype
 
 
-def _shape(path, shape, dtype):
+def bfloat16(name, descr, order, which="which needs"):
+    try:
+        return arrays.bfloat16().newbyteorder(order)
+    except ModuleNotFoundError as error:
+        fault = f"{name}: elements of dtype {descr}, {which} the package ml_dtypes"
+        raise TypeError(f"{fault}: pip install ml_dtypes") from error
+
+
+def possible_shape(shape, dtype, broken):
+    """Of an array; `broken` makes an error of what is wrong with the one that a header says."""
     if not isinstance(shape, tuple) or not all(type(size) is int for size in shape):
-        raise _broken(path, f"shape {_short(shape)} in its header; expected a tuple of ints such as (3, 768)")
+        raise broken(f"shape {short(shape)} in its header; expected a tuple of ints such as (3, 768)")
     is_possible = min(shape, default=0) >= 0 and len(shape) <= MAX_NDIM
     if not is_possible or math.prod(max(1, size) for size in shape) * max(1, dtype.itemsize) > sys.maxsize:
-        raise _broken(path, f"shape {_short(shape)} in its header; expected one that an array can have")
+        raise broken(f"shape {short(shape)} in its header; expected one that an array can have")
 
 
-def _broken(path, fault):
-    return ValueError(f"{path}: not an array in NumPy's .npy format: {fault}")
+def identity(status):
+    """What changes where another file takes the name, or this one is written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _other_format(path, what, advice):
-    return ValueError(f"{path}: not an array in NumPy's .npy format, but {what}; {advice.replace('{name}', str(path))}")
+def unchanged(path, before):
+    if identity(Path(path).stat()) != before:
+        raise changed(path)
 
 
-def _format(head):
-    """What a file that begins so is, and what to do with it."""
-    for magic, what, advice in FORMATS:
-        if head.startswith(magic):
-            return what, advice
-    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        first = head[30 : 30 + int.from_bytes(head[26:28], "little")]
-        return NPZ if first.endswith(b".npy") or len(head) < 30 else TORCH if first.endswith(b"/data.pkl") else ZIP
-    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 1 << 32:
-        return SAFETENSORS
-    if not head:
-        return "an empty file", "expected an array that numpy.save has written"
-    line = _first_line(head)
-    if line:
-        return f"text, which begins {_short(line, 40)}", SAVE.format('np.loadtxt("{name}", delimiter=",")')
-    return "of another one", 'if it is numbers alone: np.save("x.npy", np.fromfile("{name}", DTYPE).reshape(SHAPE))'
+def changed(path):
+    return ValueError(f"{path}: changed while it was read")
 
 
-def _first_line(head):
-    """Of text; empty where it is none."""
+@contextmanager
+def system_errors(path, temporary=None):
+    """Errors say which file they are about: those of the system in reading or writing an open one do not.
+
+    What is written to a temporary file is the file's that it will become.
+    """
     try:
-        # which may be cut within a character
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
-    except UnicodeDecodeError:
-        return ""
-    line = text.strip().partition("\n")[0].strip()
-    return line if line.isprintable() and "\0" not in text else ""
+        yield
+    except OSError as error:
+        is_temporary = temporary is not None and str(error.filename).startswith(os.fspath(temporary))
+        if error.filename is None or is_temporary:
+            error.filename = os.fspath(path)
+        raise
 
 
-def _short(value, characters=100):
+@contextmanager
+def library_errors(name, path, what):
+    """Errors of a library for files, which may be of any type, in one line: that the file is not, say, readable as zarr."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if number:
+            # without what the library knows of addresses and descriptors
+            error = OSError(number, os.strerror(number), *([] if path is None else [os.fspath(path)]))
+            raise error from None
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{name}: not {what}: {words:.200}") from error
+
+
+def needs(name, package, what):
+    """The error where the library for a kind of files is not there."""
+    return TypeError(f"{name}: {what}, which needs the package {package}: pip install 'nbnorm[files]'")
+
+
+def short(value, characters=100):
     try:
         shown = repr(value)
     except ValueError:
         # as Python says of an int of thousands of digits
         return "of numbers too long to show"
     return shown if len(shown) <= characters else f"{shown[:characters]}..."
-
-
-def unchanged(path, is_unchanged):
-    if not is_unchanged:
-        raise ValueError(f"{path}: changed while it was read")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The array in a .npy file, read in blocks.
+"""The elements of an array that lie in a file as they would in memory, read in blocks.
 
 Read, not memory-mapped: where the file shrinks or its disk fails, mapped memory kills the process, and it counts as the
 process's own.
@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +20,8 @@ GAP_BYTES = 1 << 12
 BUFFER_BYTES = 1 << 24
 
 
-class Npy(NamedTuple):
-    """An open .npy file, and what its header says."""
+class Elements(NamedTuple):
+    """Where they are: in an open file of this path, from `offset` on."""
 
     path: Any
     file: Any
@@ -30,57 +29,20 @@ class Npy(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
-    fortran_order: bool
-
-    def stand_in(self):
-        """An array of the same shape and dtype, which takes no memory and has no values."""
-        return np.broadcast_to(np.empty((), self.dtype), self.shape)
+    fortran_order: bool = False
 
 
-@contextmanager
-def opened(path):
-    """The array in the file at the path; None for no path."""
-    if path is None:
-        yield None
-        return
-    files.source(path)
-    # not buffered, as what is read at once is large or far from the rest
-    with Path(path).open("rb", buffering=0) as file:
-        identity = _identity(os.fstat(file.fileno()))
-        with named(path):
-            header = files.npy_header(path, file)
-        yield Npy(path, file, identity, *header)
-
-
-@contextmanager
-def named(path):
-    """Errors say which file they are about: those of the system in reading or writing an open one do not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = os.fspath(path)
-        raise
-
-
-def read(array, index=()):
-    """A copy of a block of the array, in C order: all of it, or at one of the indices of `staging.row_blocks`."""
-    bounds = [(i, i + 1) if isinstance(i, int) else (i.start, i.stop) for i in index]
-    bounds += [(0, size) for size in array.shape[len(index) :]]
+def block(array, bounds):
+    """A copy of what is within the bounds, in C order."""
     block = np.empty([stop - start for start, stop in bounds], array.dtype)
-    with named(array.path):
+    with files.system_errors(array.path):
         if array.fortran_order:
             _read_fortran(block, array, bounds)
         else:
             first = sum(start * math.prod(array.shape[axis + 1 :]) for axis, (start, _) in enumerate(bounds))
             _fill(block.reshape(-1).view(np.uint8), array, first * block.itemsize)
-    files.unchanged(array.path, _identity(Path(array.path).stat()) == array.identity)
+    files.unchanged(array.path, array.identity)
     return block
-
-
-def _identity(status):
-    """What changes where another file takes the name, or this one is written to."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_fortran(block, array, bounds):
@@ -136,5 +98,17 @@ def _fill(target, array, place):
     # one call to the system gives two gigabytes at most
     while target.size:
         count = array.file.readinto(target)
-        files.unchanged(array.path, count > 0)
+        if count == 0:
+            raise files.changed(array.path)
         target = target[count:]
+
+
+@contextmanager
+def writer(path, begin):
+    """A function that writes the next block to an open file, behind what `begin` has written to it."""
+    with path.open("r+b") as file:
+        begin(file)
+        yield lambda _, block: file.write(block.reshape(-1).view(np.uint8))
+        file.flush()
+        # a full disk or a lost network drive may show only here
+        os.fsync(file.fileno())
