@@ -215,11 +215,12 @@ def library_errors(name, path, what):
     except MemoryError:
         raise
     except Exception as error:
-        number = getattr(error, "errno", None)
+        # which HDF5 knows in words alone where it closes a file
+        in_words = re.search(r"\berrno = (\d+)", str(error))
+        number = getattr(error, "errno", None) or (in_words and int(in_words[1]))
         if number:
-            # without what the library knows of addresses and descriptors
-            error = OSError(number, os.strerror(number), *([] if path is None else [os.fspath(path)]))
-            raise error from None
+            # without what the library says of addresses and descriptors
+            raise OSError(number, os.strerror(number), *([] if path is None else [os.fspath(path)])) from error
         words = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name}: not {what}: {words:.200}") from error
 

@@ -1,6 +1,7 @@
 """An array of a folder of zarr, by its library, in the second version of the format or the third."""
 
 import os
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +15,9 @@ READABLE = "readable as zarr"
 def opened(path, name, _):
     """The array of the folder, or of this name in its group."""
     zarr = _library(path)
-    with files.library_errors(path, path, READABLE):
+    with files.library_errors(path, path, READABLE), warnings.catch_warnings():
+        # which zarr gives for each file in the folder that is none of its own
+        warnings.simplefilter("ignore")
         found = zarr.open(path, mode="r")
         names = [None] if isinstance(found, zarr.Array) else _names(zarr, found, name)
     if names == [None] and name is not None:
