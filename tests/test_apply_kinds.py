@@ -1,6 +1,7 @@
 """Does `nbnorm apply` read and write each kind of file, as the libraries for it do, and say what is wrong with one?"""
 
 import json
+import math
 import os
 import pickle
 import struct
@@ -16,11 +17,10 @@ import kinds
 import nbnorm
 from kinds import KINDS, WITH_NAMES, param
 from nbnorm.__main__ import main
-from nbnorm.calls.checks import forward
-from nbnorm.calls.problem import ForwardCall
 from nbnorm.commands import apply as apply_module
-from nbnorm.commands import elements
+from nbnorm.commands import chunked, elements
 from nbnorm.commands.kinds import Input
+from nbnorm.cpu.staging import row_blocks
 from tolerances import assert_y
 
 COLS = 48
@@ -42,7 +42,7 @@ def x(rng, folder):
 def blocks(monkeypatch):
     """Of three rows, which end within a chunk where one has more, and within what is read at once."""
     monkeypatch.setattr(elements, "BUFFER_BYTES", 1 << 10)
-    for name in ("BLOCK_BYTES", "FORTRAN_BLOCK_BYTES", "CHUNKED_BLOCK_BYTES"):
+    for name in ("BLOCK_BYTES", "FORTRAN_BLOCK_BYTES"):
         monkeypatch.setattr(apply_module, name, 3 * COLS * 4)
 
 
@@ -210,25 +210,43 @@ def test_zarr_of_both_versions_with_shards_and_orders(x, blocks, options):
     np.testing.assert_array_equal(found[...], nbnorm.layer_norm(x, COLS), strict=True)
 
 
-def test_blocks_end_where_chunks_do(monkeypatch):
-    """So that no chunk is read twice, where memory has room for all that is behind the first axis with several entries."""
-    monkeypatch.setattr(apply_module, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(apply_module, "CHUNKED_BLOCK_BYTES", 400)
+@pytest.mark.parametrize("limit", [1, 2, 7, 12, 1000])
+@pytest.mark.parametrize(
+    ("batch", "chunks"),
+    [
+        ((100,), (9, 1)),
+        ((100,), (1000, 2)),
+        ((6, 5), (1, 2, 2)),
+        ((6, 5), (4, 1, 2)),
+        ((2, 3, 7), (1, 2, 3, 2)),
+        ((5,), (1, 2)),
+    ],
+)
+def test_each_chunk_is_read_once(batch, chunks, limit):
+    """Whatever the blocks are, since those that begin within a chunk take the rest of it from what is kept."""
+    array = np.arange(2 * math.prod(batch), dtype=np.float32).reshape(*batch, 2)
+    counts = np.zeros([-(-size // chunk) for size, chunk in zip(array.shape, chunks, strict=True)], int)
 
-    def rows(batch, chunks):
-        array = Input("x", (*batch, 2), np.dtype(np.float32), None, chunks=chunks)
-        return apply_module._rows_of_a_block(forward(ForwardCall(array.stand_in(), 2))[0], [array], 4)
+    def block(bounds):
+        touched = (slice(start // chunk, -(-stop // chunk)) for (start, stop), chunk in zip(bounds, chunks, strict=True))
+        counts[tuple(touched)] += 1
+        return array[tuple(slice(*bound) for bound in bounds)].copy()
 
-    assert rows((1000,), None) == 12
-    assert rows((1000,), (5, 1)) == 10
-    assert rows((1000,), (30, 2)) == 30
-    # which memory has no room for
-    assert rows((1000,), (51, 2)) == 12
-    assert rows((4, 3), (2, 3, 2)) == 12
-    assert rows((40, 3), (2, 1, 2)) == 12
-    assert rows((40, 30), (1, 7, 2)) == 7
-    assert rows((40, 30), (1, 1, 2)) == 12
-    assert rows((), (2,)) == 12
+    read = chunked.reader(Input("x", array.shape, array.dtype, block, chunks=chunks), batch, limit)
+    for index, rows in row_blocks(batch, limit):
+        np.testing.assert_array_equal(
+            read(index, rows), array[tuple(slice(i, i + 1) if isinstance(i, int) else i for i in index)]
+        )
+    assert (counts == 1).all()
+
+
+def test_chunks_that_memory_has_no_room_for(x, blocks, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    monkeypatch.setattr(chunked, "KEPT_BYTES", 5 * COLS * 4)
+    with h5py.File("x.h5", "w") as file:
+        file.create_dataset("a", data=x, chunks=(7, 4, 5))
+    assert apply("x.h5", "y.npy") == 0
+    np.testing.assert_array_equal(np.load("y.npy"), nbnorm.layer_norm(x, COLS), strict=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

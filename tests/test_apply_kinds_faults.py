@@ -199,8 +199,7 @@ def test_a_signal_in_any_block(x, folder, monkeypatch, kind, number, block):
     kinds.save(kind, source, a=x)
     before = contents(folder)
     monkeypatch.setattr(apply_module, "layer_norm", stop)
-    for name in ("BLOCK_BYTES", "CHUNKED_BLOCK_BYTES"):
-        monkeypatch.setattr(apply_module, name, 2 * COLS * 4)
+    monkeypatch.setattr(apply_module, "BLOCK_BYTES", 2 * COLS * 4)
     handler = signal.signal(number, signal.SIG_DFL)
     try:
         assert apply(source, f"y{kinds.ENDINGS[kind]}") == (130, "", "nbnorm: interrupted\n")
@@ -239,8 +238,7 @@ def test_an_input_that_changes_while_it_is_read(rng, folder, monkeypatch, kind, 
 
     changed = []
     monkeypatch.setattr(apply_module, "layer_norm", change_and_normalise)
-    for name in ("BLOCK_BYTES", "CHUNKED_BLOCK_BYTES"):
-        monkeypatch.setattr(apply_module, name, 1 << 10)
+    monkeypatch.setattr(apply_module, "BLOCK_BYTES", 1 << 10)
     message = f"No such file or directory: '{path}'" if change is Path.unlink else f"{path}: changed while it was read"
     assert_refused(apply(source, "y.npy"), message)
     assert Path("y.npy").read_bytes() == OLD

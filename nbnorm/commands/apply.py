@@ -11,15 +11,13 @@ import numpy as np
 from nbnorm import reference
 from nbnorm.calls import checks
 from nbnorm.calls.problem import ForwardCall, Problem, wide_dtype
-from nbnorm.commands import files, inputs, outputs
+from nbnorm.commands import chunked, files, inputs, outputs
 from nbnorm.cpu.staging import row_blocks
 from nbnorm.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 BLOCK_BYTES = 1 << 23
 # rows of a Fortran-ordered file are all over it: the larger the blocks, the fewer reads
 FORTRAN_BLOCK_BYTES = 1 << 24
-# at most, where that lets a block end where chunks of the file do: a chunk across two blocks is read and unpacked twice
-CHUNKED_BLOCK_BYTES = 1 << 25
 # of each block; the reference takes about six times as many longdouble numbers
 CHECKED_ROWS = 16
 CHECKED_ELEMENTS = 1 << 19
@@ -107,12 +105,13 @@ def _write(norm, arrays, destinations, dtype, interrupted):
     limit = _rows_of_a_block(problem, arrays, compute_dtype.itemsize)
     blocks = row_blocks(problem.batch, limit) if problem.rows * problem.cols else ()
     checked_rows, largest_error = 0, 0.0
+    read = [chunked.reader(array, problem.batch, limit) for array in arrays]
     with (
         outputs.created(destinations, problem.shape, dtype, _block_shape(problem, limit)) as writers,
         _progress(problem.rows) as advance,
     ):
         for index, rows in blocks:
-            x, *residual = (array.read(index) for array in arrays)
+            x, *residual = (block(index, rows) for block in read)
             y, total = norm.of(x.astype(compute_dtype, copy=False), *residual)
             with np.errstate(over="ignore", under="ignore"):
                 y = y.astype(dtype, copy=False)
@@ -131,13 +130,10 @@ def _write(norm, arrays, destinations, dtype, interrupted):
 
 
 def _rows_of_a_block(problem, arrays, itemsize):
-    row_bytes = max(1, problem.cols * itemsize)
-    limit = max(1, (FORTRAN_BLOCK_BYTES if any(array.fortran_order for array in arrays) else BLOCK_BYTES) // row_bytes)
-    chunks = next((array.chunks for array in arrays if array.chunks), (1,) * len(problem.batch))[: len(problem.batch)]
-    # a block is whole in the axes behind one: the first in which a chunk has more than one entry, or else the last
-    axis = next((axis for axis, size in enumerate(chunks) if size > 1), len(chunks) - 1)
-    unit = math.prod(chunks[axis : axis + 1]) * math.prod(problem.batch[axis + 1 :])
-    return limit if unit > CHUNKED_BLOCK_BYTES // row_bytes else max(1, limit // max(1, unit)) * max(1, unit)
+    most = FORTRAN_BLOCK_BYTES if any(array.fortran_order for array in arrays) else BLOCK_BYTES
+    limit = max(1, most // max(1, problem.cols * itemsize))
+    unit = chunked.rows_of_a_chunk(arrays[0], problem.batch)
+    return limit if unit > limit else limit // unit * unit
 
 
 def _block_shape(problem, limit):

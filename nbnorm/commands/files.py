@@ -20,7 +20,7 @@ from nbnorm.calls.checks import MAX_NDIM
 # how the names end of files that are written, and their kinds; any other is of a .npy file
 ENDINGS = {".npy": "npy", ".npz": "npz", ".safetensors": "safetensors", ".zarr": "zarr", ".h5": "hdf5", ".hdf5": "hdf5"}
 # an array in one of those that have several is FILE:NAME
-WITH_NAMES = re.compile(r"\.(npz|safetensors|zarr|h5|hdf5)(?=:|$)", re.IGNORECASE)
+WITH_NAMES = re.compile(r"\.(npz|safetensors|zarr|h5|hdf5)(?=:)", re.IGNORECASE)
 # endings of names that would say that the result is of another format than it is
 OTHER_ENDINGS = re.compile(
     r"\.(gz|bz2|xz|zst|lz4|zip|tar|hdf|nc|mat|pth?|bin|ckpt|onnx|gguf|pkl|pickle|parquet|feather|arrow|csv|tsv|txt|json)$",
@@ -68,10 +68,9 @@ def destination(text, sources, name):
     text = os.fspath(text)
     if text == "-":
         raise ValueError("-: expected a name for a file; the result is not written to stdout")
-    with_names = WITH_NAMES.search(text)
-    has_name = with_names is not None and with_names.end() < len(text)
-    if has_name:
-        text, name = text[: with_names.end()], text[with_names.end() + 1 :]
+    with_name = WITH_NAMES.search(text)
+    if with_name:
+        text, name = text[: with_name.end()], text[with_name.end() + 1 :]
         _name_of_array(text, name)
     ending = OTHER_ENDINGS.search(text)
     if ending is not None:
@@ -79,7 +78,7 @@ def destination(text, sources, name):
     if text.endswith(os.sep) or not text:
         raise ValueError(f"{text!r}: not a name for a file; expected one such as y.npy")
     kind = next((kind for ending, kind in ENDINGS.items() if text.lower().endswith(ending)), "npy")
-    if kind == "zarr" and not has_name:
+    if kind == "zarr" and with_name is None:
         # the folder is the array itself then
         name = None
     # as the system follows it: what /dev/stdout leads to may have no name
