@@ -214,9 +214,7 @@ def library_errors(name, path, what):
     except MemoryError:
         raise
     except Exception as error:
-        # which HDF5 knows in words alone where it closes a file
-        in_words = re.search(r"\berrno = (\d+)", str(error))
-        number = getattr(error, "errno", None) or (in_words and int(in_words[1]))
+        number = getattr(error, "errno", None)
         if number:
             # without what the library says of addresses and descriptors
             raise OSError(number, os.strerror(number), *([] if path is None else [os.fspath(path)])) from error

@@ -1,5 +1,7 @@
 """A dataset of an HDF5 file, by h5py."""
 
+import io
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,23 +74,53 @@ def _are_there(name, path, sources):
 def writer(temporary, destination, shape, dtype, _):
     """A function that writes the next block of the one dataset of a new file.
 
-    h5py makes the file, with room for the elements. These are written past it, as a full disk at any of its writes
-    leaves it with a file that it cannot close.
+    h5py says what is in the file beside the elements, and writes neither: a disk that is full as it closes a file leaves it
+    with one that ends the process when it is closed again.
     """
     h5py = _library(destination.path)
+    pieces = _Pieces()
+    with files.library_errors(destination.path, None, WRITABLE), h5py.File(pieces, "w") as made:
+        options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+        groups = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+        groups.set_create_intermediate_group(True)
+        groups.set_char_encoding(h5py.h5t.CSET_UTF8)
+        space, kind = h5py.h5s.create_simple(shape), h5py.h5t.py_create(np.dtype(dtype.str), logical=True)
+        dataset = h5py.h5d.create(made.id, destination.name.encode(), kind, space, options, groups)
+        # which an array without elements has none of
+        offset = dataset.get_offset() or 0
+    return elements.writer(temporary, lambda file: pieces.write_to(file, offset))
 
-    def begin(file):
-        with files.library_errors(destination.path, None, WRITABLE), h5py.File(temporary, "w") as made:
-            options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-            options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-            groups = h5py.h5p.create(h5py.h5p.LINK_CREATE)
-            groups.set_create_intermediate_group(True)
-            groups.set_char_encoding(h5py.h5t.CSET_UTF8)
-            space, elements_type = h5py.h5s.create_simple(shape), h5py.h5t.py_create(np.dtype(dtype.str), logical=True)
-            dataset = h5py.h5d.create(made.id, destination.name.encode(), elements_type, space, options, groups)
-            # which an array without elements has none of
-            offset = dataset.get_offset()
-        file.seek(offset or 0)
 
-    return elements.writer(temporary, begin)
+class _Pieces(io.RawIOBase):
+    """A file in memory that keeps what is written to it, and nothing for what lies between."""
+
+    def __init__(self):
+        self.pieces = []
+        self.place = self.size = 0
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self.place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
+        return self.place
+
+    def tell(self):
+        return self.place
+
+    def truncate(self, size=None):
+        self.size = self.place if size is None else size
+        return self.size
+
+    def write(self, data):
+        self.pieces.append((self.place, bytes(data)))
+        self.place += len(data)
+        self.size = max(self.size, self.place)
+        return len(data)
+
+    def write_to(self, file, place):
+        """Write all of them to a real file, and go to this place in it."""
+        for start, data in self.pieces:
+            file.seek(start)
+            file.write(data)
+        file.truncate(self.size)
+        file.seek(place)
