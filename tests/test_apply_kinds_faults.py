@@ -5,8 +5,12 @@ import errno
 import io
 import os
 import random
+import re
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -242,3 +246,39 @@ def test_an_input_that_changes_while_it_is_read(rng, folder, monkeypatch, kind, 
     message = f"No such file or directory: '{path}'" if change is Path.unlink else f"{path}: changed while it was read"
     assert_refused(apply(source, "y.npy"), message)
     assert Path("y.npy").read_bytes() == OLD
+
+
+def of_zeros(kind, path, shape):
+    """A file with an array that takes next to no disk."""
+    if kind == "npz":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file, file.open("a.npy", "w") as member:
+            np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for _ in range(shape[0]):
+                member.write(bytes(4 * shape[1]))
+    elif kind == "hdf5":
+        import h5py
+
+        with h5py.File(path, "w") as file:
+            file.create_dataset("a", shape=shape, dtype="f4", chunks=(2000, shape[1]))
+    else:
+        import zarr
+
+        zarr.create_array(path, shape=shape, dtype="f4", chunks=(2000, shape[1]))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("kind", [param("npz"), param("hdf5"), param("zarr")])
+def test_peak_memory_is_under_300_mb(folder, python_environment, kind):
+    """Of arrays of 246 MB each."""
+    os.chdir(folder)
+    source, out, total = (f"{name}{kinds.ENDINGS[kind]}" for name in ("x", "new", "total"))
+    of_zeros(kind, source, (80_000, 768))
+    arguments = ["apply", source, "-o", out, "--normalized-shape", "768", "--residual", source, "--total-out", total]
+    code = "import sys; from nbnorm.__main__ import main; "
+    code += f"code = main({arguments}); sys.stderr.write(open('/proc/self/status').read()); sys.exit(code)"
+    process = [sys.executable, "-c", code]
+    result = subprocess.run(process, env=python_environment, capture_output=True, text=True, check=False)
+    for name in (out, total):
+        shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
+    assert result.returncode == 0
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", result.stderr)[1]) < 300e3
