@@ -18,7 +18,8 @@ def opened(path, name, _):
     with files.library_errors(path, path, READABLE), warnings.catch_warnings():
         # which zarr gives for each file in the folder that is none of its own
         warnings.simplefilter("ignore")
-        found = zarr.open(path, mode="r")
+        # a path, since a text may be an address too
+        found = zarr.open(Path(path), mode="r")
         names = [None] if isinstance(found, zarr.Array) else _names(zarr, found, name)
     if names == [None] and name is not None:
         raise ValueError(f"{path}:{name}: {path} is an array itself; expected {path}")
@@ -26,10 +27,10 @@ def opened(path, name, _):
     name = path if name is None else f"{path}:{name}"
     with files.library_errors(name, path, READABLE):
         array = found if chosen is None else found[chosen]
-        marks = [mark for mark in files.ZARR_MARKS if (Path(path) / (chosen or "") / mark).exists()]
+        marks = [Path(path) / array.path / mark for mark in files.ZARR_MARKS]
     numbers = files.number_dtype(name, array.dtype)
     _unpickles_nothing(name, array)
-    mark = Path(path) / (chosen or "") / marks[0]
+    mark = next((mark for mark in marks if mark.exists()), marks[-1])
     before = files.identity(mark.stat())
 
     def block(bounds):
@@ -72,7 +73,7 @@ def writer(temporary, destination, shape, dtype, chunks):
     if dtype.name == "bfloat16":
         raise TypeError(f"{destination.path}: zarr has no bfloat16; expected another --dtype, or another kind of file")
     chunks = tuple(max(1, size) for size in chunks)
-    array = zarr.create_array(os.fspath(temporary), name=destination.name, shape=shape, chunks=chunks, dtype=dtype)
+    array = zarr.create_array(temporary, name=destination.name, shape=shape, chunks=chunks, dtype=dtype)
 
     def write(index, block):
         # an int would take its axis away
@@ -81,5 +82,5 @@ def writer(temporary, destination, shape, dtype, chunks):
     yield write
     for folder, _, names in os.walk(temporary):
         for file_name in names:
-            with (Path(folder) / file_name).open("rb") as file:
+            with (Path(folder) / file_name).open("r+b") as file:
                 os.fsync(file.fileno())
