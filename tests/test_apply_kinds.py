@@ -414,6 +414,8 @@ def test_names_where_there_are_none(x, capsys):
     np.save("x.npy", x)
     assert apply("x.npy:a", "y.npy") == 2
     assert "x.npy:a: a .npy file has one array, without a name; expected x.npy" in capsys.readouterr().err
+    assert apply("x.npy", "y.npy:a") == 2
+    assert "y.npy:a: a .npy file has one array, without a name; expected y.npy" in capsys.readouterr().err
     assert apply("no.npz:a", "y.npy") == 2
     assert "No such file or directory: 'no.npz:a'" in capsys.readouterr().err
     pytest.importorskip("zarr")

@@ -20,7 +20,7 @@ from nbnorm.calls.checks import MAX_NDIM
 # how the names end of files that are written, and their kinds; any other is of a .npy file
 ENDINGS = {".npy": "npy", ".npz": "npz", ".safetensors": "safetensors", ".zarr": "zarr", ".h5": "hdf5", ".hdf5": "hdf5"}
 # an array in one of those that have several is FILE:NAME
-WITH_NAMES = re.compile(r"\.(npz|safetensors|zarr|h5|hdf5)(?=:)", re.IGNORECASE)
+WITH_NAMES = re.compile(r"\.(npy|npz|safetensors|zarr|h5|hdf5)(?=:)", re.IGNORECASE)
 # endings of names that would say that the result is of another format than it is
 OTHER_ENDINGS = re.compile(
     r"\.(gz|bz2|xz|zst|lz4|zip|tar|hdf|nc|mat|pth?|bin|ckpt|onnx|gguf|pkl|pickle|parquet|feather|arrow|csv|tsv|txt|json)$",
@@ -72,6 +72,8 @@ def destination(text, sources, name):
     if with_name:
         text, name = text[: with_name.end()], text[with_name.end() + 1 :]
         _name_of_array(text, name)
+        if text.lower().endswith(".npy"):
+            raise without_names(text, name)
     ending = OTHER_ENDINGS.search(text)
     if ending is not None:
         raise ValueError(f"{text}: ends in {ending[0]}; expected a name that ends in {', '.join(ENDINGS)}")
@@ -103,6 +105,10 @@ def different(destinations):
     if len(set(paths)) < len(paths):
         raise ValueError(f"{paths[0]}: is to have y and the total; expected a file for each")
     return destinations
+
+
+def without_names(path, name):
+    return ValueError(f"{path}:{name}: a .npy file has one array, without a name; expected {path}")
 
 
 def _name_of_array(text, name):

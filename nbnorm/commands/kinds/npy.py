@@ -28,7 +28,7 @@ KEYS = {"descr", "fortran_order", "shape"}
 def opened(path, name, _):
     """The array of the file."""
     if name is not None:
-        raise ValueError(f"{path}:{name}: a .npy file has one array, without a name; expected {path}")
+        raise files.without_names(path, name)
     # not buffered, as what is read at once is large or far from the rest
     with Path(path).open("rb", buffering=0) as file:
         status = os.fstat(file.fileno())
