@@ -305,6 +305,16 @@ def test_a_folder_of_zarr_is_not_replaced(x, capsys):
     assert "y.zarr: is there already; expected a new name, as a folder is not replaced" in capsys.readouterr().err
 
 
+def test_other_files_in_a_folder_of_zarr(x, capsys):
+    """The library warns of these, which here would be an error."""
+    pytest.importorskip("zarr")
+    kinds.save("zarr", "x.zarr", a=x)
+    Path("x.zarr/notes").mkdir()
+    Path("x.zarr/notes/text").write_text("ours")
+    assert apply("x.zarr", "y.npy") == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", ["", "../y", "a//b", "/a", "__metadata__", "a\0", "a/."])
 def test_names_that_are_not_written(x, name, capsys):
     np.save("x.npy", x)

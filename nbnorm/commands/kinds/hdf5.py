@@ -122,5 +122,4 @@ class _Pieces(io.RawIOBase):
         for start, data in self.pieces:
             file.seek(start)
             file.write(data)
-        file.truncate(self.size)
         file.seek(place)
