@@ -81,6 +81,8 @@ def _add_apply(commands):
     apply.add_argument(
         "--normalized-shape", type=_shape, required=True, metavar="N[,N...]", help="sizes of a row, as in 768 or 28,28"
     )
+    help_ = "where they are, as in 1 for channels in images; from the back: --axis=-2 (default: the last ones)"
+    apply.add_argument("--axis", type=_shape, metavar="A[,A...]", help=help_)
     apply.add_argument("--weight", metavar="FILE", help="scale of each element of a row")
     apply.add_argument("--bias", metavar="FILE", help="shift of each element of a row")
     help_ = "added to the variance (default: 1e-5, with --rms as torch.nn.RMSNorm has it)"
@@ -124,7 +126,7 @@ def _apply(options):
         options.input, options.normalized_shape, options.weight, options.bias,
         default_eps if options.eps is None else options.eps, options.use_diff_of_squares, out=options.output,
         residual=options.residual, total_out=options.total_out or False, is_rms=options.rms,
-        is_added=options.residual is not None,
+        is_added=options.residual is not None, axis=options.axis,
     )  # fmt: skip
     with _signals() as received:
         applied = apply(call, options.dtype, interrupted=lambda: bool(received))

@@ -158,6 +158,42 @@ def test_rms_norm_has_its_own_eps_and_error(x, residual, capsys, monkeypatch):
     assert float(capsys.readouterr().out.split("largest error ")[1].split()[0]) > 1000
 
 
+OTHER_AXES = [("npy", "0", (7,)), ("npy", "0,1", (7, 10)), ("npy", "2", (COLS,)), ("npy", "-2", (10,))]
+
+
+@pytest.mark.parametrize(("kind", "axis", "row"), [*(param(kind, "1", (10,)) for kind in kinds.ENDINGS), *OTHER_AXES])
+@pytest.mark.parametrize("rms", [False, True])
+def test_other_axes(x, rng, blocks, capsys, kind, axis, row, rms):
+    ending = kinds.ENDINGS[kind]
+    weight, bias = rng.standard_normal((2, *row), dtype=np.float32)
+    for name, array in {"x": x, "w": weight, "b": bias}.items():
+        kinds.save(kind, f"{name}{ending}", a=array)
+    options = ["--axis=" + axis, "--weight", f"w{ending}", *(["--rms"] if rms else ["--bias", f"b{ending}"])]
+    size = ",".join(map(str, row))
+    assert main(["apply", f"x{ending}", "-o", f"y{ending}", "--normalized-shape", size, *options]) == 0
+    axes = [int(number) for number in axis.split(",")]
+    expected = nbnorm.rms_norm(x, row, weight, axis=axes) if rms else nbnorm.layer_norm(x, row, weight, bias, axis=axes)
+    np.testing.assert_array_equal(kinds.load(kind, f"y{ending}"), expected, strict=True)
+    assert "float32; largest error 0." in capsys.readouterr().out
+    options += ["--residual", f"x{ending}", "--total-out", "t.npy"]
+    assert main(["apply", f"x{ending}", "-o", "z.npy", "--normalized-shape", size, *options]) == 0
+    y = (
+        nbnorm.add_rms_norm(x, x, row, weight, axis=axes)
+        if rms
+        else nbnorm.add_layer_norm(x, x, row, weight, bias, axis=axes)
+    )
+    for name, array in zip("zt", y, strict=True):
+        np.testing.assert_array_equal(np.load(f"{name}.npy"), array, strict=True)
+
+
+def test_axes_that_are_wrong(x, capsys):
+    np.save("x.npy", x)
+    assert apply("x.npy", "y.npy", "--axis", "3") == 2
+    assert capsys.readouterr().err == "nbnorm: --axis: [3]; expected axes from -3 to 2, which x has\n"
+    assert apply("x.npy", "y.npy", "--axis", "0") == 2
+    assert "x.npy: shape (7, 10, 48), (7,) along axis [0]; expected (48,) there" in capsys.readouterr().err
+
+
 OPTIONS = [
     (["--rms", "--bias", "b.npy"], "--bias: RMS norm has none; expected it without --rms"),
     (["--rms", "--use-diff-of-squares"], "--use-diff-of-squares: RMS norm has none"),

@@ -49,7 +49,7 @@ def apply(call, dtype=None, interrupted=lambda: False):
     sources = [files.located(text)[0] for text in given.values()]
     wanted = {"y": call.out} | ({"total": call.total_out} if call.total_out else {})
     destinations = files.different([files.destination(text, sources, name) for name, text in wanted.items()])
-    names = given | {name: f"--{name.replace('_', '-')}" for name in ("normalized_shape", "eps", "dtype")}
+    names = given | {name: f"--{name.replace('_', '-')}" for name in ("normalized_shape", "axis", "eps", "dtype")}
     with ExitStack() as stack:
         scratch = destinations[0].path.parent
         opened = {name: stack.enter_context(inputs.opened(text, scratch)) for name, text in given.items()}
@@ -78,23 +78,35 @@ class Norm(NamedTuple):
         """y, and the total, which is x itself where nothing is added to it."""
         row, weight, bias, eps = self.problem.normalized_shape, self.weight, self.bias, self.problem.eps
         use_diff_of_squares = self.call.use_diff_of_squares
+        # a block has all axes of the whole
+        first = -len(row) - len(self.problem.behind)
+        axis: dict[str, Any] = {"axis": tuple(range(first, first + len(row)))} if self.problem.behind else {}
         if self.call.is_rms:
-            added = None if residual is None else add_rms_norm(x, residual, row, weight, eps)
-            return added or (rms_norm(x, row, weight, eps), x)
-        added = None if residual is None else add_layer_norm(x, residual, row, weight, bias, eps, use_diff_of_squares)
-        return added or (layer_norm(x, row, weight, bias, eps, use_diff_of_squares), x)
+            added = None if residual is None else add_rms_norm(x, residual, row, weight, eps, **axis)
+            return added or (rms_norm(x, row, weight, eps, **axis), x)
+        if residual is None:
+            return layer_norm(x, row, weight, bias, eps, use_diff_of_squares, **axis), x
+        return add_layer_norm(x, residual, row, weight, bias, eps, use_diff_of_squares, **axis)
 
     def largest_error(self, y, total):
         """How many of a block's first rows were compared with the reference, and the largest error of these."""
-        first = slice(min(CHECKED_ROWS, CHECKED_ELEMENTS // self.problem.cols))
-        y, total = (a.reshape(-1, *self.problem.normalized_shape)[first] for a in (y, total))
-        finite = np.isfinite(y).all(axis=tuple(range(1, y.ndim)))
+        y, total = (self._first_rows(array) for array in (y, total))
+        finite = np.isfinite(y).all(axis=1)
         if not finite.any():
             return 0, 0.0
-        weight, bias = (None if a is None else a.astype(wide_dtype(a.dtype), copy=False) for a in (self.weight, self.bias))
+        weight, bias = (
+            None if a is None else a.reshape(-1).astype(wide_dtype(a.dtype), copy=False) for a in (self.weight, self.bias)
+        )
         exact = total[finite].astype(np.longdouble)
-        error = reference.error_of_y(y[finite], exact, y.ndim - 1, weight, bias, self.problem.eps, self.call.is_rms)
+        error = reference.error_of_y(y[finite], exact, 1, weight, bias, self.problem.eps, self.call.is_rms)
         return int(finite.sum()), error
+
+    def _first_rows(self, array):
+        """Those that are compared, each one behind the other."""
+        cols, behind = self.problem.cols, math.prod(self.problem.behind)
+        count = min(CHECKED_ROWS, CHECKED_ELEMENTS // cols)
+        entries = array.reshape(-1, cols, behind)[: -(-count // behind), :, :count]
+        return entries.transpose(0, 2, 1).reshape(-1, cols)[:count]
 
 
 def _write(norm, arrays, destinations, dtype, interrupted):
@@ -102,16 +114,16 @@ def _write(norm, arrays, destinations, dtype, interrupted):
     problem = norm.problem
     is_same = problem.dtype == dtype
     compute_dtype = problem.dtype if is_same else np.result_type(wide_dtype(problem.dtype), wide_dtype(dtype))
-    limit = _rows_of_a_block(problem, arrays, compute_dtype.itemsize)
-    blocks = row_blocks(problem.batch, limit) if problem.rows * problem.cols else ()
+    limit = _entries_of_a_block(problem, arrays, compute_dtype.itemsize)
+    blocks = row_blocks(problem.batch, limit) if math.prod(problem.shape) else ()
     checked_rows, largest_error = 0, 0.0
     read = [chunked.reader(array, problem.batch, limit) for array in arrays]
     with (
         outputs.created(destinations, problem.shape, dtype, _block_shape(problem, limit)) as writers,
         _progress(problem.rows) as advance,
     ):
-        for index, rows in blocks:
-            x, *residual = (block(index, rows) for block in read)
+        for index, entries in blocks:
+            x, *residual = (block(index, entries) for block in read)
             y, total = norm.of(x.astype(compute_dtype, copy=False), *residual)
             with np.errstate(over="ignore", under="ignore"):
                 y = y.astype(dtype, copy=False)
@@ -123,15 +135,16 @@ def _write(norm, arrays, destinations, dtype, interrupted):
             largest_error = max(largest_error, error)
             # before the next block is made, not after
             del x, residual, y, total, result
-            advance(rows.stop - rows.start)
+            advance((entries.stop - entries.start) * math.prod(problem.behind))
             if interrupted():
                 raise KeyboardInterrupt
     return checked_rows, largest_error
 
 
-def _rows_of_a_block(problem, arrays, itemsize):
+def _entries_of_a_block(problem, arrays, itemsize):
+    """An entry of the batch is a row, or where axes are behind it, as many as there are positions in these."""
     most = FORTRAN_BLOCK_BYTES if any(array.fortran_order for array in arrays) else BLOCK_BYTES
-    limit = max(1, most // max(1, problem.cols * itemsize))
+    limit = max(1, most // max(1, math.prod(problem.shape[len(problem.batch) :]) * itemsize))
     unit = chunked.rows_of_a_chunk(arrays[0], problem.batch)
     return limit if unit > limit else limit // unit * unit
 

@@ -13,7 +13,7 @@ KEPT_BYTES = 1 << 27
 
 
 def rows_of_a_chunk(array, batch):
-    """The fewest rows, one behind the other, that whole chunks have, or 1 where the array is not in chunks."""
+    """The fewest rows of the batch, one behind the other, that whole chunks have, or 1 where there are no chunks."""
     sizes = (array.chunks or ())[: len(batch)]
     axis = next((axis for axis, size in enumerate(sizes) if size > 1), None)
     # behind the first axis in which a chunk has several entries, all of them
