@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from nbnorm.__main__ import main
 from nbnorm.commands import apply as apply_module
 from nbnorm.commands import chunked, elements
 from nbnorm.commands.kinds import Input
+from nbnorm.commands.kinds import zarr as zarr_kind
 from nbnorm.cpu.staging import row_blocks
 from tolerances import assert_y
 
@@ -435,6 +437,17 @@ def test_pickles_are_not_loaded_from_zarr(folder, capsys):
     assert "nbnorm: x.zarr: " in (err := capsys.readouterr().err)
     assert "pickle" in err
     assert names() == ["x.zarr"]
+
+
+@pytest.mark.parametrize("key", ["compressor", "filters", "codecs"])
+def test_codecs_that_unpickle_are_refused(key):
+    """Which later versions of the library refuse too, and earlier ones run."""
+    pickles = pytest.importorskip("numcodecs.pickles")
+    codec = pickles.Pickle()
+    metadata = {"compressor": None, "filters": None, key: codec if key == "compressor" else [codec]}
+    array = SimpleNamespace(metadata=SimpleNamespace(to_dict=lambda: metadata))
+    with pytest.raises(ValueError, match="x.zarr: its elements are pickled; expected numbers"):
+        zarr_kind._unpickles_nothing("x.zarr", array)
 
 
 def test_hdf5_that_has_no_numbers(x, capsys):
