@@ -23,11 +23,11 @@ def test_signatures_are_those_of_the_contract():
     )
     assert signature(nbnorm.layer_norm) == (
         "(x, normalized_shape, weight=None, bias=None, eps=1e-05, use_diff_of_squares=False, "
-        "*, out=None, return_stats=False, stream=None)"
+        "*, out=None, return_stats=False, stream=None, axis=None)"
     )
     assert signature(nbnorm.layer_norm_backward) == (
         "(dy, x, normalized_shape, weight=None, eps=1e-05, use_diff_of_squares=False, "
-        "*, mean=None, rstd=None, output_mask=(True, True, True), out=None, stream=None)"
+        "*, mean=None, rstd=None, output_mask=(True, True, True), out=None, stream=None, axis=None)"
     )
 
 
