@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_cupy_array, is_jax_array, is_torch_array
+from array_api_compat import is_cupy_array, is_dask_array, is_jax_array, is_torch_array
 
 # XLA takes a NumPy array over without a copy from this alignment on
 JAX_ALIGNMENT = 64
@@ -41,6 +41,11 @@ def is_cuda(array):
         return array.device.type == "cuda"
     # CuPy and Numba make what `kind` asks for anew each time, in 1 to 2 us
     return is_cupy_array(array) or kind(array) == "cuda"
+
+
+def is_dask(array):
+    """Whether it is a Dask array, which has no values yet."""
+    return not isinstance(array, np.ndarray) and is_dask_array(array)
 
 
 def _has_cuda_interface(array):

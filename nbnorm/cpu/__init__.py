@@ -96,8 +96,24 @@ def backward(problem, given):
     )
 
 
-def _gradients(problem, order, given, results):
-    """Write the results, of which those that are not asked for are never touched."""
+def backward_of_part(problem, given):
+    """As `backward`, of some rows of an array: dweight and dbias are their float64 sums, which are not rounded."""
+    with_dx, with_dweight, with_dbias = given.output_mask
+    shape = problem.normalized_shape
+    dx = memory.empty(problem.shape, problem.dtype) if with_dx else None
+    totals = np.zeros((with_dweight + with_dbias, *shape))
+    if problem.rows > 0 and problem.cols > 0 and any(given.output_mask):
+        rounded = (_parameter_like(is_wanted, problem, None, ()) for is_wanted in given.output_mask[1:])
+        sums = _gradients(problem, 0, given, (dx, *rounded), True)
+        np.add.reduce(sums, axis=1, out=totals.reshape(len(sums), -1))
+    return dx, totals[0] if with_dweight else None, totals[-1] if with_dbias else None
+
+
+def _gradients(problem, order, given, results, keeps_sums=False):
+    """Write the results, of which those that are not asked for are never touched; returns the sums of blocks of rows.
+
+    A kernel for long rows has them in no array unless `keeps_sums`.
+    """
     dy, dtotal, x, weight, mean, rstd, output_mask, _ = given
     dx, dweight, dbias = results
     with_dx, with_dweight, with_dbias = output_mask
@@ -118,7 +134,8 @@ def _gradients(problem, order, given, results):
     limit = block_limit(problem, order, dy, dtotal, x, dx)
     has_sums = with_dweight or with_dbias
     block_rows = sizes.block_rows(problem.rows, problem.cols)
-    sums = np.empty((with_dweight + with_dbias, _blocks_of_sums(problem, block_rows, limit), problem.cols))
+    blocks_of_sums = max(_blocks_of_sums(problem, block_rows, limit), keeps_sums)
+    sums = np.empty((with_dweight + with_dbias, blocks_of_sums, problem.cols))
 
     def new_buffers(limit):
         inputs = (buffer_for(array, problem, limit, order) for array in (dy, dtotal, x))
@@ -149,6 +166,7 @@ def _gradients(problem, order, given, results):
             beside(no_rows(dy.dtype), None if dtotal is None else no_rows(dtotal.dtype)), absent_dx, weight_row,
             problem.eps, mean_row[:0], rstd_row[:0], 0, block_rows, True, False, absent_dx, sums, dweight_row, dbias_row,
         )  # fmt: skip
+    return sums
 
 
 def _blocks_of_sums(problem, block_rows, limit):

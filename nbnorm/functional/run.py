@@ -21,6 +21,8 @@ def forward(call, kept, key):
             if call.is_added and call.total_out is None:
                 views[5] = lent_by_jax.memory_for(views[0])
             return lent_by_jax.given_back(_forward_on_views(call, views, kept), call.x)
+    if arrays.is_dask(call.x):
+        return _dask().forward(call)
     out, total_out = call.out, None if call.total_out is False else call.total_out
     if arrays.is_cuda(call.x):
         cuda = _cuda()
@@ -55,6 +57,8 @@ def backward(call, kept, key):
             if dx is not None and type(call.output_mask) is tuple and call.output_mask[:1] == (True,):
                 views[-1] = (dx, None) if call.is_rms else (dx, None, None)
             return lent_by_jax.given_back(_backward_on_views(call, views, kept), call.x)
+    if arrays.is_dask(call.x):
+        return _dask().backward(call)
     outs = (None, None, None) if call.out is None else call.out
     if arrays.is_cuda(call.x):
         cuda = _cuda()
@@ -128,6 +132,13 @@ def _cuda():
     from nbnorm import cuda
 
     return cuda
+
+
+def _dask():
+    """The package that makes graphs of calls, which is imported when it is needed."""
+    from nbnorm import dask
+
+    return dask
 
 
 def _written(result, out):
