@@ -115,13 +115,15 @@ def test_hard_rows_in_several_chunks(rng, dtype, kind, use_diff_of_squares):
     options = {"use_diff_of_squares": use_diff_of_squares}
     y, mean, rstd = computed(nbnorm.layer_norm(x_lazy, cols, weight, bias, return_stats=True, **options))
     assert_y(y, x, 1, weight, bias)
-    assert_statistics(mean, rstd, x, 1)
+    if np.isfinite(x).all():
+        assert_statistics(mean, rstd, x, 1)
     grads = nbnorm.layer_norm_backward(dy_lazy, x_lazy, cols, weight, **options)
     assert_grads(nbnorm.LayerNormGrads(*computed(grads)), dy, x, 1, weight)
     y, rstd = computed(nbnorm.rms_norm(x_lazy, cols, weight, return_stats=True))
     eps = float(np.finfo(np.float64 if dtype is np.float64 else np.float32).eps)
     assert_y(y, x, 1, weight, eps=eps, is_rms=True)
-    assert_statistics(None, rstd, x, 1, eps=eps, is_rms=True)
+    if np.isfinite(x).all():
+        assert_statistics(None, rstd, x, 1, eps=eps, is_rms=True)
     grads = computed(nbnorm.rms_norm_backward(dy_lazy, x_lazy, cols, weight))
     assert_grads(nbnorm.LayerNormGrads(*grads, None), dy, x, 1, weight, eps=eps, is_rms=True)
     if (x != x[:, :1]).any(axis=1).all():

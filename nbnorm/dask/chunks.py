@@ -44,7 +44,7 @@ def moments(how, x, dy, weight):
     with _arithmetic():
         weight = _flat(weight)
         pieces = _pieces(how, x, dy)
-        found = [of_rows.moments(xs, _g(dys, weight), how.eps, how.is_centred) for *_, xs, dys in pieces]
+        found = [of_rows.moments(xs, _g(dys, weight), how.is_centred) for *_, xs, dys in pieces]
         return _joined(how, x, found)
 
 
@@ -84,7 +84,7 @@ def statistic(name, dtype, row):
 
 
 def normalised(how, x, row, weight, bias):
-    """y of the chunk."""
+    """The y of the chunk."""
     y = np.empty(x.shape, how.dtype)
     with _arithmetic():
         weight, bias = _flat(weight), _flat(bias)
@@ -99,9 +99,9 @@ def normalised(how, x, row, weight, bias):
 
 
 def gradients(how, x, row, dy, dtotal, weight):
-    """dx of the chunk, and the float64 sums over its rows, with the dimensions of x."""
+    """The dx of the chunk, and the float64 sums over its rows, with the dimensions of x."""
     with_dx, with_dweight, with_dbias = how.output_mask
-    dx = np.empty(x.shape, how.dtype) if with_dx else None
+    dx: Any = np.empty(x.shape, how.dtype) if with_dx else None
     dweight, dbias = np.zeros((2, math.prod(x.shape[how.batch_ndim :])))
     with _arithmetic():
         weight = _flat(weight)
@@ -175,4 +175,3 @@ def rounded(values, dtype):
         result = np.empty(values.shape, dtype)
         convert(values, result)
     return result
-

@@ -26,7 +26,11 @@ def chunked_like(array, chunks):
 
 def name_of(call):
     """The public function's, which the keys of its tasks begin with."""
-    words = "add" if call.is_added else "", "rms_norm" if call.is_rms else "layer_norm", "backward" if hasattr(call, "dy") else ""
+    words = (
+        "add" if call.is_added else "",
+        "rms_norm" if call.is_rms else "layer_norm",
+        "backward" if hasattr(call, "dy") else "",
+    )
     return "_".join(filter(None, words))
 
 

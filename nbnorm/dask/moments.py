@@ -13,6 +13,7 @@ from nbnorm.calls.arrays import convert
 
 # a factor that is beyond it could itself be 0 or Inf
 MOST_EXPONENT = 1000
+LARGEST = np.finfo(np.float64).max
 
 
 class Moments(NamedTuple):
@@ -46,32 +47,32 @@ class Row(NamedTuple):
     slope: Any
 
 
-def moments(x, g, eps, is_centred):
+def moments(x, g, is_centred):
     """Those of a part of some rows, of which g may be None; x is of its own dtype."""
-    count, zeros = x.shape[1], np.zeros(len(x))
-    if count == 0:
-        return Moments(0, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
+    found = _none(*x.shape)
+    if found.count == 0:
+        return found
     is_wide, x = x.dtype.type is np.float64, widened(x)
-    exponent, total = (_exponent(x, eps), _total) if is_wide else (zeros, _plain_total)
+    exponent, total = (_exponent(x), _total) if is_wide else (found.exponent, _plain_total)
     x = x * _power(-exponent)[:, None]
-    hi = lo = g_hi = g_lo = products = zeros
-    if is_centred:
-        hi, lo, x = _centred(x, total)
-    squares = total(x * x) - count * lo * lo
-    if g is not None:
-        if is_centred:
-            g_hi, g_lo, g = _centred(g, total)
-        products = total(g * x) - count * g_lo * lo
-    return Moments(count, exponent, hi, lo, np.maximum(squares, 0.0), g_hi, g_lo, products)
+    hi, lo, x = _centred(x, total) if is_centred else (found.hi, found.lo, x)
+    squares = np.maximum(total(x * x) - found.count * lo * lo, 0.0)
+    found = found._replace(exponent=exponent, hi=hi, lo=lo, squares=squares)
+    if g is None:
+        return found
+    g_hi, g_lo, g = _centred(g, total) if is_centred else (found.g_hi, found.g_lo, g)
+    return found._replace(g_hi=g_hi, g_lo=g_lo, products=total(g * x) - found.count * g_lo * lo)
 
 
 def moments_about(x_hat, g, is_centred):
     """The same where mean and rstd are given: those of g, and the sums of g * x_hat, which need no others."""
-    zeros = np.zeros(len(g))
-    if g.shape[1] == 0:
-        return Moments(0, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
-    g_hi, g_lo, _ = _centred(g, _total) if is_centred else (zeros, zeros, g)
-    return Moments(g.shape[1], zeros, zeros, zeros, zeros, g_hi, g_lo, _total(g * x_hat))
+    found = _none(*g.shape)
+    if found.count == 0:
+        return found
+    if is_centred:
+        g_hi, g_lo, _ = _centred(g, _total)
+        found = found._replace(g_hi=g_hi, g_lo=g_lo)
+    return found._replace(products=_total(g * x_hat))
 
 
 def merged(parts):
@@ -95,16 +96,16 @@ def row_of(found, eps):
     """What the rows need that have these moments."""
     count, exponent, hi, lo, squares, g_hi, g_lo, products = found
     count = count or np.nan
-    scaled_eps = np.ldexp(eps, -2 * exponent.astype(int))
-    variance = squares / count + scaled_eps
-    scaled_rstd = 1.0 / np.sqrt(variance)
-    rstd = np.ldexp(scaled_rstd, -exponent.astype(int))
+    scaled_eps = np.ldexp(eps, -2 * exponent)
+    scaled_rstd = 1.0 / np.sqrt(squares / count + scaled_eps)
+    rstd = np.ldexp(scaled_rstd, -exponent)
     if eps > 0.0:
-        # which may vanish beside the scale of a row of equal elements
-        is_constant = variance == 0.0
-        scaled_rstd, rstd = np.where(is_constant, 0.0, scaled_rstd), np.where(is_constant, 1.0 / np.sqrt(eps), rstd)
+        # beside the row's scale eps may be beyond float64, or vanish, as it must not where all elements are equal
+        root, is_alone = np.sqrt(eps), np.isinf(scaled_eps) | (squares == 0.0)
+        rstd = np.where(is_alone, 1.0 / root, rstd)
+        scaled_rstd = np.where(is_alone, np.minimum(np.ldexp(1.0 / root, exponent), LARGEST), scaled_rstd)
     # of a row with Inf the mean is Inf, although its deviations are NaN
-    mean = np.ldexp(np.where(np.isfinite(hi), hi + lo, hi), exponent.astype(int))
+    mean = np.ldexp(np.where(np.isfinite(hi), hi + lo, hi), exponent)
     return Row(_power(-exponent), hi, lo, scaled_rstd, mean, rstd, g_hi, g_lo, products / count * scaled_rstd)
 
 
@@ -136,24 +137,27 @@ def normalised(x, row):
 
 
 def gradient(g, x_hat, row):
-    """dx of a part of the rows."""
+    """The dx of a part of the rows."""
     # where rstd is beyond float64, dx need not be
     is_beyond = np.isinf(row.rstd)
     rstd, factor = np.where(is_beyond, row.scaled_rstd, row.rstd), np.where(is_beyond, row.factor, 1.0)
     return (g - row.g_hi[:, None] - row.g_lo[:, None] - x_hat * row.slope[:, None]) * rstd[:, None] * factor[:, None]
 
 
-def _exponent(x, eps):
-    """Which power of two brings the largest element of a row near 1, or eps where that is larger than its square."""
+def _none(rows, count):
+    zeros = np.zeros(rows)
+    return Moments(count, np.zeros(rows, int), zeros, zeros, zeros, zeros, zeros, zeros)
+
+
+def _exponent(x):
+    """Which power of two brings the largest element of a row near 1."""
     largest = np.abs(x).max(axis=1)
     exponent = np.where(largest > 0.0, np.frexp(np.where(np.isfinite(largest), largest, 1.0))[1], -MOST_EXPONENT)
-    if eps > 0.0:
-        exponent = np.maximum(exponent, np.frexp(eps)[1] // 2 + 1)
-    return np.clip(exponent, -MOST_EXPONENT, MOST_EXPONENT).astype(np.float64)
+    return np.clip(exponent, -MOST_EXPONENT, MOST_EXPONENT)
 
 
 def _power(exponent):
-    return np.ldexp(1.0, exponent.astype(int))
+    return np.ldexp(1.0, exponent)
 
 
 def _at(exponent, part):

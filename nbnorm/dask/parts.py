@@ -42,7 +42,9 @@ def backward(problem, given, call):
     if not (mask[0] or mask[1]):
         rows = None
     elif rstd is None:
-        rows = _rows(how, of_chunks(partial(chunks.moments, how), f"{name}-moments", [x, dy if mask[0] else None, weight], WIDE))
+        rows = _rows(
+            how, of_chunks(partial(chunks.moments, how), f"{name}-moments", [x, dy if mask[0] else None, weight], WIDE)
+        )
     else:
         found = of_chunks(partial(chunks.moments_given, how), f"{name}-moments", [x, dy, weight, mean, rstd], WIDE)
         rows = of_chunks(chunks.row_given, f"{name}-rows", [_tree(found, ndim, chunks.merged), mean, rstd], WIDE)
