@@ -109,11 +109,9 @@ def _lazy(name, value):
     package = type(value).__module__.partition(".")[0]
     if not callable(graph) or (package != "dask" and graph(value) is None):
         return None
+    way = f"{name}.compute()"
     if package == "xarray":
-        way = f"xarray.apply_ufunc with dask='parallelized', as docs/howto/elsewhere.md shows, or {name}.compute()"
-    elif hasattr(type(value), "map_blocks") and name == "x":
-        columns = value.shape[-1] if value.shape else 1
-        way = f"x.map_blocks(nbnorm.layer_norm, {columns}, dtype=x.dtype), where each row lies in one chunk, or x.compute()"
-    else:
-        way = f"{name}.compute()"
+        way = f"xarray.apply_ufunc with dask='allowed', as docs/howto/dask.md shows, or {way}"
+    elif hasattr(type(value), "map_blocks") and name not in ("eps", "normalized_shape"):
+        way = f"{way}, or a Dask array as x"
     return f"{type(value).__module__}.{type(value).__qualname__}, which is lazy and would be computed whole; expected {way}"

@@ -105,7 +105,7 @@ def backward_of_part(problem, given):
     if problem.rows > 0 and problem.cols > 0 and any(given.output_mask):
         rounded = (_parameter_like(is_wanted, problem, None, ()) for is_wanted in given.output_mask[1:])
         sums = _gradients(problem, 0, given, (dx, *rounded), True)
-        np.add.reduce(sums, axis=1, out=totals.reshape(len(sums), -1))
+        np.add.reduce(sums, axis=1, out=totals.reshape(len(sums), problem.cols))
     return dx, totals[0] if with_dweight else None, totals[-1] if with_dbias else None
 
 
@@ -134,7 +134,7 @@ def _gradients(problem, order, given, results, keeps_sums=False):
     limit = block_limit(problem, order, dy, dtotal, x, dx)
     has_sums = with_dweight or with_dbias
     block_rows = sizes.block_rows(problem.rows, problem.cols)
-    blocks_of_sums = max(_blocks_of_sums(problem, block_rows, limit), keeps_sums)
+    blocks_of_sums = max(_blocks_of_sums(problem, block_rows, limit), int(keeps_sums))
     sums = np.empty((with_dweight + with_dbias, blocks_of_sums, problem.cols))
 
     def new_buffers(limit):

@@ -145,7 +145,8 @@ def gradient(g, x_hat, row):
 
 
 def _none(rows, count):
-    zeros = np.zeros(rows)
+    # rows of no elements have no mean
+    zeros = np.full(rows, 0.0 if count else np.nan)
     return Moments(count, np.zeros(rows, int), zeros, zeros, zeros, zeros, zeros, zeros)
 
 
