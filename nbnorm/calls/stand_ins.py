@@ -111,7 +111,7 @@ def _lazy(name, value):
         return None
     way = f"{name}.compute()"
     if package == "xarray":
-        way = f"xarray.apply_ufunc with dask='allowed', as docs/howto/dask.md shows, or {way}"
+        way = f"xarray.apply_ufunc with dask='allowed', as docs/howto/elsewhere.md shows, or {way}"
     elif hasattr(type(value), "map_blocks") and name not in ("eps", "normalized_shape"):
         way = f"{way}, or a Dask array as x"
     return f"{type(value).__module__}.{type(value).__qualname__}, which is lazy and would be computed whole; expected {way}"

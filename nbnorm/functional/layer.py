@@ -47,7 +47,7 @@ def layer_norm(
         float16, bfloat16, float32 or float64; integers, booleans, lists and scalars become float64. NumPy arrays of any
         strides, torch CPU tensors, JAX CPU arrays and other DLPack CPU arrays are read where they lie, and so are
         Numba, CuPy and torch arrays on a CUDA device and other objects with a ``__cuda_array_interface__``,
-        but for JAX's.
+        but for JAX's. Of a Dask array, the results are Dask arrays, which are computed when they are asked for.
     normalized_shape : int or sequence of int
         The trailing dimensions of x that make up a row; an int stands for the last one.
     weight, bias : array_like, shape normalized_shape, optional
