@@ -323,6 +323,14 @@ def test_integers_and_layers(arrays):
                 np.testing.assert_allclose(grad, value, rtol=1e-5, atol=1e-5, strict=True)
 
 
+def test_float64_gradients_of_narrow_rows_keep_their_digits(rng):
+    """Of which a mean in one float64 would lose four."""
+    x, dy = rng.standard_normal((2, 20, COLS), dtype=np.float32) + np.float32(1e4)
+    x, weight = (x - np.float32(1e4)) * 0.1 + 1e4, rng.standard_normal(COLS)
+    grads = nbnorm.layer_norm_backward(lazy(dy, (6, 20)), lazy(x.astype("f4"), (6, 20)), COLS, weight)
+    assert_grads(nbnorm.LayerNormGrads(*computed(grads)), dy, x.astype("f4"), 1, weight)
+
+
 def test_a_weight_is_in_the_graph_once(arrays):
     y = nbnorm.layer_norm(lazy(arrays["x"], (1, 1, COLS)), COLS, arrays["weight"])
     (optimised,) = dask.optimize(y)

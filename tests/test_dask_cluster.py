@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import time
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_a_cluster_of_processes(client, rng):
 
     # one worker compiles, and leaves it on the disk for the other
     client.submit(nbnorm.compile, "float32", COLS, "float32", "float32", rows=1).result()
-    kernels = sum(client.run(compiled).values(), [])
+    kernels = [*chain(*client.run(compiled).values())]
     assert len(kernels) == len(set(kernels)) == 2
 
     x_lazy, dy_lazy = (da.from_array(array, chunks=(20, -1)).map_blocks(slowly, meta=x[:0]) for array in (x, dy))
@@ -66,7 +67,7 @@ def test_a_cluster_of_processes(client, rng):
     expected = nbnorm.layer_norm(x, COLS, weight, bias), *nbnorm.layer_norm_backward(dy, x, COLS, weight)
     kept = [client.compute(result) for result in results]
     found = client.gather(kept)
-    assert sum(client.run(compiled).values(), []) == kernels
+    assert [*chain(*client.run(compiled).values())] == kernels
     assert all(client.run(lambda dask_worker: len(dask_worker.state.tasks)).values())
     for result, value in zip(found[:2], expected[:2], strict=True):
         np.testing.assert_array_equal(result, value, strict=True)

@@ -18,11 +18,12 @@ BLOCK_ELEMENTS = 1 << 14
 
 
 class How(NamedTuple):
-    """What these functions need to know of a call; `dtype` is that of y and dx."""
+    """What these functions need to know of a call; `dtype` is that of y and dx, `is_wide` as `moments` has it."""
 
     batch_ndim: int
     eps: float
     is_centred: bool
+    is_wide: bool
     dtype: Any
     output_mask: Any = None
 
@@ -44,7 +45,7 @@ def moments(how, x, dy, weight):
     with _arithmetic():
         weight = _flat(weight)
         pieces = _pieces(how, x, dy)
-        found = [of_rows.moments(xs, _g(dys, weight), how.is_centred) for *_, xs, dys in pieces]
+        found = [of_rows.moments(xs, _g(dys, weight), how.is_centred, how.is_wide) for *_, xs, dys in pieces]
         return _joined(how, x, found)
 
 
@@ -53,7 +54,7 @@ def moments_given(how, x, dy, weight, mean, rstd):
     with _arithmetic():
         weight, row = _flat(weight), of_rows.row_given(_flat(mean), _flat(rstd))
         found = [
-            of_rows.moments_about(of_rows.normalised(xs, _at(row, rows)), _g(dys, weight), how.is_centred)
+            of_rows.moments_about(of_rows.normalised(xs, _at(row, rows), how.is_wide), _g(dys, weight), how.is_centred)
             for _, rows, xs, dys in _pieces(how, x, dy)
         ]
         return _joined(how, x, found)
@@ -89,7 +90,7 @@ def normalised(how, x, row, weight, bias):
     with _arithmetic():
         weight, bias = _flat(weight), _flat(bias)
         for index, rows, xs in _pieces(how, x):
-            values = of_rows.normalised(xs, _at(row, rows))
+            values = of_rows.normalised(xs, _at(row, rows), how.is_wide)
             if weight is not None:
                 values *= weight
             if bias is not None:
@@ -112,7 +113,7 @@ def gradients(how, x, row, dy, dtotal, weight):
             if row is None:
                 continue
             known = _at(row, rows)
-            x_hats = of_rows.normalised(xs, known)
+            x_hats = of_rows.normalised(xs, known, how.is_wide)
             if with_dweight:
                 dweight += (dys * x_hats).sum(axis=0)
             if with_dx:

@@ -1,8 +1,9 @@
 """The arithmetic of rows that lie in several chunks: moments of each part, merged, and what a part makes of them.
 
-All of it is float64. Rows of float64 are multiplied by a power of two first, so that no square leaves the range, and their
-sums keep what rounding loses. Statistics are those of deviations, whatever `variance` says: both ways find the same number,
-and this one never loses digits.
+All of it is float64. Where nothing wider than float32 takes part, plain sums lose no digits that a result has, and one number holds
+a mean. Other calls are wide: their rows are multiplied by a power of two first, so that no square leaves the range, sums keep
+what rounding loses, and means are in two parts. Statistics are those of deviations, whatever `variance` says: both ways find
+the same number, and this one never loses digits.
 """
 
 from typing import Any, NamedTuple
@@ -47,21 +48,25 @@ class Row(NamedTuple):
     slope: Any
 
 
-def moments(x, g, is_centred):
-    """Those of a part of some rows, of which g may be None; x is of its own dtype."""
+def moments(x, g, is_centred, is_wide):
+    """Those of a part of some rows, of which g may be None."""
     found = _none(*x.shape)
     if found.count == 0:
         return found
-    is_wide, x = x.dtype.type is np.float64, widened(x)
-    exponent, total = (_exponent(x), _total) if is_wide else (found.exponent, _plain_total)
-    x = x * _power(-exponent)[:, None]
-    hi, lo, x = _centred(x, total) if is_centred else (found.hi, found.lo, x)
-    squares = np.maximum(total(x * x) - found.count * lo * lo, 0.0)
-    found = found._replace(exponent=exponent, hi=hi, lo=lo, squares=squares)
+    x = widened(x)
+    if is_wide:
+        found = found._replace(exponent=_exponent(x))
+        x *= _power(-found.exponent)[:, None]
+    if is_centred:
+        hi, lo, x = _centred(x, is_wide)
+        found = found._replace(hi=hi, lo=lo)
+    found = found._replace(squares=np.maximum(_products(x, x, is_wide) - found.count * found.lo * found.lo, 0.0))
     if g is None:
         return found
-    g_hi, g_lo, g = _centred(g, total) if is_centred else (found.g_hi, found.g_lo, g)
-    return found._replace(g_hi=g_hi, g_lo=g_lo, products=total(g * x) - found.count * g_lo * lo)
+    if is_centred:
+        g_hi, g_lo, g = _centred(g, is_wide)
+        found = found._replace(g_hi=g_hi, g_lo=g_lo)
+    return found._replace(products=_products(g, x, is_wide) - found.count * found.g_lo * found.lo)
 
 
 def moments_about(x_hat, g, is_centred):
@@ -70,9 +75,9 @@ def moments_about(x_hat, g, is_centred):
     if found.count == 0:
         return found
     if is_centred:
-        g_hi, g_lo, _ = _centred(g, _total)
+        g_hi, g_lo, _ = _centred(g, True)
         found = found._replace(g_hi=g_hi, g_lo=g_lo)
-    return found._replace(products=_total(g * x_hat))
+    return found._replace(products=_products(g, x_hat, True))
 
 
 def merged(parts):
@@ -126,22 +131,32 @@ def widened(array):
     return result
 
 
-def normalised(x, row):
-    """x_hat of a part of the rows."""
+def normalised(x, row, is_wide):
+    """The x_hat of a part of the rows."""
     x_hat = widened(x)
-    x_hat *= row.factor[:, None]
-    x_hat -= row.hi[:, None]
-    x_hat -= row.lo[:, None]
+    if is_wide:
+        x_hat *= row.factor[:, None]
+        x_hat -= row.hi[:, None]
+        x_hat -= row.lo[:, None]
+    else:
+        x_hat -= (row.hi + row.lo)[:, None]
     x_hat *= row.scaled_rstd[:, None]
     return x_hat
 
 
 def gradient(g, x_hat, row):
     """The dx of a part of the rows."""
-    # where rstd is beyond float64, dx need not be
+    dx = g - row.g_hi[:, None]
+    dx -= row.g_lo[:, None]
+    dx -= x_hat * row.slope[:, None]
     is_beyond = np.isinf(row.rstd)
-    rstd, factor = np.where(is_beyond, row.scaled_rstd, row.rstd), np.where(is_beyond, row.factor, 1.0)
-    return (g - row.g_hi[:, None] - row.g_lo[:, None] - x_hat * row.slope[:, None]) * rstd[:, None] * factor[:, None]
+    if is_beyond.any():
+        # where rstd is beyond float64, dx need not be
+        dx *= np.where(is_beyond, row.scaled_rstd, row.rstd)[:, None]
+        dx *= np.where(is_beyond, row.factor, 1.0)[:, None]
+    else:
+        dx *= row.rstd[:, None]
+    return dx
 
 
 def _none(rows, count):
@@ -169,15 +184,23 @@ def _at(exponent, part):
     )
 
 
-def _centred(values, total):
+def _centred(values, is_wide):
     """The mean of rows in two parts, and the distances from the first of them."""
     count = values.shape[1]
+    if not is_wide:
+        mean = values.sum(axis=1) / count
+        return mean, np.zeros(len(values)), values - mean[:, None]
     # those from the first element are 0 where all are equal, and exact where all are near
     first = values[:, :1]
-    hi = first[:, 0] + total(values - first) / count
+    hi = first[:, 0] + _total(values - first) / count
     hi = np.where(np.isfinite(hi), hi, values.sum(axis=1) / count)
     values = values - hi[:, None]
-    return hi, total(values) / count, values
+    return hi, _total(values) / count, values
+
+
+def _products(a, b, is_wide):
+    """The sums of the products of rows."""
+    return _total(a * b) if is_wide else np.einsum("ij,ij->i", a, b)
 
 
 def _merged_means(parts):
@@ -189,11 +212,6 @@ def _merged_means(parts):
     lost = (base_hi - (mean - (mean - base_hi))) + (rest - (mean - base_hi))
     mean = np.where(np.isfinite(mean), mean, sum(n * hi for n, hi, _ in parts) / count)
     return mean, lost, [(hi - mean) + (lo - lost) for _, hi, lo in parts]
-
-
-def _plain_total(values):
-    """The sums of rows, of numbers with so few digits that none is lost."""
-    return values.sum(axis=1)
 
 
 def _total(values):

@@ -21,7 +21,7 @@ def forward(problem, given, call):
     if given.residual is not None:
         operands = [x, chunked_like(given.residual, x.chunks)]
         x = total = of_chunks(partial(chunks.total, problem.dtype), f"{name}-total", operands, problem.dtype)
-    how = How(ndim, problem.eps, not call.is_rms, problem.dtype)
+    how = How(ndim, problem.eps, not call.is_rms, problem.compute_dtype == WIDE, problem.dtype)
     rows = _rows(how, of_chunks(partial(chunks.moments, how), f"{name}-moments", [x, None, None], WIDE))
     weight, bias = (chunked_like(array, x.chunks[ndim:]) for array in (given.weight, given.bias))
     y = of_chunks(partial(chunks.normalised, how), name, [x, rows, weight, bias], problem.dtype)
@@ -38,7 +38,7 @@ def backward(problem, given, call):
     batched = (given.dy, given.dtotal if mask[0] else None, given.mean, given.rstd)
     dy, dtotal, mean, rstd = (chunked_like(array, x.chunks) for array in batched)
     weight = chunked_like(given.weight, x.chunks[ndim:])
-    how = How(ndim, problem.eps, not call.is_rms, problem.dtype, mask)
+    how = How(ndim, problem.eps, not call.is_rms, problem.compute_dtype == WIDE, problem.dtype, mask)
     if not (mask[0] or mask[1]):
         rows = None
     elif rstd is None:
