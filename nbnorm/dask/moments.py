@@ -1,9 +1,9 @@
 """The arithmetic of rows that lie in several chunks: moments of each part, merged, and what a part makes of them.
 
-All of it is float64. Where nothing wider than float32 takes part, plain sums lose no digits that a result has, and one number holds
-a mean. Other calls are wide: their rows are multiplied by a power of two first, so that no square leaves the range, sums keep
-what rounding loses, and means are in two parts. Statistics are those of deviations, whatever `variance` says: both ways find
-the same number, and this one never loses digits.
+All of it is float64. Where nothing wider than float32 takes part, plain sums lose no digits that a result has, and one
+number holds a mean. Other calls are wide: their rows are multiplied by a power of two first, so that no square leaves the
+range; sums keep what rounding loses, and means are in two parts. Statistics are those of deviations, whatever `variance`
+says: both ways find the same number, and this one never loses digits.
 """
 
 from typing import Any, NamedTuple
