@@ -7,11 +7,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import magnitudes
 import nbnorm
 from levels import deep
 from test_accuracy import KINDS
 from test_errors import BACKWARD, FORWARD, X
-from tolerances import assert_grads, assert_statistics, assert_y
+from tolerances import GRADIENT_EPS, Y_EPS, assert_grads, assert_statistics, assert_y
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
@@ -244,10 +245,13 @@ def test_rows_of_two_dimensions_in_chunks_of_both(arrays):
 def test_few_rows(rng, cols, count):
     shape = (count, *np.atleast_1d(cols))
     x, dy = rng.standard_normal((2, *shape))
-    for make in (lambda a: lazy(a, -1), lambda a: lazy(a, (2,) * a.ndim)):
+    _, mean, rstd = nbnorm.layer_norm(x, cols, return_stats=True)
+    for make in (lambda a: lazy(a, -1), lambda a: lazy(a, (2,) * a.ndim), lambda a: lazy(a, ((0, count), *a.shape[1:]))):
         results = nbnorm.layer_norm(make(x), cols, return_stats=True)
         results += nbnorm.layer_norm_backward(make(dy), make(x), cols)
+        results += nbnorm.layer_norm_backward(make(dy), make(x), cols, mean=mean, rstd=rstd)
         expected = nbnorm.layer_norm(x, cols, return_stats=True) + nbnorm.layer_norm_backward(dy, x, cols)
+        expected += nbnorm.layer_norm_backward(dy, x, cols, mean=mean, rstd=rstd)
         for result, value in zip(computed(results), expected, strict=True):
             np.testing.assert_allclose(result, value, rtol=1e-12, atol=1e-12, strict=True)
 
@@ -320,6 +324,44 @@ def test_integers_and_layers(arrays):
             np.testing.assert_allclose(y.compute(), layer(x), rtol=1e-12, atol=1e-12, strict=True)
             for grad, value in zip(computed(grads), layer.backward(dy, x), strict=True):
                 np.testing.assert_allclose(grad, value, rtol=1e-12, atol=1e-12, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_with_nan_and_inf_in_several_chunks(rng, dtype):
+    x, dy = rng.standard_normal((2, 8, 12)).astype(dtype)
+    x[1, 0], x[2, 11], x[3, 5], x[4, :], x[5, 0], x[5, 3], x[6, 2:] = (
+        np.inf,
+        -np.inf,
+        np.nan,
+        np.inf,
+        np.inf,
+        -np.inf,
+        np.nan,
+    )
+    x_lazy, dy_lazy = (lazy(array, (3, 5)) for array in (x, dy))
+    pairs = [
+        (norm(x_lazy, 12, return_stats=True), norm(x, 12, return_stats=True))
+        for norm in (nbnorm.layer_norm, nbnorm.rms_norm)
+    ]
+    pairs.append((nbnorm.layer_norm_backward(dy_lazy, x_lazy, 12), nbnorm.layer_norm_backward(dy, x, 12)))
+    pairs.append((nbnorm.rms_norm_backward(dy_lazy, x_lazy, 12), nbnorm.rms_norm_backward(dy, x, 12)))
+    for results, expected in pairs:
+        for result, value in zip(computed(results), expected, strict=True):
+            np.testing.assert_allclose(result, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("eps", magnitudes.EPSILONS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_every_eps_and_magnitude_in_several_chunks(rng, dtype, eps):
+    for cols in (2, 5, 100):
+        x = magnitudes.rows(rng, dtype, cols, eps)
+        dy, weight = rng.standard_normal(x.shape).astype(dtype), rng.standard_normal(cols).astype(dtype)
+        x_lazy, dy_lazy = (lazy(array, (7, (1, cols - 1))) for array in (x, dy))
+        results = computed(nbnorm.layer_norm(x_lazy, cols, eps=eps, return_stats=True))
+        magnitudes.assert_forward(*results, x, eps, False, Y_EPS, 2, "float64")
+        grads = nbnorm.LayerNormGrads(*computed(nbnorm.layer_norm_backward(dy_lazy, x_lazy, cols, weight, eps=eps)))
+        magnitudes.assert_backward(grads, dy, x, weight, eps, False, GRADIENT_EPS, "float64")
 
 
 def test_float64_gradients_of_narrow_rows_keep_their_digits(rng):

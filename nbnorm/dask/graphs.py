@@ -13,15 +13,19 @@ FAN_IN = 16
 
 
 def chunked_like(array, chunks):
-    """The array with these chunks, or with 1 where it has a single element; None for None."""
+    """The array with these chunks; None for None."""
     if array is None:
         return None
-    own = tuple((1,) if size == 1 else of_x for size, of_x in zip(array.shape, chunks, strict=True))
     if not is_dask(array):
         # its chunks are in the graph once, whatever tasks need them
-        return da.from_array(array, chunks=own)
+        return da.from_array(array, chunks=chunks)
     # where sizes are not known, the checks have seen that there are as many
-    return array if any(np.isnan(size) for size in array.shape) else array.rechunk(own)
+    return array if any(np.isnan(size) for size in array.shape) else array.rechunk(chunks)
+
+
+def statistics_chunks(x, batch_ndim):
+    """What chunks mean and rstd have."""
+    return x.chunks[:batch_ndim] + ((1,),) * (x.ndim - batch_ndim)
 
 
 def name_of(call):

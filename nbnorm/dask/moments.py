@@ -168,7 +168,7 @@ def _none(rows, count):
 def _exponent(x):
     """Which power of two brings the largest element of a row near 1."""
     largest = np.abs(x).max(axis=1)
-    exponent = np.where(largest > 0.0, np.frexp(np.where(np.isfinite(largest), largest, 1.0))[1], -MOST_EXPONENT)
+    exponent = np.where(largest == 0.0, -MOST_EXPONENT, np.frexp(np.where(np.isfinite(largest), largest, 1.0))[1])
     return np.clip(exponent, -MOST_EXPONENT, MOST_EXPONENT)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from nbnorm.dask import chunks
 from nbnorm.dask.chunks import How
-from nbnorm.dask.graphs import FAN_IN, chunked_like, entry, name_of, of_chunks, summed
+from nbnorm.dask.graphs import FAN_IN, chunked_like, entry, name_of, of_chunks, statistics_chunks, summed
 
 WIDE = np.dtype(np.float64)
 
@@ -35,8 +35,8 @@ def forward(problem, given, call):
 def backward(problem, given, call):
     """As `whole.backward`."""
     x, ndim, mask, name = given.x, len(problem.batch), given.output_mask, name_of(call)
-    batched = (given.dy, given.dtotal if mask[0] else None, given.mean, given.rstd)
-    dy, dtotal, mean, rstd = (chunked_like(array, x.chunks) for array in batched)
+    dy, dtotal = (chunked_like(array, x.chunks) for array in (given.dy, given.dtotal if mask[0] else None))
+    mean, rstd = (chunked_like(array, statistics_chunks(x, ndim)) for array in (given.mean, given.rstd))
     weight = chunked_like(given.weight, x.chunks[ndim:])
     how = How(ndim, problem.eps, not call.is_rms, problem.compute_dtype == WIDE, problem.dtype, mask)
     if not (mask[0] or mask[1]):

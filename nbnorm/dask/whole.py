@@ -8,7 +8,7 @@ from nbnorm import cpu
 from nbnorm.calls import checks
 from nbnorm.cpu import mode
 from nbnorm.cpu.workers import parallel
-from nbnorm.dask.graphs import chunked_like, entry, name_of, of_chunks, summed
+from nbnorm.dask.graphs import chunked_like, entry, name_of, of_chunks, statistics_chunks, summed
 from nbnorm.functional import run
 
 
@@ -38,13 +38,14 @@ def forward(problem, given, call):
 def backward(problem, given, call):
     """Returns dx, dweight and dbias, the same way."""
     x, ndim = given.x, len(problem.batch)
-    batched = [chunked_like(array, x.chunks) for array in (given.dy, given.dtotal, given.mean, given.rstd)]
+    batched = [chunked_like(array, x.chunks) for array in (given.dy, given.dtotal)]
+    statistics = [chunked_like(array, statistics_chunks(x, ndim)) for array in (given.mean, given.rstd)]
     options = call._replace(
         x=None, dy=None, dtotal=None, weight=None, mean=None, rstd=None, out=None,
         normalized_shape=problem.normalized_shape, eps=problem.eps,
         output_mask=given.output_mask[: 2 if call.is_rms else 3],
     )  # fmt: skip
-    operands = [x, *batched, chunked_like(given.weight, x.chunks[ndim:])]
+    operands = [x, *batched, *statistics, chunked_like(given.weight, x.chunks[ndim:])]
     results = of_chunks(partial(_backward, options), name_of(call), operands, problem.dtype)
     with_dx, *with_sums = given.output_mask
     dx = entry(results, 0, problem.dtype) if with_dx else None
