@@ -3,25 +3,17 @@
 import subprocess
 import sys
 
-import ml_dtypes
 import numpy as np
 import pytest
 
-import magnitudes
 import nbnorm
 from levels import deep
-from test_accuracy import KINDS
 from test_errors import BACKWARD, FORWARD, X
-from tolerances import GRADIENT_EPS, Y_EPS, assert_grads, assert_statistics, assert_y
+from tolerances import assert_grads
 
 dask = pytest.importorskip("dask")
 da = pytest.importorskip("dask.array")
-
-SHAPE, COLS = (10, 3, 48), 48
-# of whole rows, and of rows in several chunks
-WHOLE = [(10, 3, 48), (3, 2, 48), ((4, 0, 6), 3, 48), (1, 1, 48)]
-PARTS = [(10, 3, 16), (4, (1, 2), (5, 0, 43)), ((0, 10), 3, 1)]
-NAMES = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
+from dask_calls import COLS, NAMES, PARTS, SHAPE, WHOLE, call, computed, lazy, operands  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -32,30 +24,7 @@ def scheduler():
 
 @pytest.fixture
 def arrays(rng):
-    """Operands of all functions by name, float32."""
-    batched = ("x", "residual", "dy", "dtotal")
-    found = dict(zip(batched, rng.standard_normal((4, *SHAPE), dtype=np.float32), strict=True))
-    return found | dict(zip(("weight", "bias"), rng.standard_normal((2, COLS), dtype=np.float32), strict=True))
-
-
-def lazy(array, chunks):
-    return da.from_array(array, chunks=chunks)
-
-
-def call(name, arrays, make=lambda array: array, **options):
-    """All results of both passes of a norm, whose batched operands `make` has made."""
-    is_added, is_rms = name.startswith("add"), name.endswith("rms_norm")
-    x, residual, dy, dtotal = (make(arrays[key]) for key in ("x", "residual", "dy", "dtotal"))
-    weight = arrays["weight"]
-    parameters = (weight,) if is_rms else (weight, arrays["bias"])
-    forward, backward = getattr(nbnorm, name), getattr(nbnorm, f"{name}_backward")
-    results = forward(x, *((residual,) if is_added else ()), COLS, *parameters, return_stats=True, **options)
-    grads = backward(dy, *((dtotal,) if is_added else ()), x, COLS, weight, **options)
-    return results, grads
-
-
-def computed(results):
-    return dask.compute(*results)
+    return operands(rng)
 
 
 @pytest.mark.parametrize("chunks", WHOLE, ids=str)
@@ -75,59 +44,6 @@ def test_chunks_of_whole_rows_have_the_bits_of_the_whole(arrays, name, chunks):
                 assert result.dtype == value.dtype
             else:
                 np.testing.assert_array_equal(result, value, strict=True)
-
-
-@pytest.mark.parametrize("chunks", PARTS, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_rows_in_several_chunks_are_as_accurate_as_whole_ones(arrays, name, chunks):
-    results, grads = call(name, arrays, lambda a: lazy(a, chunks))
-    expected, expected_grads = call(name, arrays)
-    x, weight, is_rms = arrays["x"], arrays["weight"], name.endswith("rms_norm")
-    for result, value in zip((*results, *grads), (*expected, *expected_grads), strict=True):
-        assert (result.shape, result.dtype) == (value.shape, value.dtype)
-        assert result.ndim < 3 or result.chunks[:2] == lazy(x, chunks).chunks[:2]
-    assert results.y.chunks == grads.dx.chunks == lazy(x, chunks).chunks
-    results = type(results)(*computed(results))
-    if name.startswith("add"):
-        np.testing.assert_array_equal(results.total, expected.total, strict=True)
-    total = expected.total if name.startswith("add") else x
-    assert_y(results.y, total, 1, weight, None if is_rms else arrays["bias"], 2.0**-23 if is_rms else 1e-5, is_rms=is_rms)
-    mean = None if is_rms else results.mean
-    assert_statistics(mean, results.rstd, total, 1, 2.0**-23 if is_rms else 1e-5, is_rms=is_rms)
-    grads = type(grads)(*computed(grads))
-    if name.startswith("add"):
-        grads = grads._replace(dx=grads.dx.astype(np.float64) - arrays["dtotal"])
-    grads = nbnorm.LayerNormGrads(*grads, *(None,) * (3 - len(grads)))
-    if not name.startswith("add"):
-        assert_grads(grads, arrays["dy"], x, 1, weight, 2.0**-23 if is_rms else 1e-5, is_rms=is_rms)
-
-
-@pytest.mark.parametrize("use_diff_of_squares", [False, True])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, *deep(np.float16, ml_dtypes.bfloat16)])
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_hard_rows_in_several_chunks(rng, dtype, kind, use_diff_of_squares):
-    cols = 768
-    with np.errstate(over="ignore", under="ignore"):
-        x = kind(rng.standard_normal((24, cols))).astype(dtype)
-        dy = rng.standard_normal(x.shape).astype(dtype)
-    weight, bias = rng.standard_normal((2, cols)).astype(np.float32 if np.dtype(dtype).itemsize == 2 else dtype)
-    x_lazy, dy_lazy = (lazy(array, (16, (100, 1, 667))) for array in (x, dy))
-    options = {"use_diff_of_squares": use_diff_of_squares}
-    y, mean, rstd = computed(nbnorm.layer_norm(x_lazy, cols, weight, bias, return_stats=True, **options))
-    assert_y(y, x, 1, weight, bias)
-    if np.isfinite(x).all():
-        assert_statistics(mean, rstd, x, 1)
-    grads = nbnorm.layer_norm_backward(dy_lazy, x_lazy, cols, weight, **options)
-    assert_grads(nbnorm.LayerNormGrads(*computed(grads)), dy, x, 1, weight)
-    y, rstd = computed(nbnorm.rms_norm(x_lazy, cols, weight, return_stats=True))
-    eps = float(np.finfo(np.float64 if dtype is np.float64 else np.float32).eps)
-    assert_y(y, x, 1, weight, eps=eps, is_rms=True)
-    if np.isfinite(x).all():
-        assert_statistics(None, rstd, x, 1, eps=eps, is_rms=True)
-    grads = computed(nbnorm.rms_norm_backward(dy_lazy, x_lazy, cols, weight))
-    assert_grads(nbnorm.LayerNormGrads(*grads, None), dy, x, 1, weight, eps=eps, is_rms=True)
-    if (x != x[:, :1]).any(axis=1).all():
-        assert_y(nbnorm.layer_norm(x_lazy, cols, eps=0.0).compute(), x, 1, eps=0.0)
 
 
 def never(block):
@@ -228,18 +144,6 @@ def test_given_statistics_and_masks(arrays, chunks):
                 np.testing.assert_array_equal(grad.compute(), value, strict=True)
 
 
-def test_rows_of_two_dimensions_in_chunks_of_both(arrays):
-    x, dy = arrays["x"], arrays["dy"]
-    weight, bias = np.random.default_rng(1).standard_normal((2, *SHAPE[1:]))
-    x_lazy, dy_lazy = (lazy(array, (4, 2, 20)) for array in (x, dy))
-    y, mean, rstd = nbnorm.layer_norm(x_lazy, SHAPE[1:], weight, bias, return_stats=True)
-    assert mean.shape == rstd.shape == (10, 1, 1)
-    assert_y(y.compute(), x, 2, weight, bias)
-    grads = nbnorm.layer_norm_backward(dy_lazy, x_lazy, SHAPE[1:], weight)
-    assert [grad.dtype for grad in grads] == [np.float32, np.float64, np.float64]
-    assert_grads(nbnorm.LayerNormGrads(*computed(grads)), dy, x, 2, weight)
-
-
 @pytest.mark.parametrize("cols", [4, (2, 4)], ids=str)
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_few_rows(rng, cols, count):
@@ -324,52 +228,6 @@ def test_integers_and_layers(arrays):
             np.testing.assert_allclose(y.compute(), layer(x), rtol=1e-12, atol=1e-12, strict=True)
             for grad, value in zip(computed(grads), layer.backward(dy, x), strict=True):
                 np.testing.assert_allclose(grad, value, rtol=1e-12, atol=1e-12, strict=True)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_rows_with_nan_and_inf_in_several_chunks(rng, dtype):
-    x, dy = rng.standard_normal((2, 8, 12)).astype(dtype)
-    x[1, 0], x[2, 11], x[3, 5], x[4, :], x[5, 0], x[5, 3], x[6, 2:] = (
-        np.inf,
-        -np.inf,
-        np.nan,
-        np.inf,
-        np.inf,
-        -np.inf,
-        np.nan,
-    )
-    x_lazy, dy_lazy = (lazy(array, (3, 5)) for array in (x, dy))
-    pairs = [
-        (norm(x_lazy, 12, return_stats=True), norm(x, 12, return_stats=True))
-        for norm in (nbnorm.layer_norm, nbnorm.rms_norm)
-    ]
-    pairs.append((nbnorm.layer_norm_backward(dy_lazy, x_lazy, 12), nbnorm.layer_norm_backward(dy, x, 12)))
-    pairs.append((nbnorm.rms_norm_backward(dy_lazy, x_lazy, 12), nbnorm.rms_norm_backward(dy, x, 12)))
-    for results, expected in pairs:
-        for result, value in zip(computed(results), expected, strict=True):
-            np.testing.assert_allclose(result, value, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.deep
-@pytest.mark.parametrize("eps", magnitudes.EPSILONS)
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_every_eps_and_magnitude_in_several_chunks(rng, dtype, eps):
-    for cols in (2, 5, 100):
-        x = magnitudes.rows(rng, dtype, cols, eps)
-        dy, weight = rng.standard_normal(x.shape).astype(dtype), rng.standard_normal(cols).astype(dtype)
-        x_lazy, dy_lazy = (lazy(array, (7, (1, cols - 1))) for array in (x, dy))
-        results = computed(nbnorm.layer_norm(x_lazy, cols, eps=eps, return_stats=True))
-        magnitudes.assert_forward(*results, x, eps, False, Y_EPS, 2, "float64")
-        grads = nbnorm.LayerNormGrads(*computed(nbnorm.layer_norm_backward(dy_lazy, x_lazy, cols, weight, eps=eps)))
-        magnitudes.assert_backward(grads, dy, x, weight, eps, False, GRADIENT_EPS, "float64")
-
-
-def test_float64_gradients_of_narrow_rows_keep_their_digits(rng):
-    """Of which a mean in one float64 would lose four."""
-    x, dy = rng.standard_normal((2, 20, COLS), dtype=np.float32) + np.float32(1e4)
-    x, weight = (x - np.float32(1e4)) * 0.1 + 1e4, rng.standard_normal(COLS)
-    grads = nbnorm.layer_norm_backward(lazy(dy, (6, 20)), lazy(x.astype("f4"), (6, 20)), COLS, weight)
-    assert_grads(nbnorm.LayerNormGrads(*computed(grads)), dy, x.astype("f4"), 1, weight)
 
 
 def test_a_weight_is_in_the_graph_once(arrays):
