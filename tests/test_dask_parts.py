@@ -134,3 +134,17 @@ def test_float64_gradients_of_narrow_rows_keep_their_digits(rng):
     x, weight = (x - np.float32(1e4)) * 0.1 + 1e4, rng.standard_normal(COLS)
     grads = nbnorm.layer_norm_backward(lazy(dy, (6, 20)), lazy(x.astype("f4"), (6, 20)), COLS, weight)
     assert_grads(nbnorm.LayerNormGrads(*computed(grads)), dy, x.astype("f4"), 1, weight)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_same_bits_at_any_chunks_of_the_batch(rng, dtype):
+    x, dy = rng.standard_normal((2, 30, 700)).astype(dtype)
+    expected = None
+    for rows in (1, 4, 30):
+        for order in "CF":
+            x_lazy, dy_lazy = (lazy(np.asarray(array, order=order), (rows, 300)) for array in (x, dy))
+            results = nbnorm.layer_norm(x_lazy, 700, return_stats=True)
+            results = computed((*results, nbnorm.layer_norm_backward(dy_lazy, x_lazy, 700).dx))
+            expected = expected or results
+            for result, value in zip(results, expected, strict=True):
+                np.testing.assert_array_equal(result, value, strict=True)
