@@ -103,7 +103,7 @@ def backward_of_part(problem, given):
     dx = memory.empty(problem.shape, problem.dtype) if with_dx else None
     totals = np.zeros((with_dweight + with_dbias, *shape))
     if problem.rows > 0 and problem.cols > 0 and any(given.output_mask):
-        rounded = (_parameter_like(is_wanted, problem, None, ()) for is_wanted in given.output_mask[1:])
+        rounded = (parameter_like(is_wanted, problem, None, ()) for is_wanted in given.output_mask[1:])
         sums = _gradients(problem, 0, given, (dx, *rounded), True)
         np.add.reduce(sums, axis=1, out=totals.reshape(len(sums), problem.cols))
     return dx, totals[0] if with_dweight else None, totals[-1] if with_dbias else None
