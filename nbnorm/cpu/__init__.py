@@ -98,6 +98,8 @@ def backward(problem, given):
 
 def backward_of_part(problem, given):
     """As `backward`, of some rows of an array: dweight and dbias are their float64 sums, which are not rounded."""
+    if problem.behind:
+        return channels_first.backward_of_part(problem, given)
     with_dx, with_dweight, with_dbias = given.output_mask
     shape = problem.normalized_shape
     dx = memory.empty(problem.shape, problem.dtype) if with_dx else None

@@ -88,8 +88,20 @@ def backward(problem, given):
     )
 
 
+def backward_of_part(problem, given):
+    """As `cpu.backward_of_part`."""
+    with_dx, with_dweight, with_dbias = given.output_mask
+    dx = memory.empty(problem.shape, problem.dtype) if with_dx else None
+    totals = np.zeros((with_dweight + with_dbias, *problem.normalized_shape))
+    if problem.rows > 0 and problem.cols > 0 and any(given.output_mask):
+        rounded = (parameter_like(is_wanted, problem, None, ()) for is_wanted in given.output_mask[1:])
+        sums = _gradients(problem, given, (dx, *rounded))
+        np.add.reduce(sums, axis=1, out=totals.reshape(len(sums), problem.cols))
+    return dx, totals[0] if with_dweight else None, totals[-1] if with_dbias else None
+
+
 def _gradients(problem, given, results):
-    """Write the results, of which those that are not asked for are never touched."""
+    """Write the results, of which those that are not asked for are never touched; returns the sums of blocks."""
     dy, dtotal, x, weight, mean, rstd, output_mask, _ = given
     dx, dweight, dbias = results
     with_dx, with_dweight, with_dbias = output_mask
@@ -128,6 +140,7 @@ def _gradients(problem, given, results):
             _no_rows(problem, x.dtype), weight_row, problem.eps, mean_row[:0], rstd_row[:0], 0, sum_blocks, True, False,
             absent_dx, sums, dweight_row, dbias_row, width, 0, 0,
         )  # fmt: skip
+    return sums
 
 
 def _rows_like(problem, out, outs, inputs):

@@ -56,16 +56,29 @@ def backward(problem, given, call):
 
 def _forward(options, x, residual, weight, bias):
     """Of a chunk: y, or a tuple of all results where another is asked for."""
+    x, residual = (_moved_back(array, options.axis) for array in (x, residual))
     with parallel.alone():
         results = run.forward(options._replace(x=x, residual=residual, weight=weight, bias=bias), {}, None)
+    results = tuple(_with_axes_last(result, options.axis) for result in results)
     return results if options.return_stats or options.total_out is not False else results[0]
 
 
 def _backward(options, x, dy, dtotal, mean, rstd, weight):
     """Of a chunk: dx, and the float64 sums over its rows, with the dimensions of x."""
+    x, dy, dtotal, mean, rstd = (_moved_back(array, options.axis) for array in (x, dy, dtotal, mean, rstd))
     call = options._replace(x=x, dy=dy, dtotal=dtotal, mean=mean, rstd=rstd, weight=weight)
     with parallel.alone(), mode.standard(), np.errstate(all="ignore"):
         problem, given = checks.backward(call)
         dx, *sums = cpu.backward_of_part(problem, given)
-    ones = (1,) * len(problem.batch)
+    ones = (1,) * (len(problem.batch) + len(problem.behind))
+    dx = _with_axes_last(dx, options.axis)
     return dx, *(None if part is None else part.reshape(ones + part.shape) for part in sums)
+
+
+def _moved_back(array, axis):
+    """A chunk with its last axes where they were, as it lies in memory."""
+    return array if array is None or axis is None else np.moveaxis(array, range(-len(axis), 0), axis)
+
+
+def _with_axes_last(array, axis):
+    return array if array is None or axis is None else np.moveaxis(array, axis, range(-len(axis), 0))
