@@ -1,6 +1,6 @@
 """What the gradients of a block's rows need beside their statistics, and statistics that were given."""
 
-from nbnorm.cpu.kernels.channels_first.blocks import Part, gather, load_some, part_from
+from nbnorm.cpu.kernels.channels_first.blocks import Part, gather, gather_rest, load_some, part_from
 from nbnorm.cpu.kernels.channels_first.statistics import clear_sums
 from nbnorm.cpu.kernels.row import Statistics, Sums, means_of, moments_of, store_row, with_rstd
 from nbnorm.cpu.lanes.inlined import inlined
@@ -39,15 +39,25 @@ def find_means(operands, layout, block, has_mean, is_given, buffers, known):
             count = smaller(16, block.count - j)
             shifts = multiply_add(load_some(operands.dy, block.at + j, count), number(operands.weight, 0), None)
         store(known.means.hi, j, shifts)
+    count = block.count & 15
+    last = block.count - count
     for c in range(0, layout.cols, layout.held):
         part = part_from(layout, c)
-        gather(operands.dy, layout, block, part, dys)
         if is_given or layout.held < layout.cols:
             gather(operands.x, layout, block, part, xs)
+        if count:
+            gather_rest(operands.dy, layout, block, part, dys)
         for i in range(0, part.count, 8):
-            some = Part(part.first + i, smaller(8, part.count - i))
-            for j in range(0, block.count, 16):
-                add_projections(operands.weight, i * layout.width + j, j, layout.width, some, is_given, buffers, known)
+            some, at = Part(c + i, smaller(8, part.count - i)), i * layout.width
+            for j in range(0, last, 16):
+                k = block.at + (c + i) * layout.pitch + j
+                add_projections(
+                    operands, (operands.dy, k, layout.pitch), (at, j, layout.width), some, is_given, buffers, known
+                )
+            if count:
+                add_projections(
+                    operands, (dys, at + last, layout.width), (at, last, layout.width), some, is_given, buffers, known
+                )
     for j in range(0, block.count, 16):
         scales = usable_rows(known.statistics, j, is_given).rstd
         g = load(sums.totals, j) if has_mean else fill(0.0)
@@ -57,18 +67,24 @@ def find_means(operands, layout, block, has_mean, is_given, buffers, known):
 
 
 @inlined
-def add_projections(weight, at, j, width, some, is_given, buffers, known):
-    """Add g less its shift, and that times (x - mean) * rstd, of sixteen rows, in eight channels at most."""
+def add_projections(operands, source, place, some, is_given, buffers, known):
+    """Add g less its shift, and that times (x - mean) * rstd, of sixteen rows, in eight channels at most.
+
+    dy is read from the source, at an element from which on those of a row are a pitch apart, and copied to the buffer. The
+    place is where in the buffer these channels begin, which rows they are, and how far apart.
+    """
     xs, dys, sums = buffers
+    dy, k, pitch = source
+    at, j, width = place
     rows, shifts = usable_rows(known.statistics, j, is_given), -load(known.means.hi, j)
     totals = projected = fill(element_of(xs)(0))
-    k = at
     for i in range(some.count):
-        g = multiply_add(load(dys, k), number(weight, some.first + i), shifts)
-        d = multiply_add(load(xs, k) - rows.hi, rows.rstd, rows.rest)
+        values = load(dy, k + i * pitch)
+        store(dys, at + i * width + j, values)
+        g = multiply_add(values, number(operands.weight, some.first + i), shifts)
+        d = multiply_add(load(xs, at + i * width + j) - rows.hi, rows.rstd, rows.rest)
         totals = totals + g
         projected = multiply_add(g, d, projected)
-        k += width
     store(sums.totals, j, load(sums.totals, j) + widen(totals))
     store(sums.squares, j, load(sums.squares, j) + widen(projected))
 
