@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbnorm.calls.problem import given_dtype, wide_dtype
-from nbnorm.cuda import arrays, launch, layout, plans, sizes
+from nbnorm.cuda import arrays, axes, launch, layout, plans, sizes
 from nbnorm.cuda.kernels import combine, signatures, strided, whole_rows
 from nbnorm.cuda.kernels.rows import MEANS, STATE
 
@@ -84,7 +84,7 @@ def forward(problem, given, call):
             targets = given.out or place.view(y), given.total_out or place.view(total)
             plan = _enqueue_forward(problem, given, targets, (place.view(mean), place.view(rstd)), place)
             if plan is not None:
-                plans.keep_forward(plan, call)
+                plans.keep_forward(plan._replace(problem=problem), call)
         elif return_stats and problem.rows > 0:
             # a row of no columns has no mean
             for array in filter(None, (mean, rstd)):
@@ -106,7 +106,7 @@ def backward(problem, given, call):
         if problem.rows > 0 and problem.cols > 0 and any(output_mask):
             plan = _enqueue_backward(problem, given, targets, place)
             if plan is not None:
-                plans.keep_backward(plan, call)
+                plans.keep_backward(plan._replace(problem=problem), call)
         elif problem.cols > 0:
             # sums over no rows
             for target in filter(None, targets[1:]):
@@ -131,6 +131,7 @@ def _placed(like, device, stream):
 
 def _enqueue_forward(problem, given, targets, statistics, place):
     """Returns how the same is done again, where it is one kernel on the arrays as they are, else None."""
+    problem, given, targets = axes.forward_at_end(problem, given, targets)
     summands = given.x, given.residual
     y, total = (_row_target(target, summands, problem, place) for target in targets)
     x, residual = (_rows(array, problem, place) for array in summands)
@@ -175,6 +176,7 @@ def _enqueue_forward(problem, given, targets, statistics, place):
 
 def _enqueue_backward(problem, given, targets, place):
     """As `_enqueue_forward`, with the sum over the groups of rows behind it."""
+    problem, given, targets = axes.backward_at_end(problem, given, targets)
     output_mask = with_dx, with_dweight, with_dbias = tuple(target is not None for target in targets)
     is_x_read = with_dx or with_dweight
     # what is not read is none of the kernel's choices

@@ -206,14 +206,18 @@ def _known_backward(call):
 
 
 def _known(call, flags, operands):
-    normalized_shape, eps = sizes(call.normalized_shape), call.eps
+    normalized_shape, axis, eps = sizes(call.normalized_shape), call.axis, call.eps
+    if axis is not None:
+        axis = sizes(axis)
+        if axis is None:
+            return UNKNOWN
     # RMS norm has a default of its own for None, which layer norm refuses
     if normalized_shape is None or (type(eps) is not float and eps is not None):
         return UNKNOWN
     for flag in flags:
         if type(flag) is not bool:
             return UNKNOWN
-    key: list[Any] = [call.is_rms, call.is_added, normalized_shape, eps, *flags]
+    key: list[Any] = [call.is_rms, call.is_added, normalized_shape, axis, eps, *flags]
     addresses = []
     is_torch = False
     try:
