@@ -131,15 +131,14 @@ def _placed(like, device, stream):
 
 def _enqueue_forward(problem, given, targets, statistics, place):
     """Returns how the same is done again, where it is one kernel on the arrays as they are, else None."""
-    problem, given, targets = axes.forward_at_end(problem, given, targets)
+    problem, given, targets = axes.forward(problem, given, targets)
     summands = given.x, given.residual
     y, total = (_row_target(target, summands, problem, place) for target in targets)
     x, residual = (_rows(array, problem, place) for array in summands)
     weight, bias = (_parameter(array, (y.view, total.view), place) for array in (given.weight, given.bias))
 
-    dtype, itemsize = problem.compute_dtype, problem.dtype.itemsize
-    segments = sizes.segments(problem.cols, dtype.itemsize, "forward")
-    tile = sizes.tile(problem.cols, itemsize, dtype.itemsize, "forward")
+    dtype = problem.compute_dtype
+    segments, tile = axes.shared_out(problem, dtype, "forward")
     parameter_access = min(layout.access(p.itemsize, tile.piece, p.address) for p in (weight, bias, ABSENT) if p is not None)
     eps = launch.epsilon(problem.eps, dtype)
     results = [_address(array) for array in (y.view, *statistics)]
@@ -176,9 +175,11 @@ def _enqueue_forward(problem, given, targets, statistics, place):
 
 def _enqueue_backward(problem, given, targets, place):
     """As `_enqueue_forward`, with the sum over the groups of rows behind it."""
-    problem, given, targets = axes.backward_at_end(problem, given, targets)
     output_mask = with_dx, with_dweight, with_dbias = tuple(target is not None for target in targets)
     is_x_read = with_dx or with_dweight
+    given_statistics = given_dtype(given.mean, given.rstd) if is_x_read else None
+    dtype = np.result_type(problem.compute_dtype, given_statistics or problem.compute_dtype)
+    problem, given, targets = axes.backward(problem, given, targets, dtype)
     # what is not read is none of the kernel's choices
     dtotal, weight = (given.dtotal, given.weight) if with_dx else (None, None)
     mean, rstd = (given.mean, given.rstd) if is_x_read else (None, None)
@@ -190,9 +191,7 @@ def _enqueue_backward(problem, given, targets, place):
 
     is_given = rstd is not None
     statistics_from = ("given rstd" if mean is None else "given") if is_given else problem.variance
-    dtype = np.result_type(problem.compute_dtype, given_dtype(mean, rstd)) if is_given else problem.compute_dtype
-    segments = sizes.segments(problem.cols, dtype.itemsize, "backward")
-    tile = sizes.tile(problem.cols, problem.dtype.itemsize, dtype.itemsize, "backward")
+    segments, tile = axes.shared_out(problem, dtype, "backward")
     groups = sizes.groups(problem.rows, segments.number, tile)
     parameter_access = tile.piece if weight is None else layout.access(weight.itemsize, tile.piece, weight.address)
     inputs = [_address(array) for array in (dy.view, x.view, weight, mean, rstd)]

@@ -233,7 +233,7 @@ def _forward(cols, threads, width, dtype, eps, has_mean):
 
     @inlined
     def normalise(x):
-        share, eps_parts = Share(made, thread_index() % threads, cols), Eps(eps_value, eps_power, eps_rest)
+        share, eps_parts = Share(made, thread_index() % threads, cols, 1), Eps(eps_value, eps_power, eps_rest)
         room = Room(cuda.shared.array(shared, element), 0)
         begin(share)
         origin = first_of(x, share, room)
@@ -257,7 +257,7 @@ def _backward(cols, threads, width, dtype, eps, has_mean):
 
     @inlined
     def gradients(x, g):
-        share, eps_parts = Share(made, thread_index() % threads, cols), Eps(eps_value, eps_power, eps_rest)
+        share, eps_parts = Share(made, thread_index() % threads, cols, 1), Eps(eps_value, eps_power, eps_rest)
         room = Room(cuda.shared.array(shared, element), 0)
         begin(share)
         origin = first_of(x, share, room)

@@ -6,7 +6,12 @@ from nbnorm.cuda.arrays import contiguous_strides
 
 
 def pitch(view, problem):
-    """Bytes from one row to the next where each is contiguous and all are as far apart; None where not."""
+    """Bytes from one row to the next where each is contiguous and all are as far apart; None where not.
+
+    Where something is behind the axes, rows lie abreast: their elements are as far apart as that is long.
+    """
+    if problem.behind:
+        return view.itemsize if is_flat(view) else None
     batch_ndim = len(problem.batch)
     expected = contiguous_strides(problem.normalized_shape, view.itemsize)
     for size, stride, wanted in zip(problem.normalized_shape, view.strides[batch_ndim:], expected, strict=True):
@@ -58,6 +63,8 @@ def may_overwrite(y, y_pitch, x, x_pitch, problem):
         return False
     if x_pitch is None or x_pitch != y_pitch or x.itemsize != y.itemsize:
         return True
+    if problem.behind:
+        return y.address != x.address
     row = problem.cols * x.itemsize
     distance = (y.address - x.address) % y_pitch if y_pitch else 0
     # in place, or in other columns of the same rows

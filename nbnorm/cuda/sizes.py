@@ -12,12 +12,15 @@ WARP = 32
 # room for weight, bias and addresses within the 64 registers that let 1024 threads run at once. Backward, a thread holds as
 # many of dy, dweight and dbias, and has as many of the next row on their way
 HELD = {"forward": {4: (16, 32), 8: (4, 8)}, "backward": {4: (16, 16), 8: (4, 4)}}
+# of a row that lies abreast, each element has an address of its own, which takes registers too: 16 float32 spilled some
+HELD_ABREAST = {"forward": {4: (12, 32), 8: (4, 8)}, "backward": {4: (16, 16), 8: (4, 4)}}
 # vectors of weight and bias are read in pieces of so many elements at most
 PIECE = 4
 # threads of a multiprocessor that must have room at once; with fewer, too few loads are under way. Backward, by the bytes of
 # x that a thread holds
 RESIDENT_THREADS = 1024
 RESIDENT_BACKWARD = {4: {16: 1024, 32: 640, 64: 512}, 8: {16: 640, 32: 512, 64: 256}}
+RESIDENT_ABREAST = {"forward": {4: {48: 1024, 128: 512}, 8: {32: 1024, 64: 512}}, "backward": RESIDENT_BACKWARD}
 # threads of a block whose teams are no larger than a warp
 SHARED_BLOCK = 128
 # threads that one row is given, before they are given more than they usually hold
@@ -29,6 +32,8 @@ SHORT_TEAM = 8
 # a longer row than the largest team can hold is cut into segments of at most these, in multiples of a cache line
 SEGMENT = {4: 1 << 13, 8: 1 << 12}
 LINE = 64
+# bytes of neighbouring rows that lie abreast which a warp reads at once: with fewer, sectors of 32 would be read often
+LEAST_ABREAST = 16
 # backward, blocks stay and take row after row: as many as an H200 has room for
 MULTIPROCESSORS = 132
 # the sums of the groups are then added up by blocks of so many warps at most
@@ -38,7 +43,8 @@ MOST_ADDING_WARPS = 32
 class Tile(NamedTuple):
     """A team of `team` threads holds a row: `held` vectors a thread, of `width` elements. A block has `teams` of them.
 
-    A multiprocessor must have room for so many `blocks`.
+    A multiprocessor must have room for so many `blocks`. Where rows lie abreast, neighbouring threads have neighbouring rows,
+    and `abreast` is as many as `teams`; else it is None.
     """
 
     width: int
@@ -46,6 +52,7 @@ class Tile(NamedTuple):
     held: int
     teams: int
     blocks: int
+    abreast: int | None = None
 
     @property
     def threads(self):
@@ -55,6 +62,16 @@ class Tile(NamedTuple):
     def size(self):
         """Elements that a thread holds."""
         return self.held * self.width
+
+    @property
+    def shares_warp(self):
+        """Whether a warp has threads of several teams."""
+        return self.team < WARP or self.abreast is not None
+
+    @property
+    def shared_abreast(self):
+        """Elements of shared memory that two sums take where rows lie abreast."""
+        return 2 * self.threads // WARP * self.teams
 
     @property
     def piece(self):
@@ -117,9 +134,27 @@ def tile(cols, itemsize, compute_itemsize, direction):
     held = -(-vectors // team)
     resident = RESIDENT_THREADS
     if direction == "backward":
-        size = held * width * compute_itemsize
-        resident = next(n for limit, n in RESIDENT_BACKWARD[compute_itemsize].items() if size <= limit)
+        resident = _resident(held * width * compute_itemsize, RESIDENT_BACKWARD[compute_itemsize])
     return Tile(width, team, held, teams, max(1, resident // (team * teams)))
+
+
+def tile_abreast(cols, itemsize, compute_itemsize, direction):
+    """The tile where the rows lie abreast, by their length and the dtypes too; None for rows that are too long for it.
+
+    >>> tile_abreast(96, 4, 4, "forward")
+    Tile(width=1, team=8, held=12, teams=32, blocks=4, abreast=32)
+    """
+    usual, most = HELD_ABREAST[direction][compute_itemsize]
+    teams, held = WARP, usual if -(-cols // usual) * WARP <= MODERATE_TEAM else most
+    while -(-cols // held) * teams > MODERATE_TEAM:
+        teams //= 2
+    if teams * itemsize < LEAST_ABREAST:
+        return None
+    # whole warps, each with all of the rows
+    team = -(-cols * teams // (held * WARP)) * WARP // teams
+    held = -(-cols // team)
+    resident = _resident(held * compute_itemsize, RESIDENT_ABREAST[direction][compute_itemsize])
+    return Tile(1, team, held, teams, resident // (team * teams), teams)
 
 
 def groups(rows, segment_count, tile):
@@ -130,6 +165,11 @@ def groups(rows, segment_count, tile):
 def adding_warps(groups):
     """Warps of a block that adds up so many groups."""
     return min(MOST_ADDING_WARPS, _power_of_two(groups))
+
+
+def _resident(size, bounds):
+    """Threads of a multiprocessor that must have room, where each holds so many bytes of x."""
+    return next(threads for most, threads in bounds.items() if size <= most)
 
 
 def _warps(vectors, held):

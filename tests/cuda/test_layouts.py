@@ -181,7 +181,7 @@ def test_inputs_are_not_modified(x):
 )
 def test_pitch(shape, strides, batch_ndim, wanted):
     class Problem:
-        batch, normalized_shape = shape[:batch_ndim], shape[batch_ndim:]
+        batch, normalized_shape, behind = shape[:batch_ndim], shape[batch_ndim:], ()
         cols = int(np.prod(normalized_shape))
 
     assert layout.pitch(View(0, shape, strides, np.dtype(np.float32), 0), Problem) == wanted

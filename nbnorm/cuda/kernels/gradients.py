@@ -3,8 +3,8 @@
 from numba import cuda
 
 from nbnorm.cuda.instructions.meaning import load
-from nbnorm.cuda.kernels.known import Means, Normaliser, Start
-from nbnorm.cuda.kernels.reduce import add_teams, inlined, team_sum, team_sums, thread_index
+from nbnorm.cuda.kernels.known import Means, Normaliser, Share, Start
+from nbnorm.cuda.kernels.reduce import add_abreast, add_teams, inlined, team_sum, team_sums, thread_index
 from nbnorm.cuda.kernels.rows import add_row, add_to_row, column, element_at, has, means_of, start_of, store_row
 from nbnorm.cuda.kernels.statistics import subtract
 from nbnorm.cuda.sizes import PIECE
@@ -21,22 +21,22 @@ def given_normaliser(values, mean, rstd, row, share):
 
 
 @inlined
-def means_before(memory, dy, weight, row, normaliser, made):
+def means_before(memory, dy, weight, place, normaliser, made):
     """What is known before the row is gone through: of a long one what `merge` has made of its segments', else the shift.
 
     The mean of x_hat is 0: what g has beyond its first element has the same gradient, and keeps its digits.
     """
     zero = made.element(0)
     if made.has_means:
-        found = means_of(memory, row)
+        found = means_of(memory, place)
         # with given statistics, segments have x_hat too
         return Means(found.g, found.gx if made.is_given else found.gx * normaliser.scale, found.shift)
-    return Means(zero, zero, first_gradient(dy, weight, row, made) if made.has_shift else zero)
+    return Means(zero, zero, first_gradient(dy, weight, place, made) if made.has_shift else zero)
 
 
 @inlined
-def first_gradient(dy, weight, row, made):
-    g = element_at(Start(dy.memory, row * dy.pitch), made.element)
+def first_gradient(dy, weight, place, made):
+    g = element_at(Start(dy.memory, place * dy.pitch), made.element)
     if made.with_weight:
         g *= element_at(Start(weight, 0), made.element)
     return g
@@ -97,8 +97,8 @@ def team_means(parts, share, room):
     made = share.made
     if not made.has_mean:
         # a mean that is left alone has no gradient
-        return Means(made.element(0), team_sum(parts.gx, made.tile.team, room, made.element), parts.shift)
-    mean_g, mean_gx = team_sums(parts.g, parts.gx, made.tile.team, room, made.element)
+        return Means(made.element(0), team_sum(parts.gx, made.tile.team, room, made.element, made.tile.abreast), parts.shift)
+    mean_g, mean_gx = team_sums(parts.g, parts.gx, made.tile.team, room, made.element, made.tile.abreast)
     return Means(mean_g, mean_gx, parts.shift)
 
 
@@ -126,15 +126,23 @@ def add_sums(sums, spare, groups, is_begun, share, shared):
     """
     made = share.made
     if made.with_dweight:
-        add_block(sums.dweight, spare.x, start_of(groups, 0), is_begun, share, shared)
+        add_block(sums.dweight, spare.x, start_of(groups, 0), is_begun, share, shared, made.tile.abreast)
     if made.with_dbias:
-        add_block(sums.dbias, spare.x, start_of(groups, 1 if made.with_dweight else 0), is_begun, share, shared)
+        start = start_of(groups, 1 if made.with_dweight else 0)
+        add_block(sums.dbias, spare.x, start, is_begun, share, shared, made.tile.abreast)
 
 
 @inlined
-def add_block(values, before, start, is_begun, share, shared):
+def add_block(values, before, start, is_begun, share, shared, abreast):
     """Add up what the teams of a block have, and add that to what starts there, where something does."""
     tile = share.made.tile
-    add_teams(values, tile, shared)
-    if tile.teams == 1 or thread_index() < tile.team:
-        add_row(values, before, start, is_begun, share)
+    # there, columns follow each other
+    of_sums = Share(share.made, share.lane, share.cols, 1)
+    if abreast is None:
+        add_teams(values, tile, shared)
+        is_first = tile.teams == 1 or thread_index() < tile.team
+    else:
+        add_abreast(values, tile.size, abreast)
+        is_first = thread_index() % abreast == 0
+    if is_first:
+        add_row(values, before, start, is_begun, of_sums)

@@ -19,11 +19,15 @@ class Segment(NamedTuple):
 
 
 class Share(NamedTuple):
-    """A thread's part of those columns: vector k of the thread is vector lane + k * team of them."""
+    """A thread's part of those columns: vector k of the thread is vector lane + k * team of them.
+
+    In memory, neighbouring columns are `apart` elements apart: more than one where rows lie abreast.
+    """
 
     made: Any
     lane: Any
     cols: Any
+    apart: Any
 
 
 class Rows(NamedTuple):

@@ -36,8 +36,11 @@ def meet(team):
 
 
 @inlined
-def team_sum(value, team, room, element):
+def team_sum(value, team, room, element, abreast=None):
     """The sum of the team's values. A team of several warps uses WARP elements of the room, which no other sum may use."""
+    # that is a branch which Numba removes
+    if abreast is not None:
+        return sum_abreast(value, team, abreast, room.shared)
     if team <= WARP:
         return warp_sum(value, team)
     value = warp_sum(value, WARP)
@@ -49,8 +52,10 @@ def team_sum(value, team, room, element):
 
 
 @inlined
-def team_sums(first, second, team, room, element):
+def team_sums(first, second, team, room, element, abreast=None):
     """The sums of two values, as two of `team_sum` with one barrier and twice the room."""
+    if abreast is not None:
+        return sums_abreast(first, second, team, abreast, room.shared)
     if team <= WARP:
         return warp_sum(first, team), warp_sum(second, team)
     first = warp_sum(first, WARP)
@@ -77,6 +82,59 @@ def warp_sum(value, team):
 
 
 @inlined
+def sum_abreast(value, team, abreast, shared):
+    """The sum of the team's values where neighbouring threads have neighbouring rows: first over a warp, in which all of a
+    block's rows are, then over the warps in their order. Every sum uses the same places of shared memory.
+    """
+    cuda.syncwarp()
+    step = abreast
+    while step < WARP:
+        value += cuda.shfl_xor_sync(ALL_LANES, value, step)
+        step *= 2
+    if team * abreast == WARP:
+        return value
+    # what the last sum left has been read
+    cuda.syncthreads()
+    lane = thread_index() % WARP
+    if lane < abreast:
+        shared[thread_index() // WARP * abreast + lane] = value
+    cuda.syncthreads()
+    return total_abreast(team, abreast, shared, 0)
+
+
+@inlined
+def sums_abreast(first, second, team, abreast, shared):
+    """The sums of two values, with as many barriers as one has."""
+    cuda.syncwarp()
+    step = abreast
+    while step < WARP:
+        first += cuda.shfl_xor_sync(ALL_LANES, first, step)
+        second += cuda.shfl_xor_sync(ALL_LANES, second, step)
+        step *= 2
+    if team * abreast == WARP:
+        return first, second
+    cuda.syncthreads()
+    beside = team * abreast // WARP * abreast
+    lane = thread_index() % WARP
+    if lane < abreast:
+        at = thread_index() // WARP * abreast + lane
+        shared[at] = first
+        shared[at + beside] = second
+    cuda.syncthreads()
+    return total_abreast(team, abreast, shared, 0), total_abreast(team, abreast, shared, beside)
+
+
+@inlined
+def total_abreast(team, abreast, shared, at):
+    """The sum over the warps of what they have left of the thread's row."""
+    at += thread_index() % abreast
+    total = shared[at]
+    for warp in range(1, team * abreast // WARP):
+        total += shared[at + warp * abreast]
+    return total
+
+
+@inlined
 def add_teams(values, tile, shared):
     """Add to the values of a block's first team those of the others, half of them to the other half again and again.
 
@@ -100,3 +158,14 @@ def add_teams(values, tile, shared):
         for i in range(size):
             values[i] += cuda.shfl_xor_sync(ALL_LANES, values[i], step)
         step //= 2
+
+
+@inlined
+def add_abreast(values, size, abreast):
+    """Add to the values of a team of a block those of the others, whose threads are its neighbours."""
+    cuda.syncwarp()
+    step = 1
+    while step < abreast:
+        for i in range(size):
+            values[i] += cuda.shfl_xor_sync(ALL_LANES, values[i], step)
+        step *= 2

@@ -38,6 +38,12 @@ def segment_of(number, cols, segments, segment_cols):
 
 
 @inlined
+def place_abreast(row, cols, apart):
+    """The elements before a row, where `apart` of them lie beside each other, and then those of the next index before."""
+    return row + row // apart * (cols - 1) * apart
+
+
+@inlined
 def column(share, k):
     """The first column of vector k."""
     return (share.lane + k * share.made.tile.team) * share.made.tile.width
@@ -50,8 +56,8 @@ def has(share, k):
 
 
 @inlined
-def start_of(rows, row):
-    return Start(rows.memory, row * rows.pitch + rows.first)
+def start_of(rows, place):
+    return Start(rows.memory, place * rows.pitch + rows.first)
 
 
 @inlined
@@ -78,7 +84,7 @@ def load_row(values, start, share, access, beyond):
     tile = share.made.tile
     for k in range(tile.held):
         if has(share, k):
-            load(values, k * tile.width, start.memory, start.at + column(share, k), tile.width, access)
+            load(values, k * tile.width, start.memory, start.at + column(share, k) * share.apart, tile.width, access)
         else:
             fill(values, k, share, beyond)
 
@@ -90,7 +96,7 @@ def add_to_row(values, start, share):
     added = cuda.local.array(WIDEST, made.element)
     for k in range(tile.held):
         if has(share, k):
-            load(added, 0, start.memory, start.at + column(share, k), tile.width, made.added_access)
+            load(added, 0, start.memory, start.at + column(share, k) * share.apart, tile.width, made.added_access)
             for i in range(tile.width):
                 values[k * tile.width + i] += added[i]
 
@@ -110,16 +116,16 @@ def fetch_row(ahead, start, share, access):
     tile = share.made.tile
     for k in range(tile.held):
         if has(share, k):
-            fetch(ahead, k * tile.width, start.memory, start.at + column(share, k), tile.width, access)
+            fetch(ahead, k * tile.width, start.memory, start.at + column(share, k) * share.apart, tile.width, access)
 
 
 @inlined
-def fetch_rows(ahead, x, dy, row, share):
+def fetch_rows(ahead, x, dy, place, share):
     """Of x and of dy, if they are needed."""
     if share.made.has_x:
-        fetch_row(ahead.x, start_of(x, row), share, share.made.access)
+        fetch_row(ahead.x, start_of(x, place), share, share.made.access)
     if share.made.has_dy:
-        fetch_row(ahead.dy, start_of(dy, row), share, share.made.dy_access)
+        fetch_row(ahead.dy, start_of(dy, place), share, share.made.dy_access)
 
 
 @inlined
@@ -155,7 +161,7 @@ def store_row(values, start, share, access, rounds_pairs):
     tile = share.made.tile
     for k in range(tile.held):
         if has(share, k):
-            store(values, k * tile.width, start.memory, start.at + column(share, k), tile.width, access, rounds_pairs)
+            store(values, k * tile.width, start.memory, start.at + column(share, k) * share.apart, tile.width, access, rounds_pairs)
 
 
 @inlined

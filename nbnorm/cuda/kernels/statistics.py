@@ -91,7 +91,7 @@ def centred(values, origin, per_element, share, room):
     for i in range(tile.size):
         # a sum that overflows makes the row an extreme one
         total += values[i] - origin
-    hi = origin + team_sum(total, tile.team, room, element) * per_element
+    hi = origin + team_sum(total, tile.team, room, element, tile.abreast) * per_element
     total = element(0)
     squares = element(0)
     for k in range(tile.held):
@@ -101,7 +101,7 @@ def centred(values, origin, per_element, share, room):
                 values[k * tile.width + i] = d
                 total += d
                 squares += d * d
-    total, squares = team_sums(total, squares, tile.team, Room(room.shared, room.at + WARP), element)
+    total, squares = team_sums(total, squares, tile.team, Room(room.shared, room.at + WARP), element, tile.abreast)
     lo = total * per_element
     return Statistics(element(1), hi, lo, not_negative(squares * per_element - lo * lo, element))
 
@@ -124,8 +124,8 @@ def diff_of_squares(values, origin, per_element, share, room):
                 total += d
                 squares += x * x
                 shifted_squares += d * d
-    total, squares = team_sums(total, squares, tile.team, room, element)
-    shifted_squares = team_sum(shifted_squares, tile.team, Room(room.shared, room.at + 2 * WARP), element)
+    total, squares = team_sums(total, squares, tile.team, room, element, tile.abreast)
+    shifted_squares = team_sum(shifted_squares, tile.team, Room(room.shared, room.at + 2 * WARP), element, tile.abreast)
     distance = total * per_element
     hi = origin + distance
     lo = distance - (hi - origin)
@@ -143,7 +143,7 @@ def mean_square(values, per_element, share, room):
     squares = element(0)
     for i in range(tile.size):
         squares += values[i] * values[i]
-    var = team_sum(squares, tile.team, room, element) * per_element
+    var = team_sum(squares, tile.team, room, element, tile.abreast) * per_element
     return Statistics(element(1), element(0), element(0), var)
 
 
@@ -176,7 +176,7 @@ def rescaling(values, share, room):
     for i in range(tile.size):
         # divided before it is added, so that no sum overflows
         total += abs(values[i]) * per_element
-    return inverse_power_of_two(team_sum(total, tile.team, room, element))
+    return inverse_power_of_two(team_sum(total, tile.team, room, element, tile.abreast))
 
 
 @inlined

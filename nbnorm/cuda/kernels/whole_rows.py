@@ -33,6 +33,7 @@ from nbnorm.cuda.kernels.rows import (
     keep_means,
     keep_segment,
     load_row,
+    place_abreast,
     round_row,
     row_of,
     segment_of,
@@ -63,7 +64,7 @@ def made_of(dtype, tile, is_whole, **choices):
     element = getattr(np, dtype)
     smallest, largest = map(element, VARIANCE_BOUNDS[dtype])
     complete = tile.held - 1 if is_whole else 0
-    choices |= {"tile": tile, "complete": complete, "shares_warp": tile.team < WARP}
+    choices |= {"tile": tile, "complete": complete, "shares_warp": tile.shares_warp}
     return Constants(element=element, smallest=smallest, largest=largest, **choices)
 
 
@@ -84,7 +85,10 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
     access, parameter_access, added_access = accesses
     is_whole, is_states, is_normalise = (step == name for name in ("whole", "states", "normalise"))
     width, team, held, teams = tile[:4]
-    size, shares_warp = tile.size, team < WARP
+    size, shares_warp, is_abreast = tile.size, tile.shares_warp, tile.abreast is not None
+    # those of a team are neighbours, or all over the block
+    near = tile.threads if is_abreast else team
+    shared_size = tile.shared_abreast if is_abreast else ROW_SHARED
     rounds_pairs = int(compute_capability >= ROUNDS_PAIRS)
     has_weight, has_bias = weight_dtype is not None, bias_dtype is not None
     has_mean = variance not in MEAN_ALONE
@@ -102,26 +106,32 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
         y, mean, rstd, states, added,
     ):  # fmt: skip
         values = cuda.local.array(size, element)
-        room = Room(cuda.shared.array(ROW_SHARED, element), 0)
+        room = Room(cuda.shared.array(shared_size, element), 0)
         eps_parts = Eps(eps, eps_power, eps_rest)
         lane = thread_index() % team
         before = teams_before(team) if shares_warp else 0
         # the first row of the warp, or segment; a warp without one must not read a row that another may write over
         number = np.int64(cuda.blockIdx.x) * teams + thread_index() // team - before
+        apart = 1
+        if is_abreast:
+            lane, before = thread_index() // teams, thread_index() % teams
+            number = np.int64(cuda.blockIdx.x) * teams
+            apart = segment_cols
         if teams > 1 and number >= rows:
             return
         is_mine = not shares_warp or number + before < rows
         segment = Segment(row_of(number, before, rows, made), np.int64(0), np.int64(0), cols)
         if not is_whole:
             segment = segment_of(number, cols, segments, segment_cols)
-        row, share = segment.row, Share(made, lane, segment.cols)
+        row, share = segment.row, Share(made, lane, segment.cols, apart)
+        place = place_abreast(row, cols, apart) if is_abreast else row
 
         # load
-        start = start_of(Rows(x, x_pitch, segment.first), row)
+        start = start_of(Rows(x, x_pitch, segment.first), place)
         beside = start
         if is_added:
             residual, residual_pitch, total, total_pitch = added
-            beside = start_of(Rows(residual, residual_pitch, segment.first), row)
+            beside = start_of(Rows(residual, residual_pitch, segment.first), place)
         origin = sum_at(start, beside, made) if has_origin else element(0)
         load_row(values, start, share, access, origin)
 
@@ -131,8 +141,8 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
             round_row(values, start, share)
             if with_total:
                 # over what others still read: the first element, or the row of a team that has none
-                meet(team)
-                start = start_of(Rows(total, total_pitch, segment.first), row)
+                meet(near)
+                start = start_of(Rows(total, total_pitch, segment.first), place)
                 if is_mine:
                     store_row(values, start, share, access, rounds_pairs)
 
@@ -152,11 +162,11 @@ def forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses,
             rstd[row] = statistic(normaliser.part * normaliser.larger)
 
         # normalise and store
-        y_at = row * y_pitch + segment.first
+        y_at = place * y_pitch + segment.first
         for k in range(held):
             if is_mine and has(share, k):
                 normalise(values, k, normaliser, weight, bias, segment.first, share)
-                store(values, k * width, y, y_at + column(share, k), width, access, rounds_pairs)
+                store(values, k * width, y, y_at + column(share, k) * share.apart, width, access, rounds_pairs)
 
     return kernel
 
@@ -186,10 +196,12 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
     has_means = with_dx and is_gradients
     has_statistics = has_x and not is_given and not is_gradients
     has_origin = has_statistics and has_mean
-    team, teams, size, shares_warp = tile.team, tile.teams, tile.size, tile.team < WARP
+    team, teams, size, shares_warp, is_abreast = tile.team, tile.teams, tile.size, tile.shares_warp, tile.abreast is not None
     # every other row has the sums of its team elsewhere, so that none overwrites what another warp still reads
     row_shared = ROW_SHARED + 2 * WARP
     shared_size = 2 * row_shared if teams == 1 else tile.threads // 2 * size
+    if is_abreast:
+        shared_size = tile.shared_abreast
     made = made_of(
         dtype, tile, is_whole, is_centred=statistics_from == "centred", rounds_pairs=int(compute_capability >= ROUNDS_PAIRS),
         access=access, dy_access=dy_access, parameter_access=parameter_access, added_access=added_access,
@@ -213,12 +225,16 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
         lane = thread_index() if teams == 1 else thread_index() % team
         member = 0 if teams == 1 else thread_index() // team
         before = teams_before(team) if shares_warp else 0
+        apart = 1
+        if is_abreast:
+            lane, member, apart = thread_index() // teams, thread_index() % teams, segment_cols
+            before = member
         number = np.int64(cuda.blockIdx.x)
         segment = Segment(number, np.int64(0), np.int64(0), cols)
         if not is_whole:
             segment = segment_of(number, cols, segments, segment_cols)
         group, first = segment.row, segment.first
-        share = Share(made, lane, segment.cols)
+        share = Share(made, lane, segment.cols, apart)
         x_rows, dy_rows, dx_rows = Rows(x, x_pitch, first), Rows(dy, dy_pitch, first), Rows(dx, dx_pitch, first)
         dtotal_rows = dx_rows
         if is_added:
@@ -235,11 +251,13 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
             end = min(rows, begin + CHUNK * groups * teams)
             is_done = teams > 1 and start >= rows
             if not is_done:
-                fetch_rows(ahead, x_rows, dy_rows, row_of(start, before, rows, made), share)
+                row = row_of(start, before, rows, made)
+                fetch_rows(ahead, x_rows, dy_rows, place_abreast(row, cols, apart) if is_abreast else row, share)
             while not is_done:
                 row = row_of(start, before, rows, made)
+                place = place_abreast(row, cols, apart) if is_abreast else row
                 is_mine = not shares_warp or start + before < rows
-                x_start = start_of(x_rows, row)
+                x_start = start_of(x_rows, place)
 
                 # load, while the next row comes
                 origin = element_at(x_start, element) if has_origin else element(0)
@@ -247,7 +265,8 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
                 start += groups * teams
                 is_done = start >= end
                 if not is_done:
-                    fetch_rows(ahead, x_rows, dy_rows, row_of(start, before, rows, made), share)
+                    after = row_of(start, before, rows, made)
+                    fetch_rows(ahead, x_rows, dy_rows, place_abreast(after, cols, apart) if is_abreast else after, share)
 
                 # statistics
                 normaliser = Normaliser(element(0), element(1), element(1), element(1))
@@ -264,7 +283,7 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
                     normaliser = normaliser_of(statistics, eps_parts, made)
 
                 # x_hat, g, their means over the row, and the sums over rows
-                row_means = means_before(means, dy_rows, weight, row, normaliser, made)
+                row_means = means_before(means, dy_rows, weight, place, normaliser, made)
                 parts = gradient_sums(
                     now, totals, Start(weight, first), normaliser, row_means.shift, per_element, share, is_mine
                 )
@@ -279,7 +298,7 @@ def backward(compute_capability, operand_dtypes, dtype, statistics_from, output_
 
                 # dx
                 if with_dx and not is_means and is_mine:
-                    store_dx(now, row_means, normaliser, start_of(dx_rows, row), start_of(dtotal_rows, row), share)
+                    store_dx(now, row_means, normaliser, start_of(dx_rows, place), start_of(dtotal_rows, place), share)
                 shared_at = row_shared - shared_at
 
             # the sums of the block's teams
