@@ -6,7 +6,7 @@ from nbnorm.cuda import sizes
 
 
 def shared_out(problem, dtype, direction):
-    """What a row is cut into, and the tile; of rows that lie abreast, the one segment has how far apart their columns are."""
+    """What a row is cut into, and the tile; of rows that lie abreast, the one segment has how far apart columns are."""
     numbers = problem.cols, problem.dtype.itemsize, dtype.itemsize, direction
     if problem.behind:
         return sizes.Segments(1, math.prod(problem.behind)), sizes.tile_abreast(*numbers)

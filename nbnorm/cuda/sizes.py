@@ -43,8 +43,8 @@ MOST_ADDING_WARPS = 32
 class Tile(NamedTuple):
     """A team of `team` threads holds a row: `held` vectors a thread, of `width` elements. A block has `teams` of them.
 
-    A multiprocessor must have room for so many `blocks`. Where rows lie abreast, neighbouring threads have neighbouring rows,
-    and `abreast` is as many as `teams`; else it is None.
+    A multiprocessor must have room for so many `blocks`. Where rows lie abreast, neighbouring threads have neighbouring rows.
+    `abreast` is as many as `teams` then, else None.
     """
 
     width: int

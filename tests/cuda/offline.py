@@ -46,6 +46,7 @@ class Variant(NamedTuple):
     """A kernel: the dtypes of its operands, in the order of `kernels`, the columns of a row, and what else it is made for.
 
     None for an access is the widest; `access` is that of x and of y or dx. `beside` is the dtype of a residual or of dtotal.
+    Where the axes are not the last, rows lie abreast.
     """
 
     direction: str
@@ -59,13 +60,14 @@ class Variant(NamedTuple):
     parameter_access: int | None = None
     beside: str | None = None
     with_total: bool = False
+    is_abreast: bool = False
 
     def __str__(self):
         mask = "".join(name for name, wanted in zip("xwb", self.output_mask, strict=True) if wanted)
         widths = self.access, self.dy_access, self.parameter_access
         accesses = [f"{name}{n}" for name, n in zip(("a", "dy", "p"), widths, strict=True) if n is not None]
         chosen = [part for part in (self.variance, self.step, mask) if part not in ("centred", "whole", "xwb")]
-        chosen += [f"plus-{self.beside}"] * bool(self.beside) + ["total"] * self.with_total
+        chosen += [f"plus-{self.beside}"] * bool(self.beside) + ["total"] * self.with_total + ["abreast"] * self.is_abreast
         operands = [name or "absent" for name in self.operands]
         return "-".join([self.direction, *operands, str(self.cols), *chosen, *accesses])
 
@@ -104,7 +106,8 @@ class Variant(NamedTuple):
     def tile(self):
         from nbnorm.cuda import sizes
 
-        return sizes.tile(self.cols, itemsize(self.x_dtype), itemsize(self.dtype), self.direction)
+        tile = sizes.tile_abreast if self.is_abreast else sizes.tile
+        return tile(self.cols, itemsize(self.x_dtype), itemsize(self.dtype), self.direction)
 
     @property
     def accesses(self):

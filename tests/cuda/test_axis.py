@@ -1,6 +1,7 @@
 """Are norms over axes that are not the last right on CUDA arrays: layouts, dtypes, options, and what plans are kept?"""
 
 import itertools
+from collections import defaultdict
 
 import ml_dtypes
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 import nbnorm
 from device import DTYPES, LEVEL, normal, to_device, to_host
+from nbnorm.calls import checks
 from nbnorm.cuda import plans, sizes
 from tolerances import CUDA_GRADIENT_EPS, CUDA_STATISTICS_EPS, CUDA_Y_EPS, assert_grads, assert_statistics, assert_y
 
@@ -182,6 +184,47 @@ def test_so_many_rows_abreast(rng, order, small_blocks, is_rms, cols, abreast):
         grads = nbnorm.layer_norm_backward(to_device(dy), *operands, axis=1)
     assert_forward(results, x, 1, weight, None, is_rms=is_rms)
     assert_backward(grads, dy, x, 1, weight, is_rms=is_rms)
+
+
+@pytest.mark.skipif(LEVEL != "simulator", reason="it looks at what the simulator's threads read")
+def test_a_warp_reads_neighbouring_elements(rng, monkeypatch):
+    from nbnorm.cuda.kernels import rows
+    from simulator import getcurrent
+
+    load, read = rows.load, defaultdict(list)
+
+    def noted(values, k, memory, at, width, access):
+        thread = getcurrent()
+        read[thread.block.number, thread.number // 32, k].append(memory.address + at * 4)
+        load(values, k, memory, at, width, access)
+
+    monkeypatch.setattr(rows, "load", noted)
+    nbnorm.layer_norm(to_device(normal(rng, (2, 40, 64), np.float32)), 40, axis=1)
+    # k is 0 also of a row's first element, which each thread reads
+    of_warps = [addresses for (_, _, k), addresses in read.items() if k > 0]
+    # ten elements a thread, but for the last of 40
+    assert len(of_warps) == 4 * 4 * 9
+    for addresses in of_warps:
+        assert np.diff(sorted(addresses)).tolist() == [4] * 31
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_call_is_remembered(rng, monkeypatch, direction):
+    """On arrays in C order, which the kernels take as they are."""
+    x = to_device(normal(rng, (2, 5, 7), np.float32))
+    calls = []
+    check = getattr(checks, direction)
+    monkeypatch.setattr(checks, direction, lambda call: calls.append(call) or check(call))
+
+    def result():
+        if direction == "forward":
+            return [nbnorm.layer_norm(x, 5, axis=1)]
+        return nbnorm.layer_norm_backward(x, x, 5, axis=1)
+
+    first, second = result(), result()
+    assert len(calls) == 1
+    for array, wanted in zip(second, first, strict=True):
+        np.testing.assert_array_equal(to_host(array), to_host(wanted))
 
 
 def test_many_rows_of_a_block(rng, small_blocks):

@@ -22,7 +22,7 @@ from nbnorm.cuda.instructions import lowering, meaning
 from nbnorm.cuda.kernels import combine, strided, whole_rows
 from nbnorm.cuda.kernels.rows import MEANS, STATE
 from nbnorm.cuda.sizes import WARP
-from variants import DTYPES, FULL, OTHERS, PROBLEMS
+from variants import ABREAST, DTYPES, FULL, OTHERS, PROBLEMS
 
 # what compiles for devices is the same without the CPU's compiler
 pytestmark = [pytest.mark.deep, pytest.mark.compiled]
@@ -37,7 +37,8 @@ def with_problem(problems):
     return pytest.mark.parametrize("problem", problems, ids=lambda problem: "sm_{}{}-{}".format(*problem[0], problem[1]))
 
 
-every_variant = with_problem(PROBLEMS)
+EVERY = [*PROBLEMS, *((FULL, variant) for variant in ABREAST)]
+every_variant = with_problem(EVERY)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def builds(request):
     selected = {item.callspec.params.get("problem"): None for item in request.session.items if hasattr(item, "callspec")}
     of_capability = {}
     for problem in selected:
-        if problem in PROBLEMS:
+        if problem in EVERY:
             of_capability.setdefault(problem[0], []).append(problem[1])
     workers = min(8, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -209,8 +210,16 @@ def test_sums(problem, built):
     is_backward = variant.direction == "backward"
     if is_backward and variant.output_mask[0] and variant.step != "gradients":
         sums, barriers = sums + 1 + variant.has_mean, barriers + 1
-    is_block = tile.team > WARP
     words = offline.itemsize(variant.dtype) // 4
+    if tile.abreast:
+        # a warp has all rows of its block: over it in shuffles, then over the warps, at two barriers each
+        shuffles = sums * words * log2(WARP // tile.abreast)
+        if is_backward:
+            shuffles += sum(variant.output_mask[1:]) * tile.held * words * log2(tile.abreast)
+        counted = built.count("SHFL"), built.count("BAR"), built.count("VOTE")
+        assert counted == (shuffles, 2 * barriers - variant.with_total, has_statistics(variant))
+        return
+    is_block = tile.team > WARP
     shuffles = sums * words * (2 * log2(WARP) if is_block else log2(tile.team))
     possible = [(shuffles, barriers * is_block)]
     if is_backward and not is_block and variant.step != "means":

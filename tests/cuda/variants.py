@@ -5,7 +5,7 @@ They are the ends of what a thread holds and of what it may access at once, and 
 
 import itertools
 
-from offline import steps
+from offline import Variant, steps
 
 FULL = (9, 0)
 # Turing is the oldest that CUDA 13 builds for; 8.0 is the first to round bfloat16 itself; 10.0 the newest of the servers'
@@ -164,6 +164,14 @@ def added_variants():
     yield from steps("backward", ("bfloat16", "float32", None, None, None), 64, beside="float16", **of_rms)
 
 
+# rows that lie abreast, which `test_axis.py` has: as many elements of a thread as usual, and the most; 32 rows and 16
+ABREAST = [
+    Variant("forward", ("float32",) * 3, 96, is_abreast=True),
+    Variant("forward", ("bfloat16",) * 3, 512, beside="bfloat16", with_total=True, is_abreast=True),
+    Variant("forward", ("float64",) * 3, 256, is_abreast=True),
+    Variant("backward", (*("float32",) * 3, None, None), 96, is_abreast=True),
+    Variant("backward", (*("bfloat16",) * 3, None, None), 512, beside="bfloat16", is_abreast=True),
+]
 VARIANTS = list(dict.fromkeys([*forward_variants(), *backward_variants(), *rms_variants(), *added_variants()]))
 PROBLEMS = [(FULL, variant) for variant in VARIANTS]
 # each of the others gets a tenth, with every dtype: the source is the same but for rounding

@@ -161,7 +161,8 @@ def store_row(values, start, share, access, rounds_pairs):
     tile = share.made.tile
     for k in range(tile.held):
         if has(share, k):
-            store(values, k * tile.width, start.memory, start.at + column(share, k) * share.apart, tile.width, access, rounds_pairs)
+            at = start.at + column(share, k) * share.apart
+            store(values, k * tile.width, start.memory, at, tile.width, access, rounds_pairs)
 
 
 @inlined
