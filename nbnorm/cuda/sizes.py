@@ -43,7 +43,7 @@ MOST_ADDING_WARPS = 32
 class Tile(NamedTuple):
     """A team of `team` threads holds a row: `held` vectors a thread, of `width` elements. A block has `teams` of them.
 
-    A multiprocessor must have room for so many `blocks`. Where rows lie abreast, neighbouring threads have neighbouring rows.
+    A multiprocessor must have room for so many `blocks`. Where rows lie abreast, neighbouring threads have neighbours.
     `abreast` is as many as `teams` then, else None.
     """
 
@@ -117,8 +117,8 @@ def held_elements(cols, compute_itemsize, direction):
 def tile(cols, itemsize, compute_itemsize, direction):
     """The tile for a row, or for a segment of a long one, of `itemsize` bytes an element.
 
-    >>> tile(4096, 2, 4, "forward"), tile(1001, 4, 4, "forward")
-    (Tile(width=8, team=256, held=2, teams=1, blocks=4), Tile(width=1, team=32, held=32, teams=4, blocks=8))
+    >>> tile(4096, 2, 4, "forward"), tile(1001, 4, 4, "forward")[:5]
+    (Tile(width=8, team=256, held=2, teams=1, blocks=4, abreast=None), (1, 32, 32, 4, 8))
     """
     width = gcd(cols, 16 // itemsize)
     usual, most = (max(1, held // width) for held in held_elements(cols, compute_itemsize, direction))

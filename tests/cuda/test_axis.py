@@ -12,6 +12,7 @@ from device import DTYPES, LEVEL, normal, to_device, to_host
 from nbnorm.calls import checks
 from nbnorm.cuda import plans, sizes
 from tolerances import CUDA_GRADIENT_EPS, CUDA_STATISTICS_EPS, CUDA_Y_EPS, assert_grads, assert_statistics, assert_y
+from variants import ABREAST
 
 pytestmark = pytest.mark.hardware
 
@@ -266,16 +267,16 @@ def test_nan_and_inf_stay_in_their_rows(rng):
     np.testing.assert_array_equal(y, expected)
 
 
-@pytest.mark.parametrize("cols", [5, 40])
+@pytest.mark.parametrize("cols", [5, 96])
 def test_a_row_is_the_same_in_any_batch(rng, order, cols):
-    """And wherever it lies: in an image of its own, among others, in memory with the channels last."""
+    """And wherever it lies: in an image of its own, or beside others."""
     dy, x = normal(rng, (2, 3, cols, 13), np.float32)
     # extreme ones must not change their neighbours
     x[1, :, 4] *= np.float32(1e30)
-    weight = to_device(normal(rng, cols, np.float32))
+    weight, bias = map(to_device, normal(rng, (2, cols), np.float32))
 
     def results(part):
-        y, mean, rstd = nbnorm.layer_norm(to_device(x[part].copy()), cols, weight, return_stats=True, axis=1)
+        y, mean, rstd = nbnorm.layer_norm(to_device(x[part].copy()), cols, weight, bias, return_stats=True, axis=1)
         operands = (to_device(array[part].copy()) for array in (dy, x))
         dx, *_ = nbnorm.layer_norm_backward(*operands, cols, weight, axis=1)
         return [to_host(array) for array in (y, mean, rstd, dx)]
@@ -341,6 +342,33 @@ def test_a_plan_is_of_its_axis(rng):
             assert_backward(grads, x, x, along, to_host(weight))
         for axes in ((0, 1), (1, 2)):
             assert_forward(nbnorm.layer_norm(device, (6, 6), return_stats=True, axis=axes), x, axes, None, None)
+
+
+@pytest.mark.skipif(LEVEL != "ptx", reason="a device has no account of the kernels that have run")
+@pytest.mark.parametrize("variant", ABREAST, ids=str)
+def test_what_is_compiled(rng, variant):
+    import offline
+    import ptx_device
+
+    dtype, cols = getattr(ml_dtypes, variant.x_dtype, variant.x_dtype), variant.cols
+    x, beside = normal(rng, (2, 2, cols, 9), np.dtype(dtype))
+    weight, bias = normal(rng, (2, cols), x.dtype)
+    parameters = cols, to_device(weight), to_device(bias)
+    summands = [x] if variant.beside is None else [x, beside]
+    exact = x if variant.beside is None else (x.astype(np.float32) + beside.astype(np.float32)).astype(x.dtype)
+    if variant.direction == "forward":
+        norm = nbnorm.layer_norm if variant.beside is None else nbnorm.add_layer_norm
+        results = norm(*map(to_device, summands), *parameters, return_stats=True, axis=1)
+        assert_forward(results, exact, 1, weight, bias)
+    else:
+        dy = normal(rng, x.shape, x.dtype)
+        norm = nbnorm.layer_norm_backward if variant.beside is None else nbnorm.add_layer_norm_backward
+        # of nothing that is added
+        others = [np.zeros_like(x)] * (variant.beside is not None)
+        grads = norm(*map(to_device, (dy, *others, x)), *parameters[:2], axis=1)
+        assert_backward(grads, dy, x, 1, weight)
+    kernel, _ = offline.source(ptx_device.capability, variant)
+    assert any(launch[0] is kernel for launch in ptx_device.launches)
 
 
 def test_integers(rng):

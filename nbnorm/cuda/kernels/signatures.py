@@ -31,7 +31,7 @@ def forward(operand_dtypes, dtype):
         types.int64,  # rows
         types.int64,  # cols
         types.int64,  # segments
-        types.int64,  # segment_cols
+        types.int64,  # segment_cols; of rows that lie abreast, how far apart their columns are
         types.int64,  # x_pitch: elements from one row to the next
         types.int64,  # y_pitch
         computed,  # eps
@@ -59,7 +59,7 @@ def backward(operand_dtypes, dtype):
         types.int64,  # cols
         types.int64,  # groups
         types.int64,  # segments
-        types.int64,  # segment_cols
+        types.int64,  # segment_cols, as forward
         types.int64,  # dy_pitch: elements from one row to the next
         types.int64,  # x_pitch
         types.int64,  # dx_pitch

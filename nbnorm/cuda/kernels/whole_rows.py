@@ -4,6 +4,9 @@ They take addresses, of which nothing is checked any more, and write into argume
 the widest of all operands; float32 kernels use no float64 at all. An operand that is absent has None for its dtype, and any
 address. `access` is how many elements of x and y a thread reads or writes at once, `parameter_access` the same of weight
 and bias: at most a vector, fewer where an address does not allow it. Neither changes a result.
+
+Where axes are not the last, rows lie abreast: neighbours are one element apart, and the columns of each as many as there are
+behind the axes. The tile says so, by `abreast`; such rows are always whole.
 """
 
 import functools
