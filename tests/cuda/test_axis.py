@@ -1,18 +1,17 @@
 """Are norms over axes that are not the last right on CUDA arrays: layouts, dtypes, options, and what plans are kept?"""
 
 import itertools
-from collections import defaultdict
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import nbnorm
+from axis import assert_backward, assert_forward, at_end, placed, sizes_along
 from device import DTYPES, LEVEL, normal, to_device, to_host
 from nbnorm.calls import checks
-from nbnorm.cuda import plans, sizes
-from tolerances import CUDA_GRADIENT_EPS, CUDA_STATISTICS_EPS, CUDA_Y_EPS, assert_grads, assert_statistics, assert_y
-from variants import ABREAST
+from nbnorm.cuda import plans
+from tolerances import CUDA_Y_EPS, assert_y
 
 pytestmark = pytest.mark.hardware
 
@@ -27,24 +26,6 @@ def nothing_is_remembered(monkeypatch):
         monkeypatch.setattr(plans, known, {})
 
 
-def sizes_along(x, axis):
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    return tuple(x.shape[a] for a in axes)
-
-
-def at_end(array, axis):
-    """In C order with the axes at the end, as the oracle has them."""
-    if array is None:
-        return None
-    array = array if isinstance(array, np.ndarray) else to_host(array)
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    return np.ascontiguousarray(np.moveaxis(array, axes, range(-len(axes), 0)))
-
-
-def placed(array):
-    return None if array is None else to_device(array)
-
-
 def strided(array, shape, strides):
     """A view of the array's memory."""
     if LEVEL != "device":
@@ -52,37 +33,6 @@ def strided(array, shape, strides):
     from numba.cuda.cudadrv.devicearray import DeviceNDArray
 
     return DeviceNDArray(shape, strides, array.dtype, gpu_data=array.gpu_data)
-
-
-def sums_of(*arrays):
-    return "float64" if any(a is not None and a.dtype == np.float64 for a in arrays) else "float32"
-
-
-def assert_forward(results, x, axis, weight, bias, is_squares=False, is_rms=False):
-    count = len(sizes_along(x, axis))
-    y, rstd = at_end(results.y, axis), at_end(results.rstd, axis)
-    assert results.y.shape == x.shape
-    assert y.dtype == x.dtype
-    sums = sums_of(x, weight, bias)
-    rows = at_end(x, axis)
-    narrow = x.dtype.itemsize == 2
-    assert_y(y, rows, count, weight, bias, 1e-5, is_squares, 1 if narrow else CUDA_Y_EPS, sums, is_rms)
-    mean = None if is_rms else at_end(results.mean, axis)
-    assert rstd.shape == (*rows.shape[:-count], *(1,) * count)
-    assert_statistics(mean, rstd, rows, count, 1e-5, is_squares, CUDA_STATISTICS_EPS, sums, is_rms)
-
-
-def assert_backward(grads, dy, x, axis, weight, is_squares=False, is_rms=False, **given):
-    count = len(sizes_along(x, axis))
-    dx = None if grads.dx is None else at_end(grads.dx, axis)
-    others = [None if grad is None else to_host(grad) for grad in grads[1:]]
-    grads = nbnorm.functional.LayerNormGrads(dx, *others, *(None,) * is_rms)
-    given = {name: at_end(array, axis) for name, array in given.items()}
-    sums = {"sums": sums_of(dy, x, weight), "is_rms": is_rms}
-    assert_grads(
-        grads, at_end(dy, axis), at_end(x, axis), count, weight, 1e-5, is_squares, gradient_eps=CUDA_GRADIENT_EPS,
-        **sums, **given,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("shape", "axis"), PROBLEMS)
@@ -156,59 +106,6 @@ def test_a_residual(rng, dtype, with_total):
         np.testing.assert_array_equal(to_host(grad), to_host(wanted))
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Of two warps at most, which the simulator is through with sooner; and backward, blocks that take many rows each."""
-    if LEVEL == "simulator":
-        monkeypatch.setattr(sizes, "MODERATE_TEAM", 64)
-    if LEVEL != "device":
-        monkeypatch.setattr(sizes, "MULTIPROCESSORS", 1)
-
-
-# in small blocks: 32 rows abreast, 16, 8, and too long to lie so
-@pytest.mark.parametrize(("cols", "abreast"), [(40, 32), (100, 16), (200, 8), (600, None)])
-@pytest.mark.parametrize("is_rms", [False, True])
-def test_so_many_rows_abreast(rng, order, small_blocks, is_rms, cols, abreast):
-    if LEVEL == "simulator":
-        tile = sizes.tile_abreast(cols, 4, 4, "forward")
-        assert (tile and tile.abreast) == abreast
-    # the last block has rows for a part of its threads, and blocks take images of other numbers of rows
-    dy, x = normal(rng, (2, 3, cols, 7), np.float32)
-    x *= np.float32(3)
-    weight = normal(rng, cols, np.float32)
-    operands = to_device(x), cols, to_device(weight)
-    if is_rms:
-        results = nbnorm.rms_norm(*operands, 1e-5, return_stats=True, axis=1)
-        grads = nbnorm.rms_norm_backward(to_device(dy), *operands, 1e-5, axis=1)
-    else:
-        results = nbnorm.layer_norm(*operands, return_stats=True, axis=1)
-        grads = nbnorm.layer_norm_backward(to_device(dy), *operands, axis=1)
-    assert_forward(results, x, 1, weight, None, is_rms=is_rms)
-    assert_backward(grads, dy, x, 1, weight, is_rms=is_rms)
-
-
-@pytest.mark.skipif(LEVEL != "simulator", reason="it looks at what the simulator's threads read")
-def test_a_warp_reads_neighbouring_elements(rng, monkeypatch):
-    from nbnorm.cuda.kernels import rows
-    from simulator import getcurrent
-
-    load, read = rows.load, defaultdict(list)
-
-    def noted(values, k, memory, at, width, access):
-        thread = getcurrent()
-        read[thread.block.number, thread.number // 32, k].append(memory.address + at * 4)
-        load(values, k, memory, at, width, access)
-
-    monkeypatch.setattr(rows, "load", noted)
-    nbnorm.layer_norm(to_device(normal(rng, (2, 40, 64), np.float32)), 40, axis=1)
-    # k is 0 also of a row's first element, which each thread reads
-    of_warps = [addresses for (_, _, k), addresses in read.items() if k > 0]
-    # ten elements a thread, but for the last of 40
-    assert len(of_warps) == 4 * 4 * 9
-    for addresses in of_warps:
-        assert np.diff(sorted(addresses)).tolist() == [4] * 31
-
-
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_call_is_remembered(rng, monkeypatch, direction):
     """On arrays in C order, which the kernels take as they are."""
@@ -226,65 +123,6 @@ def test_a_call_is_remembered(rng, monkeypatch, direction):
     assert len(calls) == 1
     for array, wanted in zip(second, first, strict=True):
         np.testing.assert_array_equal(to_host(array), to_host(wanted))
-
-
-def test_many_rows_of_a_block(rng, small_blocks):
-    """Sums of more rows than are added up one after another, of which those of float32 would drift."""
-    shape = (40, 3, 64 if LEVEL == "simulator" else 640)
-    dy, x = normal(rng, (2, *shape), np.float32)
-    dy += np.float32(1)
-    grads = nbnorm.layer_norm_backward(to_device(dy), to_device(x), 3, axis=1)
-    assert_backward(grads, dy, x, 1, None)
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e3, 1e30])
-@pytest.mark.parametrize("is_squares", [False, True])
-def test_magnitudes(rng, is_squares, scale):
-    """Of single rows, beside ordinary ones, equal ones, and one of zeros; in threads of several warps."""
-    x = normal(rng, (2, 40, 5), np.float32)
-    x[0, :, 1] *= np.float32(scale)
-    x[1, :, 2] = np.float32(scale) * (1 + np.arange(40) % 2).astype(np.float32)
-    x[1, :, 3], x[1, :, 4] = np.float32(scale), 0
-    dy = normal(rng, x.shape, np.float32)
-    eps = 1e-5 if scale > 1 else 1e-300
-    y = at_end(nbnorm.layer_norm(to_device(x), 40, None, None, eps, is_squares, axis=1), 1)
-    assert_y(y, at_end(x, 1), 1, None, None, eps, is_squares, CUDA_Y_EPS, "float32")
-    np.testing.assert_array_equal(y[1, 3:], 0)
-    grads = nbnorm.layer_norm_backward(to_device(dy), to_device(x), 40, None, eps, is_squares, axis=1)
-    grads = nbnorm.functional.LayerNormGrads(at_end(grads.dx, 1)[:, :3], None, None)
-    of_rows = [at_end(array, 1)[:, :3] for array in (dy, x)]
-    assert_grads(grads, *of_rows, 1, None, eps, is_squares, gradient_eps=CUDA_GRADIENT_EPS, sums="float32")
-
-
-def test_nan_and_inf_stay_in_their_rows(rng):
-    x = normal(rng, (2, 40, 5), np.float32)
-    expected = to_host(nbnorm.layer_norm(to_device(x), 40, axis=1))
-    x[0, 0, 1], x[0, 39, 3], x[1, 17, 0] = np.nan, np.inf, -np.inf
-    y = to_host(nbnorm.layer_norm(to_device(x), 40, axis=1))
-    for where in ((0, 1), (0, 3), (1, 0)):
-        assert np.isnan(y[where[0], :, where[1]]).all()
-        expected[where[0], :, where[1]] = np.nan
-    np.testing.assert_array_equal(y, expected)
-
-
-@pytest.mark.parametrize("cols", [5, 96])
-def test_a_row_is_the_same_in_any_batch(rng, order, cols):
-    """And wherever it lies: in an image of its own, or beside others."""
-    dy, x = normal(rng, (2, 3, cols, 13), np.float32)
-    # extreme ones must not change their neighbours
-    x[1, :, 4] *= np.float32(1e30)
-    weight, bias = map(to_device, normal(rng, (2, cols), np.float32))
-
-    def results(part):
-        y, mean, rstd = nbnorm.layer_norm(to_device(x[part].copy()), cols, weight, bias, return_stats=True, axis=1)
-        operands = (to_device(array[part].copy()) for array in (dy, x))
-        dx, *_ = nbnorm.layer_norm_backward(*operands, cols, weight, axis=1)
-        return [to_host(array) for array in (y, mean, rstd, dx)]
-
-    whole = results(np.s_[:])
-    for part in np.s_[1:2], np.s_[1:, :, 4:5], np.s_[:, :, 3:]:
-        for alone, array in zip(results(part), whole, strict=True):
-            np.testing.assert_array_equal(alone, array[part])
 
 
 def test_several_axes_and_layouts(rng):
@@ -342,33 +180,6 @@ def test_a_plan_is_of_its_axis(rng):
             assert_backward(grads, x, x, along, to_host(weight))
         for axes in ((0, 1), (1, 2)):
             assert_forward(nbnorm.layer_norm(device, (6, 6), return_stats=True, axis=axes), x, axes, None, None)
-
-
-@pytest.mark.skipif(LEVEL != "ptx", reason="a device has no account of the kernels that have run")
-@pytest.mark.parametrize("variant", ABREAST, ids=str)
-def test_what_is_compiled(rng, variant):
-    import offline
-    import ptx_device
-
-    dtype, cols = getattr(ml_dtypes, variant.x_dtype, variant.x_dtype), variant.cols
-    x, beside = normal(rng, (2, 2, cols, 9), np.dtype(dtype))
-    weight, bias = normal(rng, (2, cols), x.dtype)
-    parameters = cols, to_device(weight), to_device(bias)
-    summands = [x] if variant.beside is None else [x, beside]
-    exact = x if variant.beside is None else (x.astype(np.float32) + beside.astype(np.float32)).astype(x.dtype)
-    if variant.direction == "forward":
-        norm = nbnorm.layer_norm if variant.beside is None else nbnorm.add_layer_norm
-        results = norm(*map(to_device, summands), *parameters, return_stats=True, axis=1)
-        assert_forward(results, exact, 1, weight, bias)
-    else:
-        dy = normal(rng, x.shape, x.dtype)
-        norm = nbnorm.layer_norm_backward if variant.beside is None else nbnorm.add_layer_norm_backward
-        # of nothing that is added
-        others = [np.zeros_like(x)] * (variant.beside is not None)
-        grads = norm(*map(to_device, (dy, *others, x)), *parameters[:2], axis=1)
-        assert_backward(grads, dy, x, 1, weight)
-    kernel, _ = offline.source(ptx_device.capability, variant)
-    assert any(launch[0] is kernel for launch in ptx_device.launches)
 
 
 def test_integers(rng):

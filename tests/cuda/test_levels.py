@@ -34,7 +34,7 @@ AS_PTX = [
     (FULL, ("test_forward.py", "test_backward.py", "test_layouts.py", "test_eps.py", "-k", VALUES), 150),
     (FULL, ("test_own_kernels.py", "-k", "9-4-64 or 300-64 or nan or page"), 6),
     (FULL, ("test_rms.py", "test_residual.py", "-k", "(in_place or no_block_holds) and (test_rms or layer)"), 15),
-    (FULL, ("test_axis.py", "-k", "what_is_compiled or any_batch or overlaps"), 16),
+    (FULL, ("test_axis.py", "test_abreast.py", "-k", "what_is_compiled or any_batch or overlaps"), 16),
     *((capability, ("test_variants.py",), 15) for capability in OTHERS),
 ]
 

@@ -164,7 +164,7 @@ def added_variants():
     yield from steps("backward", ("bfloat16", "float32", None, None, None), 64, beside="float16", **of_rms)
 
 
-# rows that lie abreast, which `test_axis.py` has: as many elements of a thread as usual, and the most; 32 rows and 16
+# rows that lie abreast, which `test_abreast.py` has: as many elements of a thread as usual, and the most; 32 rows and 16
 ABREAST = [
     Variant("forward", ("float32",) * 3, 96, is_abreast=True),
     Variant("forward", ("bfloat16",) * 3, 512, beside="bfloat16", with_total=True, is_abreast=True),
