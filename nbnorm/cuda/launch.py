@@ -21,9 +21,11 @@ def compute_capability(device):
 @functools.cache
 def compiled(kernel, signature, device):
     """The kernel for the current device, which is this one."""
+    from nbnorm.cuda import steps
     from nbnorm.cuda.instructions import lowering  # noqa: F401  teaches numba-cuda what kernels ask of the machine
 
-    overload = kernel.compile(signature.args)
+    with steps.fewer():
+        overload = kernel.compile(signature.args)
     overload.bind()
     return overload.library.get_cufunc().kernel
 

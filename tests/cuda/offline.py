@@ -15,7 +15,7 @@ import sysconfig
 import tempfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -25,6 +25,7 @@ import numba
 import numpy as np
 
 from nbnorm.disk import cache_folder
+from nbnorm.disk.cache import Cache
 
 INSTALL = "pip install '.[test,cuda13]' nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 TOOLS = ("cuobjdump", "nvdisasm")
@@ -196,26 +197,30 @@ def kernel(capability, variant):
     return build(*source(capability, variant), capability)
 
 
-def kernels(capability, variants):
-    """The kernels that these variants are, built; what it raised for one that was not."""
-    compiled, errors = {}, {}
-    for variant in variants:
+def kernels(problems):
+    """The kernels that these problems, of capability and variant, are, built; what it raised for one that was not."""
+    compiled, built = {}, {}
+    for problem in problems:
         try:
-            compiled[variant] = _compiled(*source(capability, variant), capability)
+            compiled[problem] = _compiled(*source(*problem), problem[0])
         except Exception as error:
-            errors[variant] = error
-    instructions = _disassembled([c.code for c in compiled.values()], capability)
-    builds = {v: Build(c.ptx, i, *c.usage) for (v, c), i in zip(compiled.items(), instructions, strict=True)}
-    return builds | errors
+            built[problem] = error
+    for capability in {problem[0] for problem in compiled}:
+        of_capability = {p: c for p, c in compiled.items() if p[0] == capability}
+        instructions = _disassembled([c.code for c in of_capability.values()], capability)
+        built |= {p: Build(c.ptx, i, *c.usage) for (p, c), i in zip(of_capability.items(), instructions, strict=True)}
+    return built
 
 
-def kernels_together(capability, variants):
-    """As `kernels`, with one search for garbage behind them: those that Numba sets off take 0.15 of a kernel's time."""
+def kernels_together(problems):
+    """As `kernels`, with one search for garbage behind them, also for later ones: those that Numba sets off, and each search
+    of what earlier kernels have left, take a third of the time."""
     gc.disable()
     try:
-        return kernels(capability, variants)
+        return kernels(problems)
     finally:
         gc.collect()
+        gc.freeze()
 
 
 def source(capability, variant):
@@ -309,10 +314,12 @@ def _library(kernel, signature, capability):
     from numba.cuda.cudadrv import devices
 
     # teaches numba-cuda what kernels ask of the machine
+    from nbnorm.cuda import steps
     from nbnorm.cuda.instructions import lowering  # noqa: F401
 
     device = SimpleNamespace(id=0, compute_capability=capability)
     with (
+        steps.fewer() if isinstance(kernel._cache, Cache) else nullcontext(),
         patch.object(dispatcher, "get_current_device", lambda: device),
         patch.object(devices, "get_context", lambda: SimpleNamespace(device=device)),
     ):

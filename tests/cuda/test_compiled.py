@@ -1,6 +1,7 @@
 """Are the CUDA kernels compiled to what they were written for? Machine code is looked at, which no device is needed for."""
 
 import ctypes
+import itertools
 import os
 import platform
 import re
@@ -29,8 +30,9 @@ pytestmark = [pytest.mark.deep, pytest.mark.compiled]
 
 # an instruction that rounds two elements
 PAIRS = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}
-# kernels that a process builds in one go: enough for what nvdisasm takes to start, few enough for the last ones
-TOGETHER = 8
+# variants that a process builds in one go, for all compute capabilities, which share compiled helpers: enough for what
+# nvdisasm takes to start, few enough for the last ones
+TOGETHER = 20
 
 
 def with_problem(problems):
@@ -45,25 +47,24 @@ every_variant = with_problem(EVERY)
 def builds(request):
     """Of the problems of all selected tests, built on every core at once, a few at a time."""
     selected = {item.callspec.params.get("problem"): None for item in request.session.items if hasattr(item, "callspec")}
-    of_capability = {}
+    of_variant = {}
     for problem in selected:
         if problem in EVERY:
-            of_capability.setdefault(problem[0], []).append(problem[1])
+            of_variant.setdefault(problem[1], []).append(problem)
     workers = min(8, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         built = {}
-        for capability, variants in of_capability.items():
-            for first in range(0, len(variants), TOGETHER):
-                together = variants[first : first + TOGETHER]
-                results = pool.submit(offline.kernels_together, capability, together)
-                built |= {(capability, variant): results for variant in together}
+        of_variants = list(of_variant.values())
+        for first in range(0, len(of_variants), TOGETHER):
+            together = list(itertools.chain(*of_variants[first : first + TOGETHER]))
+            built |= dict.fromkeys(together, pool.submit(offline.kernels_together, together))
         yield built
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
 def built(problem, builds):
-    build = builds[problem].result()[problem[1]]
+    build = builds[problem].result()[problem]
     if isinstance(build, Exception):
         raise build
     return build

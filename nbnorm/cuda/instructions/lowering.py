@@ -4,6 +4,7 @@ It is imported where a kernel is compiled, and by nothing that runs in the simul
 """
 
 import functools
+import hashlib
 
 from llvmlite import ir
 from numba.cuda import types
@@ -33,7 +34,8 @@ class ConstantsType(types.Dummy):
 
     def __init__(self, constants):
         self.constants = constants
-        super().__init__(repr(constants))
+        # short, since the names of all functions that take them have it
+        super().__init__(f"Constants({hashlib.sha256(repr(constants).encode()).hexdigest()[:16]})")
 
 
 register_model(ConstantsType)(models.OpaqueModel)
