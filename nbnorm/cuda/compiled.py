@@ -17,15 +17,20 @@ def compiled(compute_capability, launch_bounds):
         if not config.ENABLE_CUDASIM:
             # the simulator has neither
             import numba_cuda
-            from numba.cuda.dispatcher import _Kernel
 
             closure = sorted(inspect.getclosurevars(kernel).nonlocals.items())
             name = kernel.__module__, kernel.__qualname__, closure
             depends_on = digest(__file__), compute_capability, launch_bounds, numba_cuda.__version__
-            dispatcher._cache = Cache(name, depends_on, _Kernel._reduce_states, _rebuild)
+            dispatcher._cache = Cache(name, depends_on, _reduce, _rebuild)
         return dispatcher
 
     return compile_
+
+
+def _reduce(kernel):
+    # what NVVM made the machine code of: up to 2 MB beside 30 KB, and nothing asks for it any more
+    kernel.library._llvm_strs = []
+    return kernel._reduce_states()
 
 
 def _rebuild(target_context, states):
