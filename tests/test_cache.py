@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -11,9 +12,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from llvmlite.binding import parse_bitcode
 
 import nbnorm
 from levels import deep
+from nbnorm.disk.cache import CHECKSUM_BYTES
 
 pytestmark = pytest.mark.compiled
 
@@ -83,6 +86,12 @@ def test_found_again_in_the_users_folder(site, run, tmp_path):
     # an uninstalled package leaves nothing that could be imported
     assert sorted(site.rglob("*")) == before
     assert run(site) == "2"
+    # machine code, and of what it was made of no more than names
+    for file in kept:
+        (_, _, (_, names)), *_ = pickle.loads(file.read_bytes()[CHECKSUM_BYTES:])
+        functions = [function for function in parse_bitcode(names).functions if not function.is_declaration]
+        assert functions
+        assert all(len(list(block.instructions)) == 2 for function in functions for block in function.blocks)
 
 
 def test_a_compilation_after_kernels_were_loaded(site, run):
