@@ -36,7 +36,7 @@ def fewer():
 def _compiler():
     """A class of compilers, or None where Numba-cuda's internals are not those that it needs."""
     try:
-        from numba.cuda.compiler import CreateLibrary, CUDACompiler
+        from numba.cuda.compiler import CreateLibrary, CUDACompiler, global_compiler_lock  # noqa: F401  for `fewer`
         from numba.cuda.core.compiler_machinery import register_pass
         from numba.cuda.flags import CUDAFlags
     except ImportError:
@@ -51,7 +51,7 @@ def _compiler():
             return len(self._values)
 
         def __eq__(self, other):
-            return self._values == other._values
+            return isinstance(other, CUDAFlags) and self._values == other._values
 
     @register_pass(mutates_CFG=False, analysis_only=False)
     class Library(CreateLibrary):
@@ -75,5 +75,4 @@ def _compiler():
                 manager.passes = [(Library if step is CreateLibrary else step, why) for step, why in kept]
             return [manager]
 
-    needed = {CUDACompiler: ("define_pipelines",), CUDAFlags(): ("_values",)}
-    return Compiler if all(hasattr(owner, name) for owner, names in needed.items() for name in names) else None
+    return Compiler if hasattr(CUDAFlags(), "_values") else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from numba.core import config
 from numba.misc.appdirs import AppDirs
 
-# a kernel takes 90 to 240 KB, so that there is room for 1,700; a program needs two to eight
+# a kernel takes 35 to 110 KB, so that there is room for 4,000; a program needs two to eight
 LIMIT_BYTES = 1 << 28
 # a file's time of change says when it was last used, to the day, so that reading it mostly writes nothing
 DAY = 24 * 3600
