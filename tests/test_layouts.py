@@ -169,7 +169,7 @@ def test_an_error_in_a_block_ends_all_of_them(rng, monkeypatch, choose_workers, 
     x = rng.standard_normal((COLS, 230)).T
     out = np.zeros_like(x)
     stored = []
-    store = nbnorm.cpu.store
+    store = nbnorm.cpu.last_axes.store
 
     def failing(rows, block, buffer):
         stored.append(None)
@@ -177,7 +177,7 @@ def test_an_error_in_a_block_ends_all_of_them(rng, monkeypatch, choose_workers, 
             raise MemoryError("no memory")
         store(rows, block, buffer)
 
-    monkeypatch.setattr("nbnorm.cpu.store", failing)
+    monkeypatch.setattr("nbnorm.cpu.last_axes.store", failing)
     with pytest.raises(MemoryError, match="no memory"):
         nbnorm.layer_norm(x, COLS, out=out)
     before = out.copy()

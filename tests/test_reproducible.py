@@ -112,7 +112,7 @@ def test_written_past_the_caches(rng, monkeypatch, the_long_way, dtype, cols, lo
     results = []
     for streamed_bytes in (1 << 24, 0):
         monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", streamed_bytes)
-        assert nbnorm.cpu.is_streamed(np.empty_like(x), x) == (streamed_bytes == 0)
+        assert nbnorm.cpu.operands.is_streamed(np.empty_like(x), x) == (streamed_bytes == 0)
         y = nbnorm.layer_norm(x, cols, weight, bias)
         results.append((y, *nbnorm.layer_norm_backward(dy, x, cols, weight)))
     for a, b in zip(*results, strict=True):
@@ -135,7 +135,7 @@ def test_written_past_the_caches_wherever_a_line_begins(rng, monkeypatch, dtype,
     for offset in range(begin, begin + 128 // memory.itemsize, pieces):
         dx = memory[offset : offset + x.size].reshape(x.shape)
         memory[:] = 7
-        assert nbnorm.cpu.is_streamed(dx, dy, x)
+        assert nbnorm.cpu.operands.is_streamed(dx, dy, x)
         for a, b in zip(nbnorm.layer_norm_backward(dy, x, cols, weight, out=(dx, None, None)), expected, strict=True):
             np.testing.assert_array_equal(a, b)
         assert (memory[:offset] == 7).all()
@@ -160,7 +160,7 @@ def test_what_is_not_written_past_the_caches(monkeypatch):
     monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", 0)
     memory = np.empty(33, np.float32)
     x = np.ones((4, 8), np.float32)
-    assert not nbnorm.cpu.is_streamed(memory[1:].reshape(4, 8), x)
-    assert not nbnorm.cpu.is_streamed(np.empty((4, 7), np.float32), x)
-    assert not nbnorm.cpu.is_streamed(np.empty((4, 16), np.float32)[:, ::2], x)
-    assert not nbnorm.cpu.is_streamed(x, x)
+    assert not nbnorm.cpu.operands.is_streamed(memory[1:].reshape(4, 8), x)
+    assert not nbnorm.cpu.operands.is_streamed(np.empty((4, 7), np.float32), x)
+    assert not nbnorm.cpu.operands.is_streamed(np.empty((4, 16), np.float32)[:, ::2], x)
+    assert not nbnorm.cpu.operands.is_streamed(x, x)

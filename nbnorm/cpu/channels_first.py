@@ -1,4 +1,4 @@
-"""Norms over axes that are not the last, on NumPy arrays that `checks` has passed: what `nbnorm.cpu` is for the others.
+"""Norms over axes that are not the last: as `last_axes`, of rows that lie beside each other.
 
 What is before the axes, the axes and what is behind them are three dimensions for the kernels. Where an array is not
 contiguous, or its elements are not what kernels take, pieces of all are copied through buffers.
@@ -12,9 +12,9 @@ import numpy as np
 
 from nbnorm.calls.arrays import convert
 from nbnorm.calls.problem import given_dtype, wide_dtype
-from nbnorm.cpu import choice, memory, sizes
-from nbnorm.cpu.operands import delivered, flat, is_streamed, parameter_like
-from nbnorm.cpu.staging import BUFFER_ELEMENTS, beside, is_ready, order_of_blocks, row_blocks, storage
+from nbnorm.cpu import choice, sizes
+from nbnorm.cpu.operands import flat, is_streamed
+from nbnorm.cpu.staging import BUFFER_ELEMENTS, beside, is_ready, row_blocks, storage
 from nbnorm.cpu.workers import parallel, threads
 from nbnorm.cpu.workers.parallel import NUMBAS, OURS
 
@@ -31,29 +31,19 @@ class Piece(NamedTuple):
     blocks: int
 
 
-def forward(problem, given, return_stats):
-    """As `cpu.forward`."""
-    x, residual, weight, bias, out, total_out, with_total = given
-    y = _rows_like(problem, out, (out, total_out), (x, residual))
-    total = _rows_like(problem, total_out, (out, total_out), (x, residual)) if with_total else None
-    statistics = problem.rows if return_stats else 0
-    mean = np.empty(statistics, wide_dtype(x.dtype))
-    rstd = np.empty(statistics, wide_dtype(x.dtype))
-    if problem.rows == 0 or problem.cols == 0:
-        # a row of no columns has no mean
-        mean.fill(math.nan)
-        rstd.fill(math.nan)
-        return delivered(y, out), delivered(total, total_out) if with_total else None, mean, rstd
-
+def normalise(problem, order, given, results):
+    """As in `last_axes`."""
+    x, residual, weight, bias, *_ = given
+    y, total, mean, rstd = results
     dtype, behind = problem.compute_dtype, math.prod(problem.behind)
     width = sizes.rows_abreast(behind, problem.cols, sizes.buffer_elements(dtype, 1))
     weight_row, bias_row = flat(weight, dtype, y, total), flat(bias, dtype, y, total)
-    results = [result for result in (y, total) if result is not None]
+    all_written = [result for result in (y, total) if result is not None]
     # what is written to a buffer is read again
-    streaming = _are_ready(x, residual, *results) and all(is_streamed(result, x, residual) for result in results)
+    streaming = _are_ready(x, residual, *all_written) and all(is_streamed(result, x, residual) for result in all_written)
     residual_dtype = None if residual is None else residual.dtype
     lead = y.ctypes.data // y.itemsize % (LINE_BYTES // y.itemsize) if streaming else 0
-    chosen = choice.forward(problem, weight is not None, bias is not None, residual_dtype, with_total)
+    chosen = choice.forward(problem, weight is not None, bias is not None, residual_dtype, given.with_total)
     run = _runner(problem, chosen, 1)
     for piece in _pieces(problem, width, lead, (x, residual, y, total)):
         inputs = beside(*(_read(array, problem, piece) for array in (x, residual)))
@@ -64,44 +54,10 @@ def forward(problem, given, return_stats):
         )  # fmt: skip
         for array, rows in zip((y, total), written, strict=True):
             _deliver(rows, array, problem, piece)
-    return delivered(y, out), delivered(total, total_out) if with_total else None, mean, rstd
 
 
-def backward(problem, given):
-    """As `cpu.backward`."""
-    dy, dtotal, x, weight, mean, rstd, output_mask, out = given
-    with_dx, with_dweight, with_dbias = output_mask
-    dx_out, dweight_out, dbias_out = out
-    dx = _rows_like(problem, dx_out, (dx_out,), (dy, dtotal, x)) if with_dx else None
-    inputs = [array for array in (dy, dtotal, x, weight, mean, rstd) if array is not None]
-    dweight = parameter_like(with_dweight, problem, dweight_out, inputs)
-    dbias = parameter_like(with_dbias, problem, dbias_out, inputs)
-    if problem.rows > 0 and problem.cols > 0 and any(output_mask):
-        _gradients(problem, given, (dx, dweight, dbias))
-    else:
-        dweight.fill(0)
-        dbias.fill(0)
-    return (
-        delivered(dx, dx_out) if with_dx else None,
-        delivered(dweight, dweight_out) if with_dweight else None,
-        delivered(dbias, dbias_out) if with_dbias else None,
-    )
-
-
-def backward_of_part(problem, given):
-    """As `cpu.backward_of_part`."""
-    with_dx, with_dweight, with_dbias = given.output_mask
-    dx = memory.empty(problem.shape, problem.dtype) if with_dx else None
-    totals = np.zeros((with_dweight + with_dbias, *problem.normalized_shape))
-    if problem.rows > 0 and problem.cols > 0 and any(given.output_mask):
-        rounded = (parameter_like(is_wanted, problem, None, ()) for is_wanted in given.output_mask[1:])
-        sums = _gradients(problem, given, (dx, *rounded))
-        np.add.reduce(sums, axis=1, out=totals.reshape(len(sums), problem.cols))
-    return dx, totals[0] if with_dweight else None, totals[-1] if with_dbias else None
-
-
-def _gradients(problem, given, results):
-    """Write the results, of which those that are not asked for are never touched; returns the sums of blocks."""
+def gradients(problem, order, given, results, keeps_sums=False):
+    """As in `last_axes`; the sums are always kept."""
     dy, dtotal, x, weight, mean, rstd, output_mask, _ = given
     dx, dweight, dbias = results
     with_dx, with_dweight, with_dbias = output_mask
@@ -141,13 +97,6 @@ def _gradients(problem, given, results):
             absent_dx, sums, dweight_row, dbias_row, width, 0, 0,
         )  # fmt: skip
     return sums
-
-
-def _rows_like(problem, out, outs, inputs):
-    """What a kernel writes rows into: `out` where it can."""
-    if out is None or order_of_blocks(outs, inputs) != 0:
-        return memory.empty(problem.shape, problem.dtype)
-    return out
 
 
 def _no_rows(problem, dtype):
