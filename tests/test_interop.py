@@ -358,6 +358,7 @@ RECORDED = "a torch tensor while {} records, which would not see what nbnorm doe
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*deprecated:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -382,6 +383,7 @@ RECORDED = "a torch tensor while {} records, which would not see what nbnorm doe
         ("f(torch.nn.UninitializedParameter())", "a torch parameter without a shape yet; run its module once"),
         ("f(torch.quantize_per_tensor(x, 0.1, 0, torch.qint8))", r"a quantised torch tensor; pass x.dequantize\(\)"),
         ("f(torch.nested.nested_tensor([x, x], layout=torch.jagged))", r"a nested torch tensor; pass each of x.unbind\(\)"),
+        ("f(torch.nested.nested_tensor([x, x]))", r"a nested torch tensor; pass each of x.unbind\(\)"),
         ("f(freed(x))", "a torch tensor whose storage was freed or made smaller"),
         ("f(freed(torch.ones(12, 9)[6:]))", "a torch tensor whose storage was freed or made smaller"),
     ],

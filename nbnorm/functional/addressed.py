@@ -38,7 +38,7 @@ def forward(operands, options, is_rms=False, is_added=False):
     address = lent_by_torch.address
     try:
         # written out: a loop would take a twentieth more of a call at (1, 64)
-        x_at, size = address(x), x.numel()
+        x_at, size, x_shape = address(x), x.numel(), x.shape
         if weight is not None:
             weight_at, weight_shape, weight_dtype = address(weight), weight.shape, weight.dtype
         if bias is not None:
@@ -51,7 +51,7 @@ def forward(operands, options, is_rms=False, is_added=False):
     if size >= parallel.from_elements:
         return None
     key = (
-        normalized_shape, eps, use_diff_of_squares, return_stats, x.shape, x.dtype, weight_shape, weight_dtype,
+        normalized_shape, eps, use_diff_of_squares, return_stats, x_shape, x.dtype, weight_shape, weight_dtype,
         bias_shape, bias_dtype, others, is_rms, is_added,
     )  # fmt: skip
     plan = plans.TENSORS.get(key)
@@ -78,7 +78,7 @@ def backward(operands, options, out, is_rms=False, is_added=False):
     weight_shape = weight_dtype = None
     address = lent_by_torch.address
     try:
-        x_at, dy_at, size = address(x), address(dy), x.numel()
+        x_at, dy_at, size, x_shape, dy_shape = address(x), address(dy), x.numel(), x.shape, dy.shape
         if weight is not None:
             weight_at, weight_shape, weight_dtype = address(weight), weight.shape, weight.dtype
         if is_added or out is not None or mean is not None or rstd is not None:
@@ -88,7 +88,7 @@ def backward(operands, options, out, is_rms=False, is_added=False):
     if size >= parallel.from_elements:
         return None
     key = (
-        normalized_shape, eps, use_diff_of_squares, mask, x.shape, x.dtype, dy.shape, dy.dtype, weight_shape,
+        normalized_shape, eps, use_diff_of_squares, mask, x_shape, x.dtype, dy_shape, dy.dtype, weight_shape,
         weight_dtype, others, is_rms, is_added,
     )  # fmt: skip
     plan = plans.TENSORS_BACKWARD.get(key)
