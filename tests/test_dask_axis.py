@@ -68,3 +68,20 @@ def test_what_is_wrong(arrays):
         nbnorm.layer_norm(x, 5, np.ones(4), axis=1)
     with pytest.raises(ValueError, match="axis: 4; expected axes from -4 to 3"):
         nbnorm.layer_norm(x, 5, axis=4)
+    with pytest.raises(ValueError, match=r"dy: shape \(6, 5, 7\); expected \(6, 5, 7, 9\), the shape of x"):
+        nbnorm.layer_norm_backward(x[..., 0], x, 5, axis=1)
+    mean = np.zeros((6, 7, 9, 1))
+    with pytest.raises(ValueError, match=r"mean: shape \(6, 7, 9, 1\); expected \(6, 1, 7, 9\)"):
+        nbnorm.layer_norm_backward(x, x, 5, axis=1, mean=mean, rstd=mean)
+
+
+def test_lists_and_unknown_sizes(arrays):
+    x = arrays[0][0]
+    lazy = da.from_array(x, (2, 5, 7, 9))
+    dy = np.ones_like(x).tolist()
+    expected = nbnorm.layer_norm_backward(dy, x, 5, axis=1).dx
+    np.testing.assert_array_equal(nbnorm.layer_norm_backward(dy, lazy, 5, axis=1).dx, expected)
+    # behind the axis
+    some = da.from_array(x, (6, 5, 7, 3))[..., da.from_array(np.arange(9) != 4, 3)]
+    expected = nbnorm.layer_norm_backward(x, x, 5, axis=1).dx
+    np.testing.assert_array_equal(nbnorm.layer_norm_backward(some, some, 5, axis=1).dx, np.delete(expected, 4, -1))

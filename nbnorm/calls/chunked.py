@@ -7,7 +7,7 @@ from math import isnan
 
 import numpy as np
 
-from nbnorm.calls import arrays, checks
+from nbnorm.calls import arrays, axes, checks
 from nbnorm.calls.shown import type_name
 
 # what a call may have beside x that has the batch's dimensions, and what has not
@@ -32,21 +32,32 @@ def _checked(call, x_name, check):
     given = {name: getattr(call, name, None) for name in ("x", *BATCHED, *PARAMETERS)}
     lazy = {name: array for name, array in given.items() if arrays.is_dask(array)}
     names = {name: name for name in lazy} | {"x": x_name}
-    batch_ndim = max(0, call.x.ndim - len(checks.shape(call.normalized_shape, checks.ORDER)))
+    batch = _batch_axes(call, x_name)
     unknown = _unknown_axes(call.x)
     for name, array in lazy.items():
-        allowed = unknown if name in BATCHED else [axis for axis in unknown if name == "x" and axis < batch_ndim]
+        allowed = unknown if name in BATCHED else [axis for axis in unknown if name == "x" and axis in batch]
         if _unknown_axes(array) != allowed:
             raise ValueError(f"{names[name]}: chunks of unknown sizes; pass {names[name]}.compute_chunk_sizes()")
     for name in BATCHED if unknown else ():
         array = given[name]
-        if array is not None and (name not in lazy or array.numblocks[:batch_ndim] != call.x.numblocks[:batch_ndim]):
+        if array is not None and (name not in lazy or _blocks(array, batch) != _blocks(call.x, batch)):
             raise ValueError(
                 f"{name}: other chunks than {x_name}, whose sizes are unknown; pass {x_name}.compute_chunk_sizes(), or what "
                 "has the same chunks"
             )
     problem, operands = check(call._replace(**{name: _stand_in(names[name], array) for name, array in lazy.items()}))
     return problem, operands._replace(**lazy)
+
+
+def _batch_axes(call, x_name):
+    """The axes of x that normalized_shape has not."""
+    shape = checks.shape(call.normalized_shape, checks.ORDER)
+    first = call.x.ndim - len(shape) if call.axis is None else axes.first_of(call.axis, shape, x_name, call.x)
+    return [axis for axis in range(call.x.ndim) if not first <= axis < first + len(shape)]
+
+
+def _blocks(array, batch):
+    return [count for axis, count in enumerate(array.numblocks) if axis in batch]
 
 
 def _unknown_axes(array):

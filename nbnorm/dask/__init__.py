@@ -7,55 +7,46 @@ their statistics found by parts (`parts`).
 import dask.array as da
 import numpy as np
 
-from nbnorm.calls import arrays, axes, checks, chunked
+from nbnorm.calls import arrays, chunked
 from nbnorm.dask import parts, whole
 
 
 def forward(call):
     """As `run.forward`, of a call whose x is a Dask array."""
-    call, first = _with_axes_last(call, "x", ("x", "residual"))
-    problem, given = chunked.forward(call._replace(axis=None))
-    results = _graphs(problem, given.x).forward(problem, given, call)
-    return tuple(_moved_back(result, problem, first) for result in results)
+    problem, given = chunked.forward(call)
+    problem, given, axis = _with_axes_last(problem, given, ("x", "residual"))
+    results = _graphs(problem, given.x).forward(problem, given, call._replace(axis=axis))
+    return tuple(_moved_back(result, axis) for result in results)
 
 
 def backward(call):
     """As `run.backward`, the same way."""
-    x_name = "total" if call.is_added else "x"
-    call, first = _with_axes_last(call, x_name, ("x", "dy", "dtotal", "mean", "rstd"))
-    problem, given = chunked.backward(call._replace(axis=None))
-    dx, *sums = _graphs(problem, given.x).backward(problem, given, call)
-    return _moved_back(dx, problem, first), *sums
+    problem, given = chunked.backward(call)
+    problem, given, axis = _with_axes_last(problem, given, ("x", "dy", "dtotal", "mean", "rstd"))
+    dx, *sums = _graphs(problem, given.x).backward(problem, given, call._replace(axis=axis))
+    return _moved_back(dx, axis), *sums
 
 
-def _with_axes_last(call, x_name, names):
-    """The call with its axes at the end of these arrays, from the first of which on they were; None where they are last.
+def _with_axes_last(problem, given, names):
+    """These with the axes at the end of arrays of these names, and which they were; None where they are last.
 
     Chunks are moved as views. One that has whole rows has its axes moved back before it is worked on.
     """
-    if call.axis is None:
-        return call, None
-    normalized_shape, x = checks.shape(call.normalized_shape, checks.ORDER), call.x
-    first, count = axes.first_of(call.axis, normalized_shape, x_name, x), len(normalized_shape)
-    if first + count == x.ndim:
-        return call._replace(axis=None), None
+    if not problem.behind:
+        return problem, given, None
+    first, count = len(problem.batch), len(problem.normalized_shape)
     axis = tuple(range(first, first + count))
 
     def moved(array):
-        if getattr(array, "ndim", None) != x.ndim:
-            # what is wrong the checks say
-            return array
         move = da.moveaxis if arrays.is_dask(array) else np.moveaxis
-        return move(array, axis, range(-count, 0))
+        return None if array is None else move(array, axis, range(-count, 0))
 
-    return call._replace(axis=axis, **{name: moved(getattr(call, name)) for name in names}), first
+    given = given._replace(**{name: moved(getattr(given, name)) for name in names})
+    return problem._replace(batch=problem.batch + problem.behind, behind=()), given, axis
 
 
-def _moved_back(result, problem, first):
-    if result is None or first is None:
-        return result
-    count = len(problem.normalized_shape)
-    return da.moveaxis(result, range(-count, 0), range(first, first + count))
+def _moved_back(result, axis):
+    return result if result is None or axis is None else da.moveaxis(result, range(-len(axis), 0), axis)
 
 
 def _graphs(problem, x):
