@@ -82,7 +82,7 @@ def _add_apply(commands):
         "--normalized-shape", type=_shape, required=True, metavar="N[,N...]", help="sizes of a row, as in 768 or 28,28"
     )
     help_ = "where they are, as in 1 for channels in images; from the back: --axis=-2 (default: the last ones)"
-    apply.add_argument("--axis", type=_shape, metavar="A[,A...]", help=help_)
+    apply.add_argument("--axis", type=_axes, metavar="A[,A...]", help=help_)
     apply.add_argument("--weight", metavar="FILE", help="scale of each element of a row")
     apply.add_argument("--bias", metavar="FILE", help="shift of each element of a row")
     help_ = "added to the variance (default: 1e-5, with --rms as torch.nn.RMSNorm has it)"
@@ -96,10 +96,18 @@ def _add_apply(commands):
 
 
 def _shape(text):
+    return _numbers(text, "the sizes of a row, as in 768 or 28,28")
+
+
+def _axes(text):
+    return _numbers(text, "the axes of a row, as in 1 or 1,2")
+
+
+def _numbers(text, expected):
     try:
-        return [int(size) for size in text.split(",")]
+        return [int(number) for number in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r:.60}; expected the sizes of a row, as in 768 or 28,28") from None
+        raise argparse.ArgumentTypeError(f"{text!r:.60}; expected {expected}") from None
 
 
 def _help(_):

@@ -199,6 +199,9 @@ def test_axes_that_are_wrong(x, capsys):
     assert capsys.readouterr().err == "nbnorm: --axis: [3]; expected axes from -3 to 2, which x has\n"
     assert apply("x.npy", "y.npy", "--axis", "0") == 2
     assert "x.npy: shape (7, 10, 48), (7,) along axis [0]; expected (48,) there" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        apply("x.npy", "y.npy", "--axis", "x")
+    assert capsys.readouterr().err.endswith("argument --axis: 'x'; expected the axes of a row, as in 1 or 1,2\n")
 
 
 OPTIONS = [
