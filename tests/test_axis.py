@@ -321,6 +321,11 @@ def test_wrong_axes(axis, error, message):
         nbnorm.rms_norm_backward(x, x, 5, axis=axis)
 
 
+def test_a_number_has_no_axes():
+    with pytest.raises(ValueError, match=r"^x: shape \(\); expected one with axis 0"):
+        nbnorm.layer_norm(np.float32(3), 1, axis=0)
+
+
 def test_axes_that_are_not_adjacent():
     x = np.zeros((2, 5, 3), np.float32)
     for axis, shape in (((0, 2), (2, 3)), ((2, 1), (3, 5)), ((1, 1), (5, 5))):

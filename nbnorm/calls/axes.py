@@ -8,6 +8,8 @@ from nbnorm.calls.shown import is_sequence, shown
 def first_of(axis, normalized_shape, x_name, x):
     """The first of the axes along which x has normalized_shape."""
     axes = _numbers(axis)
+    if x.ndim == 0:
+        raise ValueError(f"{x_name}: shape (); expected one with axis {shown(axis)}")
     for number in axes:
         if not -x.ndim <= number < x.ndim:
             raise ValueError(f"axis: {shown(axis)}; expected axes from {-x.ndim} to {x.ndim - 1}, which {x_name} has")
