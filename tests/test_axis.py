@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import magnitudes
 import nbnorm
+import oracle
 from levels import deep, deep_and_compiled
 from nbnorm.cpu import sizes
 from nbnorm.cpu.workers.parallel import WORKERS
@@ -365,3 +366,12 @@ def test_any_axes_of_any_shape(data):
     case = Case(np.random.default_rng(data.draw(st.integers(0, 99))), shape, axis, np.float32)
     y, *statistics = case.forward(case.x, return_stats=True)
     case.assert_right(y, statistics, case.backward(case.dy, case.x))
+
+
+def test_an_outlier_that_comes_first(rng):
+    x = rng.standard_normal((100, 20))
+    x[0] = 1000
+    _, _, rstd = nbnorm.layer_norm(x, 100, axis=0, eps=0.0, use_diff_of_squares=True, return_stats=True)
+    exact = oracle.forward(x.T, 1, eps=0.0)[2].T
+    # off by 86 eps where sums are about the first element
+    np.testing.assert_allclose(rstd / exact, 1, rtol=0, atol=4 * 2.0**-52)
