@@ -49,12 +49,15 @@ def test_signatures():
         return str(inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters]))
 
     assert signature(nbnorm.rms_norm) == (
-        "(x, normalized_shape, weight=None, eps=None, *, out=None, return_stats=False, stream=None)"
+        "(x, normalized_shape, weight=None, eps=None, *, out=None, return_stats=False, stream=None, axis=None)"
     )
     assert signature(nbnorm.rms_norm_backward) == (
-        "(dy, x, normalized_shape, weight=None, eps=None, *, rstd=None, output_mask=(True, True), out=None, stream=None)"
+        "(dy, x, normalized_shape, weight=None, eps=None, "
+        "*, rstd=None, output_mask=(True, True), out=None, stream=None, axis=None)"
     )
-    assert signature(nbnorm.RMSNorm) == "(normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None)"
+    assert signature(nbnorm.RMSNorm) == (
+        "(normalized_shape, eps=None, elementwise_affine=True, device=None, dtype=None, *, axis=None)"
+    )
 
 
 @pytest.mark.parametrize(("shape", "normalized_shape"), SHAPES)

@@ -35,10 +35,8 @@ from nbnorm.cpu.lanes.meaning import (
     widen,
 )
 
-# the modes in which sums may begin as float32 ones, and those in which they keep what rounding loses: over 3,000 elements, y
-# would be off by 20 eps
+# the modes in which sums may begin as float32 ones
 IN_FLOAT32 = (ONE_SWEEP, DIFF_OF_SQUARES, MEAN_SQUARE)
-COMPENSATED = (DIFF_OF_SQUARES_64, MEAN_SQUARE_COMPENSATED)
 # float64 sums about a number further than a standard deviation from the mean lose digits: those of 1,000 elements, with an
 # outlier first, 658 eps of rstd
 NEAR_MEAN = 1.0, 0.0, np.inf
@@ -60,10 +58,11 @@ def finds_statistics(mode):
         first_sweep, first_finish = (sweep_near_mean if has_mean else sweep_at_zero), finish
         last_sweep, last_finish = _sweep(begin, add_deviations), _finishes(has_mean, None)
     elif mode == DIFF_OF_SQUARES_64:
+        # over 3,000 elements, y would be off by 20 eps in plain sums
         first_sweep, first_finish = _sweep(begin_near_mean, add_compensated), _finishes(has_mean, NEAR_MEAN)
         last_sweep, last_finish = _sweep(begin_at_mean, add_compensated), finish
     else:
-        first_sweep = last_sweep = _sweep(begin, add_compensated if mode in COMPENSATED else add_deviations)
+        first_sweep = last_sweep = _sweep(begin, add_compensated if mode == MEAN_SQUARE_COMPENSATED else add_deviations)
         first_finish = last_finish = finish
     has_two_sweeps = first_sweep is not last_sweep
 
