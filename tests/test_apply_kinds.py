@@ -369,6 +369,13 @@ def test_names_that_are_not_written(x, name, capsys):
     assert names() == ["x.npy"]
 
 
+def test_a_name_that_is_too_long(x, capsys):
+    np.save("x.npy", x)
+    assert apply("x.npy", f"y.npz:{'y' * 70_000}") == 2
+    assert "an array's name of 70000 characters; expected one of at most 255 bytes" in capsys.readouterr().err
+    assert names() == ["x.npy"]
+
+
 def entry(**changed):
     """A safetensors file of two rows, whose entry is right but for these."""
     header = {"a": {"dtype": "F32", "shape": [2, COLS], "data_offsets": [0, 8 * COLS], **changed}}

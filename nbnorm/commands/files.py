@@ -18,6 +18,8 @@ from nbnorm.calls import arrays
 from nbnorm.calls.checks import MAX_NDIM
 
 # how the names end of files that are written, and their kinds; any other is of a .npy file
+# as of a file; a zip file has no room for more than 65,535 bytes
+LONGEST_NAME = 255
 ENDINGS = {".npy": "npy", ".npz": "npz", ".safetensors": "safetensors", ".zarr": "zarr", ".h5": "hdf5", ".hdf5": "hdf5"}
 # an array in one of those that have several is FILE:NAME
 WITH_NAMES = re.compile(r"\.(npy|npz|safetensors|zarr|h5|hdf5)(?=:)", re.IGNORECASE)
@@ -116,6 +118,10 @@ def _name_of_array(text, name):
     parts = name.split("/")
     if {"", ".", ".."}.intersection(parts) or not name.isprintable() or name.startswith("__"):
         raise ValueError(f"{text}:{name}: not a name for an array; expected one such as y or layer/y")
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise ValueError(
+            f"{text}: a name of {len(name)} characters for an array; expected one of at most {LONGEST_NAME} bytes"
+        )
 
 
 def _is_regular_output(name, kind):
