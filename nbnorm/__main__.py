@@ -93,6 +93,8 @@ def _add_apply(commands):
     apply.add_argument("--total-out", metavar="OUT", help="the sum of the array and the residual, to keep it too")
     dtypes = ["float16", "bfloat16", "float32", "float64"]
     apply.add_argument("--dtype", choices=dtypes, help="of the result (default: the input's)")
+    help_ = "a Dask cluster's, as in tcp://10.0.0.1:8786: its workers, who see the same files, do the work"
+    apply.add_argument("--scheduler", metavar="ADDRESS", help=help_)
 
 
 def _shape(text):
@@ -137,7 +139,7 @@ def _apply(options):
         is_added=options.residual is not None, axis=options.axis,
     )  # fmt: skip
     with _signals() as received:
-        applied = apply(call, options.dtype, interrupted=lambda: bool(received))
+        applied = apply(call, options.dtype, options.scheduler, interrupted=lambda: bool(received))
     for path in applied.taken_as_bfloat16:
         print(f"{_spelt_out(path)}: 2-byte elements without a name, taken as bfloat16")
     print(f"{_spelt_out(options.output)}: {applied.shape} {applied.dtype}; ", end="")

@@ -278,7 +278,7 @@ def test_each_chunk_is_read_once(batch, chunks, limit):
         counts[tuple(touched)] += 1
         return array[tuple(slice(*bound) for bound in bounds)].copy()
 
-    read = chunked.reader(Input("x", array.shape, array.dtype, block, chunks=chunks), batch, limit)
+    read = chunked.reader(Input("x", array.shape, array.dtype, block, (), chunks=chunks), batch, limit)
     for index, rows in row_blocks(batch, limit):
         np.testing.assert_array_equal(
             read(index, rows), array[tuple(slice(i, i + 1) if isinstance(i, int) else i for i in index)]

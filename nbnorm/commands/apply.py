@@ -25,6 +25,8 @@ CHECKED_ELEMENTS = 1 << 19
 TERMINAL_SECONDS = 0.5
 LOG_SECONDS = 30.0
 ARRAYS = ("x", "weight", "bias", "residual")
+# of which a block has its own part
+BLOCKWISE = ("x", "residual")
 
 
 class Applied(NamedTuple):
@@ -38,11 +40,12 @@ class Applied(NamedTuple):
     taken_as_bfloat16: tuple[str, ...]
 
 
-def apply(call, dtype=None, interrupted=lambda: False):
+def apply(call, dtype=None, scheduler=None, interrupted=lambda: False):
     """Write the norm of an array in a file to another file, which appears when it is complete.
 
     `call` is a `ForwardCall` with FILE or FILE:NAME in the place of each array. Computes in the wider of the dtype of x and
     `dtype`, and compares the first rows of each block with the reference, where they are finite and not too long for memory.
+    A `scheduler`, the address of a Dask cluster's, has its workers do so.
     Where `interrupted` says True after a block, raises KeyboardInterrupt.
     """
     given = {name: text for name in ARRAYS if (text := getattr(call, name)) is not None}
@@ -52,27 +55,44 @@ def apply(call, dtype=None, interrupted=lambda: False):
     names = given | {name: f"--{name.replace('_', '-')}" for name in ("normalized_shape", "axis", "eps", "dtype")}
     with ExitStack() as stack:
         scratch = destinations[0].path.parent
-        opened = {name: stack.enter_context(inputs.opened(text, scratch)) for name, text in given.items()}
+        opened = {
+            name: stack.enter_context(inputs.opened(text, None if scheduler and name in BLOCKWISE else scratch))
+            for name, text in given.items()
+        }
         stand_ins = {name: array.stand_in() for name, array in opened.items()}
         with files.named(names):
             problem = checks.forward(call._replace(out=None, total_out=False, **stand_ins))[0]
             result_dtype = problem.dtype if dtype is None else checks.float_dtype(dtype)
         # read where they are known to be as long as a row, which x has
         parameters = [opened[name].read() if name in opened else None for name in ("weight", "bias")]
-        norm = Norm(call, problem, *parameters)
-        arrays = [opened[name] for name in ("x", "residual") if name in opened]
-        checked_rows, largest_error = _write(norm, arrays, destinations, result_dtype, interrupted)
+        norm = Norm(call, problem, result_dtype, *parameters)
+        arrays = [opened[name] for name in BLOCKWISE if name in opened]
+        computed = stack.enter_context(_on_cluster(scheduler, interrupted)) if scheduler else _here
+        checked_rows, largest_error = _write(norm, arrays, destinations, computed, interrupted)
         taken = [array.name for array in opened.values() if array.taken_as_bfloat16]
     return Applied(problem.shape, result_dtype, checked_rows, largest_error, tuple(taken))
 
 
 class Norm(NamedTuple):
-    """What is done to each block: a call that was checked, and its parameters."""
+    """What is done to each block: a call that was checked, the dtype of what is written, and the parameters."""
 
     call: ForwardCall
     problem: Problem
+    dtype: np.dtype
     weight: Any
     bias: Any
+
+    @property
+    def compute_dtype(self):
+        dtype = self.problem.dtype
+        return dtype if dtype == self.dtype else np.result_type(wide_dtype(dtype), wide_dtype(self.dtype))
+
+    def block(self, x, residual=None):
+        """What is written of a block, y and maybe the total, how many of its rows were compared, and their largest error."""
+        y, total = self.of(x.astype(self.compute_dtype, copy=False), residual)
+        with np.errstate(over="ignore", under="ignore"):
+            results = [array.astype(self.dtype, copy=False) for array in ((y, total) if self.call.total_out else (y,))]
+        return results, *self.largest_error(results[0], total)
 
     def of(self, x, residual=None):
         """y, and the total, which is x itself where nothing is added to it."""
@@ -109,36 +129,49 @@ class Norm(NamedTuple):
         return entries.transpose(0, 2, 1).reshape(-1, cols)[:count]
 
 
-def _write(norm, arrays, destinations, dtype, interrupted):
+def _write(norm, arrays, destinations, computed, interrupted):
     """Returns the number of rows that were compared with the reference, and the largest error of these."""
     problem = norm.problem
-    is_same = problem.dtype == dtype
-    compute_dtype = problem.dtype if is_same else np.result_type(wide_dtype(problem.dtype), wide_dtype(dtype))
-    limit = _entries_of_a_block(problem, arrays, compute_dtype.itemsize)
-    blocks = row_blocks(problem.batch, limit) if math.prod(problem.shape) else ()
+    limit = _entries_of_a_block(problem, arrays, norm.compute_dtype.itemsize)
     checked_rows, largest_error = 0, 0.0
-    read = [chunked.reader(array, problem.batch, limit) for array in arrays]
     with (
-        outputs.created(destinations, problem.shape, dtype, _block_shape(problem, limit)) as writers,
+        outputs.created(destinations, problem.shape, norm.dtype, _block_shape(problem, limit)) as writers,
         _progress(problem.rows) as advance,
     ):
-        for index, entries in blocks:
-            x, *residual = (block(index, entries) for block in read)
-            y, total = norm.of(x.astype(compute_dtype, copy=False), *residual)
-            with np.errstate(over="ignore", under="ignore"):
-                y = y.astype(dtype, copy=False)
-                # of which one is wanted, or both
-                for write, result in zip(writers, (y, total), strict=False):
-                    write(index, result.astype(dtype, copy=False))
-            count, error = norm.largest_error(y, total)
+        for index, entries, (results, count, error) in computed(norm, arrays, limit):
+            for write, result in zip(writers, results, strict=True):
+                write(index, result)
             checked_rows += count
             largest_error = max(largest_error, error)
             # before the next block is made, not after
-            del x, residual, y, total, result
+            del results, result
             advance((entries.stop - entries.start) * math.prod(problem.behind))
             if interrupted():
                 raise KeyboardInterrupt
     return checked_rows, largest_error
+
+
+def _here(norm, arrays, limit):
+    """Yields the index and the rows of each block of the arrays, and what the norm makes of it."""
+    read = [chunked.reader(array, norm.problem.batch, limit) for array in arrays]
+    for index, rows in _blocks(norm.problem, limit):
+        yield index, rows, norm.block(*(block(index, rows) for block in read))
+
+
+@contextmanager
+def _on_cluster(scheduler, interrupted):
+    """The same of a Dask cluster, which is known by the address of its scheduler."""
+    try:
+        from nbnorm.commands import cluster
+    except ModuleNotFoundError as error:
+        fault = f"--scheduler: {scheduler}: a Dask cluster, which needs the package distributed"
+        raise TypeError(f"{fault}: pip install distributed") from error
+    with cluster.connected(scheduler) as client:
+        yield lambda norm, arrays, limit: cluster.computed(client, norm, arrays, _blocks(norm.problem, limit), interrupted)
+
+
+def _blocks(problem, limit):
+    return row_blocks(problem.batch, limit) if math.prod(problem.shape) else ()
 
 
 def _entries_of_a_block(problem, arrays, itemsize):

@@ -9,9 +9,16 @@ OPENED = {"npy": npy.opened, "npz": npz.opened, "safetensors": safetensors.opene
 
 
 @contextmanager
-def opened(text, scratch):
-    """The array of FILE or FILE:NAME. A file without a name may be made in the folder `scratch`."""
+def opened(text, scratch=None):
+    """The array of FILE or FILE:NAME. A file without a name may be made in the folder `scratch`.
+
+    Without such a folder, the array is one whose blocks can be read in any order.
+    """
     path, name = files.located(text)
     files.source(path)
-    with OPENED[formats.kind(path)](path, name, scratch) as array:
+    kind = formats.kind(path)
+    if kind == "npz" and scratch is None:
+        fault = f"{path}: a .npz file, which is read from its beginning to its end by one process"
+        raise ValueError(f"{fault}; expected .npy, safetensors, HDF5 or zarr, or no --scheduler")
+    with OPENED[kind](path, name, scratch) as array:
         yield array

@@ -10,13 +10,15 @@ class Input(NamedTuple):
     """An array in an open file.
 
     `block` copies what is within bounds (start, stop) of each axis, in C order; a file that can be read only from its
-    beginning to its end gives blocks in that order. `chunks` is the shape of what the file keeps in one piece, if it does.
+    beginning to its end gives blocks in that order. `identity` is what changes where the file does, `chunks` the shape of what
+    it keeps in one piece, if it does.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     block: Callable
+    identity: tuple[int, ...]
     fortran_order: bool = False
     chunks: tuple[int, ...] | None = None
     # the file has no name for its elements

@@ -42,7 +42,7 @@ def opened(path, name, _):
             finally:
                 files.unchanged(path, before)
 
-        yield Input(name, shape, numbers, block, chunks=chunks, taken_as_bfloat16=numbers.name == "bfloat16")
+        yield Input(name, shape, numbers, block, before, chunks=chunks, taken_as_bfloat16=numbers.name == "bfloat16")
 
 
 def _library(path):

@@ -37,7 +37,7 @@ def opened(path, name, _):
         array = elements.Elements(path, file, files.identity(status), *header(path, head, status.st_size))
         is_taken = array.dtype.name == "bfloat16"
         block = partial(elements.block, array)
-        yield Input(path, array.shape, array.dtype, block, array.fortran_order, taken_as_bfloat16=is_taken)
+        yield Input(path, array.shape, array.dtype, block, array.identity, array.fortran_order, taken_as_bfloat16=is_taken)
 
 
 def writer(temporary, _, shape, dtype, __):

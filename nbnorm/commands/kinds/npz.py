@@ -44,7 +44,7 @@ def opened(path, name, scratch):
             else:
                 file.read(offset)
                 block = _from_its_beginning(name, path, file, before, shape, dtype)
-        yield Input(name, shape, dtype, block, fortran_order, taken_as_bfloat16=dtype.name == "bfloat16")
+        yield Input(name, shape, dtype, block, before, fortran_order, taken_as_bfloat16=dtype.name == "bfloat16")
 
 
 def _from_its_beginning(name, path, file, before, shape, dtype):

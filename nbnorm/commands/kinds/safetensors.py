@@ -33,7 +33,7 @@ def opened(path, name, _):
         name = path if name is None else f"{path}:{name}"
         offset, shape, dtype = _entry(name, header[chosen], status.st_size - start)
         array = elements.Elements(path, file, files.identity(status), start + offset, shape, dtype)
-        yield Input(name, shape, dtype, partial(elements.block, array))
+        yield Input(name, shape, dtype, partial(elements.block, array), array.identity)
 
 
 def _header(path, file, size):

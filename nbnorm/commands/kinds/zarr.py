@@ -41,7 +41,7 @@ def opened(path, name, _):
             files.unchanged(mark, before)
 
     is_taken = numbers.name == "bfloat16"
-    yield Input(name, array.shape, numbers, block, chunks=array.chunks, taken_as_bfloat16=is_taken)
+    yield Input(name, array.shape, numbers, block, before, chunks=array.chunks, taken_as_bfloat16=is_taken)
 
 
 def _library(path):
