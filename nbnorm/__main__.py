@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -154,6 +155,8 @@ def _apply_fault(options):
             return f"{name}: RMS norm has none; expected it without --rms"
     if options.total_out is not None and options.residual is None:
         return f"--total-out: {options.total_out}; expected --residual beside it, as there is no sum without"
+    if options.scheduler is not None and not re.fullmatch(r"(tcp|tls)://.+:[0-9]{1,5}", options.scheduler):
+        return f"--scheduler: {options.scheduler}; expected the address of a Dask scheduler, as in tcp://10.0.0.1:8786"
     return ""
 
 

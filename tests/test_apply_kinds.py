@@ -372,7 +372,7 @@ def test_names_that_are_not_written(x, name, capsys):
 def test_a_name_that_is_too_long(x, capsys):
     np.save("x.npy", x)
     assert apply("x.npy", f"y.npz:{'y' * 70_000}") == 2
-    assert "an array's name of 70000 characters; expected one of at most 255 bytes" in capsys.readouterr().err
+    assert "a name of 70000 characters for an array; expected one of at most 255 bytes" in capsys.readouterr().err
     assert names() == ["x.npy"]
 
 

@@ -1,10 +1,12 @@
 """Blocks of `nbnorm apply` on a Dask cluster: workers read and normalise them, this process writes what comes back."""
 
+import logging
 import os
 import warnings
 from collections import deque
 from contextlib import contextmanager, suppress
 from itertools import islice
+from typing import Any
 
 import distributed
 
@@ -26,8 +28,20 @@ BLOCKS = 64
 @contextmanager
 def connected(address):
     """A client of the scheduler at this address, which has a worker."""
+    before = logging.root.manager.disable
+    # Dask logs what is lost, and done again, and pages of what the error says in a line
+    logging.disable(logging.ERROR)
     try:
-        client = distributed.Client(address, timeout=ANSWER_SECONDS, set_as_default=False)
+        with _answering(address) as client:
+            yield client
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _answering(address):
+    try:
+        client = distributed.Client(address, timeout=ANSWER_SECONDS)
     except (OSError, ValueError, TypeError) as error:
         fault = f"--scheduler: {address}: no Dask scheduler answers there within {ANSWER_SECONDS} s"
         raise ValueError(f"{fault}; expected the address that dask scheduler prints, as in tcp://10.0.0.1:8786") from error
@@ -49,19 +63,34 @@ def computed(client, norm, arrays, blocks, interrupted):
         warnings.simplefilter("ignore", UserWarning)
         # as a task's result, unlike what is scattered, it is made again where its worker dies
         kept = client.submit(_itself, norm, pure=False)
-    blocks, pending = iter(blocks), deque()
+    blocks, pending = iter(blocks), deque[Any]()
     while True:
-        room = min(BLOCKS, BLOCKS_OF_A_THREAD * sum(client.nthreads().values()))
-        for index, rows in islice(blocks, max(1, room) - len(pending)):
-            pending.append((index, rows, client.submit(normalised, kept, sources, index, pure=False)))
-        if not pending:
-            return
-        index, rows, future = pending.popleft()
-        result = _result(future, interrupted)
-        # so that the worker keeps neither while it is written
+        with _in_a_line(client):
+            room = min(BLOCKS, max(1, BLOCKS_OF_A_THREAD * sum(client.nthreads().values())))
+            # workers may be fewer than a moment ago
+            for index, rows in islice(blocks, max(0, room - len(pending))):
+                pending.append((index, rows, client.submit(normalised, kept, sources, index, pure=False)))
+            if not pending:
+                return
+            index, rows, future = pending.popleft()
+            result = _result(future, interrupted)
+        # the worker need not keep it while it is written
         del future
         yield index, rows, result
         del result
+
+
+@contextmanager
+def _in_a_line(client):
+    """What Dask raises, of a scheduler that is gone or a task that workers died of, as an error in one line."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except (Exception, distributed.CancelledError) as error:
+        words = " ".join(str(error).split())
+        fault = f"--scheduler: {client.scheduler.address}: {type(error).__name__}: {words:.300}"
+        raise ValueError(fault) from error
 
 
 def _itself(norm):
@@ -72,7 +101,7 @@ def normalised(norm, sources, index):
     """On a worker: the norm of what lies at the index in the sources, each a file's name, its size and time of change."""
     try:
         with parallel.alone():
-            return norm.block(*(_read(*source, index) for source in sources))
+            return norm.block(*(_read(name, size_and_time, index) for name, size_and_time in sources))
     except (OSError, ValueError, TypeError, MemoryError) as error:
         words = str(error) or type(error).__name__
         raise ValueError(f"worker {distributed.get_worker().address}: {words}") from error

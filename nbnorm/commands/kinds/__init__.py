@@ -10,8 +10,8 @@ class Input(NamedTuple):
     """An array in an open file.
 
     `block` copies what is within bounds (start, stop) of each axis, in C order; a file that can be read only from its
-    beginning to its end gives blocks in that order. `identity` is what changes where the file does, `chunks` the shape of what
-    it keeps in one piece, if it does.
+    beginning to its end gives blocks in that order. `identity` is what changes where the file does, `chunks` the shape of
+    what it keeps in one piece, if it does.
     """
 
     name: str
