@@ -38,6 +38,7 @@ def assert_refused(capsys, message):
     assert printed.err.count("\n") == 1
     assert not list(Path().glob(".nbnorm-*"))
     assert not Path("y.npy").exists()
+    return printed.err
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.1:8786", "http://10.0.0.1:8786", "tcp://10.0.0.1"])
@@ -79,8 +80,8 @@ def test_a_cluster_of_processes(x, rng, capsys, monkeypatch):
     """Files of each kind, one that changes while it is read, one that a worker does not see, a worker that is killed."""
     import distributed
 
-    # 67 blocks
-    monkeypatch.setattr(apply_module, "BLOCK_BYTES", 3 * COLS * 4)
+    # 20 blocks
+    monkeypatch.setattr(apply_module, "BLOCK_BYTES", 10 * COLS * 8)
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "memory_limit": 0}
     with distributed.LocalCluster(**options) as made, distributed.Client(made) as client:
         np.save("w.npy", rng.standard_normal(COLS))
@@ -108,7 +109,8 @@ def test_a_cluster_of_processes(x, rng, capsys, monkeypatch):
         assert_refused(capsys, f"{Path('x.npy').absolute()}: changed while it was read, or is another file there; expected")
         after_a_block(monkeypatch, lambda: Path("x.npy").unlink())
         assert apply("x.npy", "y.npy", *arguments, "total.npy") == 2
-        assert_refused(capsys, f"No such file or directory: '{Path('x.npy').absolute()}'")
+        line = assert_refused(capsys, f"No such file or directory: '{Path('x.npy').absolute()}'\n")
+        assert line.startswith("nbnorm: worker tcp://127.0.0.1:")
 
 
 def kinds_here():

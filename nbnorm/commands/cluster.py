@@ -58,7 +58,7 @@ def computed(client, norm, arrays, blocks, interrupted):
     """The index and the rows of each of the `blocks`, in their order, and what the norm makes of the arrays there."""
     # a path from the workers' own folders would lead elsewhere
     sources = [(os.path.join(os.getcwd(), array.name), array.identity[2:]) for array in arrays]  # noqa: PTH109, PTH118
-    with warnings.catch_warnings():
+    with _in_a_line(client), warnings.catch_warnings():
         # of a weight beyond 10 MB
         warnings.simplefilter("ignore", UserWarning)
         # as a task's result, unlike what is scattered, it is made again where its worker dies
