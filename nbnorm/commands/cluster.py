@@ -1,5 +1,6 @@
 """Blocks of `nbnorm apply` on a Dask cluster: workers read and normalise them, this process writes what comes back."""
 
+import asyncio
 import logging
 import os
 import warnings
@@ -41,8 +42,9 @@ def connected(address):
 @contextmanager
 def _answering(address):
     try:
+        asyncio.run(asyncio.wait_for(_greeted(address), ANSWER_SECONDS))
         client = distributed.Client(address, timeout=ANSWER_SECONDS)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, distributed.TimeoutError) as error:
         fault = f"--scheduler: {address}: no Dask scheduler answers there within {ANSWER_SECONDS} s"
         raise ValueError(f"{fault}; expected the address that dask scheduler prints, as in tcp://10.0.0.1:8786") from error
     with client:
@@ -52,6 +54,13 @@ def _answering(address):
             fault = f"--scheduler: {address}: has no worker, and gets none within {ANSWER_SECONDS} s"
             raise ValueError(f"{fault}; expected one at least, as by dask worker {address}") from error
         yield client
+
+
+async def _greeted(address):
+    """A client waits for ever for what is there and says nothing."""
+    arguments = distributed.Security().get_connection_args("client")
+    comm = await distributed.comm.connect(address, timeout=ANSWER_SECONDS, **arguments)
+    await comm.close()
 
 
 def computed(client, norm, arrays, blocks, interrupted):
