@@ -87,7 +87,7 @@ def test_a_cluster_of_processes(x, rng, capsys, monkeypatch):
 
     # 20 blocks
     monkeypatch.setattr(apply_module, "BLOCK_BYTES", 10 * COLS * 8)
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "memory_limit": 0}
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0", "memory_limit": 0}
     with distributed.LocalCluster(**options) as made, distributed.Client(made) as client:
         np.save("w.npy", rng.standard_normal(COLS))
         arguments = ["--weight", "w.npy", "--residual", "x.npy", "--dtype", "float64", "--total-out"]

@@ -56,7 +56,7 @@ def seen():
 def client(tmp_path, monkeypatch):
     """Of two workers on this machine, whose cache of kernels is empty."""
     monkeypatch.setenv("NBNORM_CACHE_DIR", str(tmp_path))
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None, "memory_limit": 0}
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0", "memory_limit": 0}
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
         yield client
 
