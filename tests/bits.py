@@ -25,9 +25,11 @@ class Case(NamedTuple):
     dtype: str
     cols: int
     use_diff_of_squares: bool = False
+    is_first: bool = False
 
     def __str__(self):
-        return "-".join([self.function, self.dtype, f"{self.cols}", *["squares"] * self.use_diff_of_squares])
+        ends = ["squares"] * self.use_diff_of_squares + ["axis-0"] * self.is_first
+        return "-".join([self.function, self.dtype, f"{self.cols}", *ends])
 
 
 # short rows, whole ones and a long one, with tails and without
@@ -35,6 +37,7 @@ CASES = [
     *(Case("layer_norm", "float32", cols) for cols in (1, 5, 16, 47, 100, 128, 768, 1000, LONG)),
     *(Case("layer_norm", dtype, cols, True) for dtype in ("float16", "bfloat16", "float64") for cols in (768, 1000)),
     *(Case("rms_norm", "float32", cols) for cols in (768, 1000)),
+    Case("layer_norm", "float32", 100, is_first=True),
 ]
 
 
@@ -78,10 +81,13 @@ def results(case, dy, x, weight, bias):
         dx, dweight = nbnorm.rms_norm_backward(dy[finite], x[finite], cols, weight)
         rest = nbnorm.rms_norm_backward(dy[others], x[others], cols, weight).dx
         return {"y": y, "rstd": rstd, "dx": dx, "dweight": dweight, "dx of NaN": rest}
-    options = 1e-5, case.use_diff_of_squares
-    y, mean, rstd = nbnorm.layer_norm(x, cols, weight, bias, *options, return_stats=True)
-    dx, dweight, dbias = nbnorm.layer_norm_backward(dy[finite], x[finite], cols, weight, *options)
-    rest = nbnorm.layer_norm_backward(dy[others], x[others], cols, weight, *options).dx
+    options = {"use_diff_of_squares": case.use_diff_of_squares}
+    if case.is_first:
+        options["axis"] = 0
+        dy, x, finite, others = dy.T, x.T, (slice(None), finite), (slice(None), others)
+    y, mean, rstd = nbnorm.layer_norm(x, cols, weight, bias, **options, return_stats=True)
+    dx, dweight, dbias = nbnorm.layer_norm_backward(dy[finite], x[finite], cols, weight, **options)
+    rest = nbnorm.layer_norm_backward(dy[others], x[others], cols, weight, **options).dx
     return {"y": y, "mean": mean, "rstd": rstd, "dx": dx, "dweight": dweight, "dbias": dbias, "dx of NaN": rest}
 
 
