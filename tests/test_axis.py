@@ -11,7 +11,7 @@ import nbnorm
 import oracle
 from levels import deep, deep_and_compiled
 from nbnorm.cpu import sizes
-from nbnorm.cpu.workers.parallel import WORKERS
+from nbnorm.cpu.workers.parallel import NUMBAS, ONE, OURS
 from test_layouts import LAYOUTS
 from tolerances import assert_grads, assert_statistics, assert_y
 
@@ -181,7 +181,7 @@ def test_out(rng, dtype):
     assert bits(actual) == bits(grads)
 
 
-@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("norm", ["layer", *deep("rms")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_residual(rng, norm, dtype):
     case = Case(rng, (2, 7, 21), 1, dtype, norm)
@@ -236,7 +236,7 @@ def test_masks(rng, mask, is_given):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("workers", [ONE, OURS, *deep(NUMBAS)])
 def test_workers(rng, choose_workers, workers, dtype, monkeypatch):
     """More blocks than are summed in one go, streamed or not, from every place in a line."""
     case = Case(rng, (3, 5, 40, 16), 1, dtype)
