@@ -1,6 +1,5 @@
 """Do several processes work on a Dask array, compile each kernel once, and give the right result where one of them dies?"""
 
-import logging
 import os
 import signal
 import time
@@ -10,46 +9,13 @@ import numpy as np
 import pytest
 
 import nbnorm
+from on_workers import compiled, listen, seen, slowly
 
 da = pytest.importorskip("dask.array")
 distributed = pytest.importorskip("distributed")
 
 pytestmark = [pytest.mark.deep, pytest.mark.compiled]
 COLS = 256
-
-
-class Compiled(logging.Handler):
-    """The kernels that a worker has compiled, kept on it."""
-
-    kernels: list = []  # noqa: RUF012
-
-    def emit(self, record):
-        if "compiling" in record.msg:
-            self.kernels.append(record.getMessage())
-
-
-def listen():
-    logger = logging.getLogger("nbnorm")
-    logger.addHandler(Compiled())
-    logger.setLevel(logging.INFO)
-
-
-def compiled():
-    return Compiled.kernels
-
-
-# on a worker, the shapes of the blocks that it had
-blocks = []
-
-
-def slowly(block):
-    blocks.append(block.shape)
-    time.sleep(0.1)
-    return block
-
-
-def seen():
-    return blocks
 
 
 @pytest.fixture
