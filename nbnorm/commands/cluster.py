@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import distributed
+from distributed.comm.core import connect
 
 from nbnorm.commands import inputs
 from nbnorm.cpu.workers import parallel
@@ -59,7 +60,7 @@ def _answering(address):
 async def _greeted(address):
     """A client waits for ever for what is there and says nothing."""
     arguments = distributed.Security().get_connection_args("client")
-    comm = await distributed.comm.connect(address, timeout=ANSWER_SECONDS, **arguments)
+    comm = await connect(address, timeout=ANSWER_SECONDS, **arguments)
     await comm.close()
 
 

@@ -30,7 +30,7 @@ def layer_norm(
     ----------
     x : array, shape ``(*batch, *normalized_shape)``
         float16, bfloat16, float32 or, in JAX's 64-bit mode, float64; traced, or with values. Integers and booleans become
-        JAX's widest float, and so does a float64 array from the 64-bit mode outside of it: float32, as in `jax.numpy.mean`.
+        JAX's widest float. So does a float64 array from the 64-bit mode outside of it: float32, as in ``jax.numpy.mean``.
     normalized_shape : int or sequence of int
         The trailing dimensions that make up a row; an int stands for the last one.
     weight, bias : array, shape normalized_shape, optional
