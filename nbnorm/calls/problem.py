@@ -121,6 +121,11 @@ class Problem(NamedTuple):
     def statistics_dtype(self):
         return wide_dtype(self.dtype)
 
+    @property
+    def at_end(self):
+        """The problem of views with the axes behind all other dimensions; statistics have the same order in memory."""
+        return self._replace(batch=self.batch + self.behind, behind=())
+
 
 def wide_dtype(dtype):
     """What operands of `dtype` alone are computed in, and their statistics returned in: float32 or float64.

@@ -13,12 +13,11 @@ import numpy as np
 from nbnorm.calls.arrays import convert
 from nbnorm.calls.problem import given_dtype, wide_dtype
 from nbnorm.cpu import choice, sizes
+from nbnorm.cpu.memory import LINE_BYTES
 from nbnorm.cpu.operands import flat, is_streamed
 from nbnorm.cpu.staging import BUFFER_ELEMENTS, beside, is_ready, row_blocks, storage
 from nbnorm.cpu.workers import parallel, threads
 from nbnorm.cpu.workers.parallel import NUMBAS, OURS
-
-LINE_BYTES = 64
 
 
 class Piece(NamedTuple):

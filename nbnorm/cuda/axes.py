@@ -19,7 +19,7 @@ def forward(problem, given, targets):
         return problem, given, targets
     x, residual = (at_end(array, problem) for array in (given.x, given.residual))
     moved = tuple(at_end(target, problem) for target in targets)
-    return problem_at_end(problem), given._replace(x=x, residual=residual), moved
+    return problem.at_end, given._replace(x=x, residual=residual), moved
 
 
 def backward(problem, given, targets, dtype):
@@ -28,17 +28,12 @@ def backward(problem, given, targets, dtype):
         return problem, given, targets
     dy, dtotal, x = (at_end(array, problem) for array in (given.dy, given.dtotal, given.x))
     dx, *sums = targets
-    return problem_at_end(problem), given._replace(dy=dy, dtotal=dtotal, x=x), [at_end(dx, problem), *sums]
+    return problem.at_end, given._replace(dy=dy, dtotal=dtotal, x=x), [at_end(dx, problem), *sums]
 
 
 def are_kept(problem, dtype, direction):
     numbers = problem.cols, problem.dtype.itemsize, dtype.itemsize, direction
     return not problem.behind or sizes.tile_abreast(*numbers) is not None
-
-
-def problem_at_end(problem):
-    """The problem of such views: statistics have the same order in memory."""
-    return problem._replace(batch=problem.batch + problem.behind, behind=())
 
 
 def at_end(array, problem):

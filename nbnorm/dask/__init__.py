@@ -42,7 +42,7 @@ def _with_axes_last(problem, given, names):
         return None if array is None else move(array, axis, range(-count, 0))
 
     given = given._replace(**{name: moved(getattr(given, name)) for name in names})
-    return problem._replace(batch=problem.batch + problem.behind, behind=()), given, axis
+    return problem.at_end, given, axis
 
 
 def _moved_back(result, axis):
