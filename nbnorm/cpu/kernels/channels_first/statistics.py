@@ -55,7 +55,7 @@ def finds_statistics(mode):
         first_sweep, first_finish = _sweep(begin, add_totals), finish_mean
         last_sweep, last_finish = _sweep(begin_at_mean, add_compensated), finish
     elif mode in IN_FLOAT32:
-        first_sweep, first_finish = (sweep_near_mean if has_mean else sweep_at_zero), finish
+        first_sweep, first_finish = _sweep_in_float32(begin_near_mean if has_mean else begin_at_zero), finish
         last_sweep, last_finish = _sweep(begin, add_deviations), _finishes(has_mean, None)
     elif mode == DIFF_OF_SQUARES_64:
         # over 3,000 elements, y would be off by 20 eps in plain sums
@@ -106,22 +106,18 @@ def _sweep(begin, add):
     return sweep
 
 
-@inlined
-def sweep_near_mean(x, layout, block, has_all, xs, sums):
-    """The sums of all rows about the mean of some of their elements, begun in float32."""
-    for j in range(0, block.count, 16):
-        clear_sums(sums, j)
-        begin_near_mean(x, layout, block, j, xs, sums)
-    add_and_gather(x, layout, block, xs, sums)
+@functools.cache
+def _sweep_in_float32(begin):
+    """As `_sweep`, of all rows, whose sums begin as float32 ones."""
 
+    @inlined
+    def sweep(x, layout, block, has_all, xs, sums):
+        for j in range(0, block.count, 16):
+            clear_sums(sums, j)
+            begin(x, layout, block, j, xs, sums)
+        add_and_gather(x, layout, block, xs, sums)
 
-@inlined
-def sweep_at_zero(x, layout, block, has_all, xs, sums):
-    """The same about 0."""
-    for j in range(0, block.count, 16):
-        clear_sums(sums, j)
-        begin_at_zero(x, layout, block, j, xs, sums)
-    add_and_gather(x, layout, block, xs, sums)
+    return sweep
 
 
 @inlined
