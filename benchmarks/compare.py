@@ -7,6 +7,7 @@ system's, 8 ms, in every call.
     python benchmarks/compare.py
     python benchmarks/compare.py --shapes 8192x768,1x64 --dtypes float32,bfloat16 --passes forward
     python benchmarks/compare.py --norms rms,add-layer
+    python benchmarks/compare.py --avx2 --output benchmarks/results/compare-cpu-avx2
     python benchmarks/compare.py --device cuda
     python benchmarks/compare.py --render benchmarks/results/compare-cpu.json README.md docs/index.md docs/performance.md
 """
@@ -14,6 +15,7 @@ system's, 8 ms, in every call.
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -67,6 +69,9 @@ def main():
             print(tables.everything(texts))
         plot(results, options.render.with_suffix(".png"))
         return
+    if options.avx2 and machine.instructions() != "AVX2":
+        # what Numba and the others compile for is settled as they are imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], machine.avx2_alone())
     results = run_on_cuda(options) if options.device == "cuda" else run(options)
     print(tables.everything(tables.tables(results)))
     if options.output:
@@ -87,6 +92,7 @@ def parse():
     parser.add_argument("--seconds", type=float, default=1.5, help="for each problem, about (default: 1.5)")
     parser.add_argument("--threads", type=int, default=numba.get_num_threads(), help="for everybody (default: %(default)s)")
     parser.add_argument("--keep-memory", action="store_true", help="allocations reuse what was freed (glibc): kernels alone")
+    parser.add_argument("--avx2", action="store_true", help="as on a processor without AVX-512, for all but ONNX Runtime")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="STEM", help="default: compare-cpu in results/ beside this file")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs; saved only with --output")

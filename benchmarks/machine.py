@@ -7,7 +7,8 @@ import os
 import platform
 from pathlib import Path
 
-from llvmlite.binding import get_host_cpu_name
+from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
+from numba.core.registry import cpu_target
 
 import nbnorm
 
@@ -18,9 +19,24 @@ def description(peers):
     """The head of a JSON file of results."""
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": {"cpu": cpu_model(), "logical_cores": os.cpu_count(), "cache_bytes": cache_bytes()},
+        "machine": {
+            "cpu": cpu_model(),
+            "logical_cores": os.cpu_count(),
+            "cache_bytes": cache_bytes(),
+            "instructions": instructions(),
+        },
         "versions": versions(peers),
     }
+
+
+def avx2_alone():
+    """The environment in which Numba, torch and XLA do without AVX-512, and what came with or after it."""
+    newer = ("avx512", "avx10", "avxvnni", "avxifma", "amx")
+    features = get_host_cpu_features().items()
+    listed = ",".join(f"{'+' if has and not name.startswith(newer) else '-'}{name}" for name, has in features)
+    numbas = {"NUMBA_CPU_NAME": "znver3", "NUMBA_CPU_FEATURES": listed}
+    peers = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}
+    return {**os.environ, **numbas, **peers}
 
 
 def keep_memory():
@@ -50,6 +66,13 @@ def cpu_model():
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor() or platform.machine()}, {get_host_cpu_name()}"
+
+
+def instructions():
+    """The widest instructions that kernels are compiled for, which NUMBA_CPU_NAME and NUMBA_CPU_FEATURES may limit."""
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    names = [name for name, feature in (("AVX-512", "+avx512f"), ("AVX2", "+avx2")) if feature in features]
+    return names[0] if names else platform.machine()
 
 
 def cache_bytes():

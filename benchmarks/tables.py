@@ -2,7 +2,8 @@
 
 The markers are `<!-- compare -->` for everything or, say, `<!-- compare: forward float32 -->` for one table, and
 `<!-- /compare -->`. The names of what was measured on a CUDA device begin with "CUDA", as in
-`<!-- compare: CUDA machine -->`; a page may have both kinds, of which each rendering writes its own.
+`<!-- compare: CUDA machine -->`, and those of kernels for AVX2 with "AVX2"; a page may have all of these, of which each
+rendering writes its own.
 """
 
 import re
@@ -12,14 +13,14 @@ PEERS = ("NumPy", "torch", "torch.compile", "Triton", "Liger", "CuPy", "ONNX Run
 OF_THE_LIMIT = ("nbnorm out=", "difference of squares", "given statistics", "two steps")
 # problems of up to this many elements have a table in microseconds: calls cost more than memory there
 SMALL_ELEMENTS = 1 << 17
-CUDA = "CUDA "
+CUDA, AVX2 = "CUDA ", "AVX2 "
 MARKED = re.compile(r"(<!-- compare(?:: (?P<name>[\w ]+))? -->\n)((?:(?!<!-- compare).)*?)(<!-- /compare -->)", re.DOTALL)
 
 
 def tables(results):
     """A dict from the name of each table to its text; "machine" is the sentence that belongs to all of them."""
-    is_cuda = results.get("device") == "cuda"
-    prefix = CUDA if is_cuda else ""
+    prefix = prefix_of(results)
+    is_cuda = prefix == CUDA
     texts = {f"{prefix}machine": cuda_machine(results) if is_cuda else machine(results)}
     for problem in results["problems"]:
         name = prefix + table_name(problem)
@@ -27,12 +28,20 @@ def tables(results):
             alike = [other for other in results["problems"] if table_name(other) == table_name(problem)]
             texts[name] = small_table(alike) if is_small(problem) else table(alike, peers_of(problem["pass"], results))
     if not is_cuda:
-        texts["peers float32"] = peers_table(results)
+        texts[f"{prefix}peers float32"] = peers_table(results)
     return texts
 
 
+def prefix_of(results):
+    """What the names of these results' tables begin with."""
+    if results.get("device") == "cuda":
+        return CUDA
+    return AVX2 if results["machine"].get("instructions") == "AVX2" else ""
+
+
 def everything(texts):
-    titles = {name: "" if name.endswith("machine") else f"{name[:1].upper()}{name[1:]}:\n\n" for name in texts}
+    names = {name: name.removeprefix(kind_of(name)) for name in texts}
+    titles = {name: "" if short == "machine" else f"{short[:1].upper()}{short[1:]}:\n\n" for name, short in names.items()}
     return "\n\n".join(titles[name] + text for name, text in texts.items())
 
 
@@ -55,9 +64,10 @@ def machine(results):
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     left_out = f" Left out, not installed: {', '.join(results['left_out'])}." if results["left_out"] else ""
     kept = " Freed memory is kept for the next call." if results["keep_memory"] else ""
+    compiled = f"; kernels for {where['instructions']}" if "instructions" in where else ""
     return (
         f"Measured on {results['date']} with {results['threads']} threads on {where['cpu']} "
-        f"({where['logical_cores']} logical cores{caches}): {versions}.{kept}{left_out}"
+        f"({where['logical_cores']} logical cores{caches}{compiled}): {versions}.{kept}{left_out}"
     )
 
 
@@ -141,10 +151,8 @@ def rewrite(path, texts):
     marked = list(MARKED.finditer(old))
     if not marked or len(marked) != old.count("<!-- compare"):
         raise SystemExit(f"{path}: expected <!-- compare --> and <!-- /compare --> in pairs, each on a line of its own")
-    # of the other device
-    kept = {
-        match["name"] for match in marked if match["name"] and is_of_cuda(match["name"]) != is_of_cuda(next(iter(texts)))
-    }
+    # of another kind
+    kept = {match["name"] for match in marked if match["name"] and kind_of(match["name"]) != kind_of(next(iter(texts)))}
     unknown = {match["name"] for match in marked} - {None, *texts} - kept
     if unknown:
         raise SystemExit(f"{path}: no table {', '.join(sorted(unknown))}; the results have {', '.join(texts)}")
@@ -157,5 +165,5 @@ def rewrite(path, texts):
     path.write_text(MARKED.sub(written, old), encoding="utf-8")
 
 
-def is_of_cuda(name):
-    return name.startswith(CUDA)
+def kind_of(name):
+    return next((kind for kind in (CUDA, AVX2) if name.startswith(kind)), "")

@@ -90,7 +90,7 @@ def test_compare_prints_and_saves_whatever_is_installed(tmp_path, python_environ
     installed = [name for name, modules in MODULES.items() if is_installed(*modules)]
     assert saved["left_out"] == [name for name in MODULES if name not in installed]
     assert set(saved) == {"date", "machine", "threads", "keep_memory", "versions", "left_out", "problems"}
-    assert set(saved["machine"]) == {"cpu", "logical_cores", "cache_bytes"}
+    assert set(saved["machine"]) == {"cpu", "logical_cores", "cache_bytes", "instructions"}
     assert set(saved["versions"]) == {"Python", "nbnorm", "NumPy", "numba", *installed}
 
     assert len(saved["problems"]) == 8
@@ -534,6 +534,32 @@ def test_a_page_has_the_tables_of_both_devices(tmp_path, python_environment, res
     page.write_text("<!-- compare: CUDA forward int8 -->\n<!-- /compare -->\n")
     result = run(python_environment, "compare.py", "--render", tmp_path / "cuda.json", page)
     assert "no table CUDA forward int8" in result.stderr
+
+
+def test_kernels_for_avx2_have_tables_of_their_own(tables, results, tmp_path):
+    of_avx2 = {**results, "machine": {**results["machine"], "instructions": "AVX2"}}
+    texts = tables.tables(of_avx2)
+    assert list(texts) == [f"AVX2 {name}" for name in tables.tables(results)]
+    assert "2 logical cores, L2 1 MiB; kernels for AVX2)" in texts["AVX2 machine"]
+    assert "\n\nForward float32:\n\n" in tables.everything(texts)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- compare: machine -->\nold\n<!-- /compare -->\n<!-- compare: AVX2 machine -->\n<!-- /compare -->\n")
+    tables.rewrite(page, texts)
+    assert page.read_text().count("old") == 1
+    assert page.read_text().count("kernels for AVX2") == 1
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX2 is x86-64's")
+def test_a_process_can_do_without_avx512(python_environment):
+    says = "import machine; print(machine.instructions(), flush=True)"
+    code = f"{says}; import os, sys; os.execve(sys.executable, [sys.executable, '-c', {says!r}], machine.avx2_alone())"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(
+        command, env=python_environment, cwd=BENCHMARKS, capture_output=True, text=True, check=True, timeout=100
+    )
+    before, after = result.stdout.split()
+    assert before in ("AVX-512", "AVX2")
+    assert after == "AVX2"
 
 
 def test_two_steps_are_beside_the_limit(tables, results):
