@@ -182,19 +182,25 @@ def test_a_residual_of_another_dtype(rng, dtype, residual_dtype):
 
 
 @cases(SEVERAL)
-def test_whoever_works_and_past_the_caches(case, choose_workers, monkeypatch):
+def test_whoever_works(case, choose_workers):
     gradients = case.add_backward(case.dy, case.dtotal, case.total, case.cols, case.weight)
     for workers in WORKERS:
         choose_workers(workers)
         assert_same(case(case.x, case.residual), (case.y, case.total))
         assert_same(case.add_backward(case.dy, case.dtotal, case.total, case.cols, case.weight), gradients)
-    choose_workers("one")
-    monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", 0)
-    # rows of whole vectors alone are written so
-    x, residual = (np.ascontiguousarray(array[:, :32]) for array in (case.x, case.residual))
-    parameters = [np.ascontiguousarray(parameter[:32]) for parameter in case.parameters]
-    y, total = case.add(x, residual, 32, *parameters)
-    assert_same((y, total), (case.norm(x + residual, 32, *parameters), x + residual))
+
+
+# several times as many rows as are added before their norms, of one part and of several; a row beyond the room for its sums
+@cases([(np.float32, 32, 130), *deep((BFLOAT16, 32, 130), (np.float32, 320, 20), (np.float32, (1 << 15) + 4, 3))])
+@pytest.mark.parametrize("total_out", [None, False])
+@pytest.mark.parametrize("streamed_bytes", [0, 1 << 24])
+def test_past_the_caches_and_by_way_of_them(case, monkeypatch, total_out, streamed_bytes):
+    monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", streamed_bytes)
+    for out in (None, case.x):
+        y, total = case(case.x, case.residual, out=out, total_out=total_out)
+        np.testing.assert_array_equal(y, case.y)
+        if total_out is None:
+            np.testing.assert_array_equal(total, case.total)
 
 
 @pytest.mark.compiled

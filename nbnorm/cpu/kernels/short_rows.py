@@ -33,6 +33,7 @@ from nbnorm.cpu.kernels.sixteen_rows import (
     sums_of,
 )
 from nbnorm.cpu.kernels.statistics import AHEAD, finds_moments
+from nbnorm.cpu.kernels.sums import norms_of_sums
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.cpu.lanes.meaning import scratch, smaller, until_aligned
 from nbnorm.cpu.sizes import STREAMED_BYTES
@@ -40,7 +41,10 @@ from nbnorm.cpu.sizes import STREAMED_BYTES
 
 def forward(x_dtype, dtype, has_weight, has_bias, variance, residual_dtype=None, with_total=False):
     """One iteration owns some rows, of which it takes sixteen at a time."""
-    return loops.forward(_forward(x_dtype, dtype, variance), dtype.type, has_weight, has_bias, is_centred(variance))
+    rows_from = _forward(x_dtype, dtype, variance)
+    if residual_dtype is not None:
+        rows_from = norms_of_sums(rows_from, x_dtype, ROWS)
+    return loops.forward(rows_from, dtype.type, has_weight, has_bias, is_centred(variance))
 
 
 def backward(

@@ -27,6 +27,7 @@ from nbnorm.cpu.kernels.row import (
     with_rstd,
 )
 from nbnorm.cpu.kernels.statistics import AHEAD, finds_both, finds_moments
+from nbnorm.cpu.kernels.sums import norms_of_sums
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.cpu.lanes.meaning import larger, scratch, smaller, store, widen
 
@@ -43,7 +44,10 @@ def forward(x_dtype, dtype, has_weight, has_bias, variance, residual_dtype=None,
     Formula: Ba, Kiros and Hinton 2016, eq. 4, where `variance` is "centred" or "diff_of_squares"; with "mean_square", Zhang
     and Sennrich 2019, eq. 4.
     """
-    return loops.forward(_forward(x_dtype, dtype, variance), dtype.type, has_weight, has_bias, is_centred(variance))
+    rows_from = _forward(x_dtype, dtype, variance)
+    if residual_dtype is not None:
+        rows_from = norms_of_sums(rows_from, x_dtype, 1)
+    return loops.forward(rows_from, dtype.type, has_weight, has_bias, is_centred(variance))
 
 
 def backward(

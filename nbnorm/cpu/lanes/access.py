@@ -82,8 +82,20 @@ def pointer_beside(arrays):
     return Holder(array.dtype), lambda builder, value: builder.extract_value(value, place)
 
 
+@lowers(meaning.holder)
+def holder(pointer):
+    return Holder(pointer.dtype), lambda builder, pointer: pointer
+
+
+@lowers(meaning.reread)
+def reread(place, source):
+    return Operand(place.dtype, element_of(source)), lambda builder, place, source: place
+
+
 @lowers(meaning.behind)
 def behind(source, k):
+    if source == types.none:
+        return NOTHING
     return source, lambda builder, source, k: builder.gep(source, [k])
 
 

@@ -70,9 +70,19 @@ def pointer_beside(arrays):
     return arrays[1].reshape(-1) if isinstance(arrays, tuple) else None
 
 
+def holder(pointer):
+    """The same pointer, to which only numbers are written that its type can hold."""
+    return pointer
+
+
+def reread(place, source):
+    """What was written of an operand, or of a sum, as an operand."""
+    return Operand(place, element_of(source))
+
+
 def behind(source, k):
-    """The elements of a pointer from k on."""
-    return source[k:]
+    """The elements of a pointer from k on; None of None."""
+    return None if source is None else source[k:]
 
 
 def column(source, at, pitch):
