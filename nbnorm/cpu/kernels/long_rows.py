@@ -51,15 +51,8 @@ from nbnorm.cpu.kernels.row import (
     usable,
     with_rstd,
 )
-from nbnorm.cpu.kernels.statistics import (
-    AHEAD,
-    SEGMENT_NUMBERS,
-    finds_both,
-    finds_moments,
-    merged,
-    segments_in,
-    store_segment,
-)
+from nbnorm.cpu.kernels.segments import SEGMENT_NUMBERS, merged, segments_in, store_segment
+from nbnorm.cpu.kernels.statistics import AHEAD, finds_both, finds_moments
 from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba the operations on lanes
 from nbnorm.cpu.lanes.inlined import inlined
 from nbnorm.cpu.lanes.meaning import (

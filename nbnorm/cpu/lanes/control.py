@@ -4,9 +4,12 @@ It is MXCSR on x86-64 and FPCR on aarch64. Elsewhere none is touched, and MACHIN
 """
 
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
 
+from nbnorm.cpu.lanes import meaning
 from nbnorm.cpu.lanes.processor import MACHINE
+from nbnorm.cpu.lanes.rules import lowers, returning_none
 from nbnorm.cpu.lanes.vectors import I8, I32, I64, call
 
 VOID = ir.VoidType()
@@ -16,7 +19,32 @@ STANDARD = {"x86": 0x1F80, "arm": 0, None: 0}
 CONTROL_BITS = {"x86": 0xFFC0, "arm": 0xFFFFFFFF, None: 0}
 
 
-def read(builder):
+@lowers(meaning.standard_mode)
+def standard_mode(operands):
+    def code(builder, values):
+        bits = _read(builder)
+        with builder.if_then(_is_other(builder, bits), likely=False):
+            _write(builder, I64(STANDARD[MACHINE]))
+        result = values
+        for i, operand in enumerate(operands):
+            if operand != types.none:
+                result = builder.insert_value(result, _pinned(builder, builder.extract_value(values, i)), i)
+        return cgutils.pack_struct(builder, [bits, result])
+
+    return types.Tuple((types.int64, operands)), code
+
+
+@lowers(meaning.restore_mode)
+def restore_mode(thread_mode):
+    def code(builder, bits):
+        _finish(builder)
+        with builder.if_then(_is_other(builder, bits), likely=False):
+            _write(builder, bits)
+
+    return types.none, returning_none(code)
+
+
+def _read(builder):
     """All bits, as an int64."""
     if MACHINE == "x86":
         room = cgutils.alloca_once(builder, I32)
@@ -25,7 +53,7 @@ def read(builder):
     return call(builder, "llvm.aarch64.get.fpcr", I64, []) if MACHINE else I64(0)
 
 
-def write(builder, bits):
+def _write(builder, bits):
     if MACHINE == "x86":
         room = cgutils.alloca_once(builder, I32)
         builder.store(builder.trunc(bits, I32), room)
@@ -34,25 +62,25 @@ def write(builder, bits):
         call(builder, "llvm.aarch64.set.fpcr", VOID, [bits])
 
 
-def is_other(builder, bits):
+def _is_other(builder, bits):
     """Whether these set another mode than the standard one, which is then to be written: in 15 ns, reading takes 1."""
     return builder.icmp_unsigned("!=", builder.and_(bits, I64(CONTROL_BITS[MACHINE])), I64(STANDARD[MACHINE]))
 
 
-def pinned(builder, value):
+def _pinned(builder, value):
     """The value, which LLVM knows only from here on: it models no modes, and computes before a mode is set what it can."""
     if MACHINE is None or (isinstance(value.type, ir.IntType) and value.type.width != 64):
         return value
     if isinstance(value.type, ir.LiteralStructType | ir.ArrayType):
         # a tuple, whose parts may be of one type
         for i in range(len(value.type)):
-            value = builder.insert_value(value, pinned(builder, builder.extract_value(value, i)), i)
+            value = builder.insert_value(value, _pinned(builder, builder.extract_value(value, i)), i)
         return value
     if isinstance(value.type, ir.DoubleType):
-        return builder.bitcast(pinned(builder, builder.bitcast(value, I64)), value.type)
+        return builder.bitcast(_pinned(builder, builder.bitcast(value, I64)), value.type)
     return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], side_effect=True)
 
 
-def finish(builder):
+def _finish(builder):
     """Have all that is stored stored, before a mode is restored."""
     builder.asm(ir.FunctionType(VOID, []), "", "~{memory}", [], side_effect=True)

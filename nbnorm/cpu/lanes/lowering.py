@@ -1,7 +1,7 @@
 """How Numba compiles the operations of `meaning`: each as a few instructions of LLVM's on vectors of sixteen.
 
-No operation carries a fast-math flag, so that LLVM keeps the order that a kernel is written in. What reads and writes
-memory is in `access`.
+No operation carries a fast-math flag, so that LLVM keeps the order that a kernel is written in. What makes pointers of
+arrays is in `pointers`, what reads and writes their memory in `access`, and the mode that all is computed in, `control`.
 """
 
 import operator
@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import lower_builtin
 
-from nbnorm.cpu.lanes import access, meaning  # noqa: F401  teaches Numba to read and write memory
+from nbnorm.cpu.lanes import access, control, meaning, pointers  # noqa: F401  which teach Numba operations too
 from nbnorm.cpu.lanes.rules import MASK, NOTHING, Lanes, Mask, element_of, lowers, types_call
 from nbnorm.cpu.lanes.vectors import I8, I16, I32, I64, call, converted, first, halves_added, name, splat
 
