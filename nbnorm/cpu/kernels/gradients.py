@@ -49,6 +49,16 @@ class BackwardOperands(NamedTuple):
     eps: Any
 
 
+class Results(NamedTuple):
+    """Where dweight and dbias are written, and the sums of blocks of rows that they are made of, each of `cols` columns."""
+
+    dweight_sums: Any
+    dbias_sums: Any
+    dweight: Any
+    dbias: Any
+    cols: Any
+
+
 class Columns(NamedTuple):
     """Some columns of a row: which is the first, how many they are, and where its sum is in those over rows."""
 
@@ -285,7 +295,15 @@ def clear_one(sums, at, cols):
 
 
 @inlined
-def add_blocks(sums, at, blocks, pitch, streaming, result, j, width):
+def add_blocks(results, blocks, j):
+    """Write up to sixteen columns of dweight and dbias, from j on, of the sums of so many blocks, in their order."""
+    cols = results.cols
+    store_total(results.dweight_sums, j, blocks, cols, False, results.dweight, j, cols - j)
+    store_total(results.dbias_sums, j, blocks, cols, False, results.dbias, j, cols - j)
+
+
+@inlined
+def store_total(sums, at, blocks, pitch, streaming, result, j, width):
     """Write up to sixteen columns of the result, from j on: the sum over the blocks, `pitch` apart, rounded once.
 
     Nothing where sums is None.

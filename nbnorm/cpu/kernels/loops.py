@@ -16,7 +16,7 @@ The floating-point mode is a thread's own, and may be any. So all arithmetic, in
 
 from numba import prange
 
-from nbnorm.cpu.kernels.gradients import BackwardOperands, Columns, add_blocks, clear
+from nbnorm.cpu.kernels.gradients import BackwardOperands, Columns, Results, add_blocks, clear
 from nbnorm.cpu.kernels.normalise import ForwardOperands
 from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba the operations on lanes
 from nbnorm.cpu.lanes.meaning import (
@@ -94,12 +94,10 @@ def backward(rows_from, element, has_weight, output_mask, has_mean):
 
         # the blocks' sums
         if has_sums and last:
-            results = dweight_sums, dbias_sums, pointer(dweight), pointer(dbias), cols
+            results = Results(dweight_sums, dbias_sums, pointer(dweight), pointer(dbias), cols)
             for c in prange(-(-cols // 16)):
-                thread_mode, (sums_of_dweight, sums_of_dbias, dweight_, dbias_, pitch) = standard_mode(results)
-                j = 16 * c
-                add_blocks(sums_of_dweight, j, blocks, pitch, False, dweight_, j, pitch - j)
-                add_blocks(sums_of_dbias, j, blocks, pitch, False, dbias_, j, pitch - j)
+                thread_mode, pinned_results = standard_mode(results)
+                add_blocks(pinned_results, blocks, 16 * c)
                 restore_mode(thread_mode)
 
     return kernel

@@ -24,7 +24,7 @@ from nbnorm.cpu.kernels.channels_first.gradients import gradients_of_mixed, grad
 from nbnorm.cpu.kernels.channels_first.means import find_means, take_statistics
 from nbnorm.cpu.kernels.channels_first.normalise import normalise_mixed, normalise_part
 from nbnorm.cpu.kernels.channels_first.statistics import finds_statistics, store_all_statistics
-from nbnorm.cpu.kernels.gradients import BackwardOperands, Columns, add_blocks, clear
+from nbnorm.cpu.kernels.gradients import BackwardOperands, Columns, Results, add_blocks, clear
 from nbnorm.cpu.kernels.modes import VARIANCE_BOUNDS, are_given, is_centred, mode_of
 from nbnorm.cpu.kernels.normalise import ForwardOperands
 from nbnorm.cpu.lanes import lowering  # noqa: F401  teaches Numba the operations on lanes
@@ -115,12 +115,10 @@ def backward(
 
         # the sums of all blocks
         if has_sums and last:
-            results = dweight_sums, dbias_sums, pointer(dweight), pointer(dbias), cols
+            results = Results(dweight_sums, dbias_sums, pointer(dweight), pointer(dbias), cols)
             for c in prange(-(-cols // 16)):
-                thread_mode, (sums_of_dweight, sums_of_dbias, dweight_, dbias_, length) = standard_mode(results)
-                j = 16 * c
-                add_blocks(sums_of_dweight, j, blocks, length, False, dweight_, j, length - j)
-                add_blocks(sums_of_dbias, j, blocks, length, False, dbias_, j, length - j)
+                thread_mode, pinned_results = standard_mode(results)
+                add_blocks(pinned_results, blocks, 16 * c)
                 restore_mode(thread_mode)
 
     return kernel
