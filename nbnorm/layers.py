@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nbnorm.calls import arrays, axes, checks, operands, state
+from nbnorm.calls import arrays, axes, checks, operands, options, state
 from nbnorm.cpu import keys, plans
 from nbnorm.functional import (
     Array,
@@ -97,14 +97,14 @@ class LayerNorm:
         use_diff_of_squares: bool = False,
         axis: Axis = None,
     ) -> None:
-        self.normalized_shape = checks.shape(normalized_shape)
+        self.normalized_shape = options.shape(normalized_shape)
         self.axis = axes.of_layer(axis, self.normalized_shape)
-        self.eps = checks.epsilon(eps)
-        self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
-        self.use_diff_of_squares = checks.flag("use_diff_of_squares", use_diff_of_squares)
+        self.eps = options.epsilon(eps)
+        self.elementwise_affine = options.flag("elementwise_affine", elementwise_affine)
+        self.use_diff_of_squares = options.flag("use_diff_of_squares", use_diff_of_squares)
         self.device, number = checks.device(device)
-        has_bias = checks.flag("bias", bias) and self.elementwise_affine
-        dtype = checks.float_dtype(dtype)
+        has_bias = options.flag("bias", bias) and self.elementwise_affine
+        dtype = options.float_dtype(dtype)
         ones = np.ones(self.normalized_shape, dtype) if self.elementwise_affine else None
         zeros = np.zeros(self.normalized_shape, dtype) if has_bias else None
         self.weight: Any = arrays.on_device(ones, self.device, number)
@@ -242,12 +242,12 @@ class RMSNorm:
         *,
         axis: Axis = None,
     ) -> None:
-        self.normalized_shape = checks.shape(normalized_shape)
+        self.normalized_shape = options.shape(normalized_shape)
         self.axis = axes.of_layer(axis, self.normalized_shape)
-        self.eps = None if eps is None else checks.epsilon(eps)
-        self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
+        self.eps = None if eps is None else options.epsilon(eps)
+        self.elementwise_affine = options.flag("elementwise_affine", elementwise_affine)
         self.device, number = checks.device(device)
-        dtype = checks.float_dtype(dtype)
+        dtype = options.float_dtype(dtype)
         ones = np.ones(self.normalized_shape, dtype) if self.elementwise_affine else None
         self.weight: Any = arrays.on_device(ones, self.device, number)
 

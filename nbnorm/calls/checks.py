@@ -1,35 +1,32 @@
-"""Every check of user input, with `axes`, `operands`, `state` and `files`: all before a kernel runs, and no raise elsewhere.
+"""Every check of user input, with `options`, `axes`, `operands`, `state` and `files`; no raise elsewhere.
 
-TypeError is for a wrong kind of object, dtype or device, ValueError for a wrong shape, eps, mask or layout. A message
-begins with the argument's name and says what came and what was expected.
+All are before a kernel runs. TypeError is for a wrong kind of object, dtype or device, ValueError for a wrong shape, eps,
+mask or layout. A message begins with the argument's name and says what came and what was expected.
 """
 
 import functools
 import importlib.util
 import math
-import operator
 import re
 import sys
 from typing import Any
 
 import numpy as np
 
-from nbnorm.calls import arrays, axes, operands
-from nbnorm.calls.operands import CPU, CUDA, FLOATS
+from nbnorm.calls import arrays, axes, operands, options
+from nbnorm.calls.operands import CPU, CUDA
 from nbnorm.calls.problem import BackwardArrays, ForwardArrays, Problem, wide_dtype
-from nbnorm.calls.shown import described, is_array, is_sequence, shown, type_name
+from nbnorm.calls.shown import described, is_sequence, shown, type_name
 
-MAX_NDIM = 64
 # how many gradients layer norm has, and RMS norm, which has no bias
 LAYER_GRADIENTS, RMS_GRADIENTS = (3, "three", "dx, dweight and dbias"), (2, "two", "dx and dweight")
-ORDER = "; the order of the arguments is x, normalized_shape, weight, bias, or dy, x, normalized_shape, weight"
 # the exact answer can take exponential time for contrived strides
 OVERLAP_WORK: Any = 1_000_000
 
 
 def forward(call):
     """The problem of a `ForwardCall`, and its arrays as NumPy arrays, or as views of CUDA arrays."""
-    flag("return_stats", call.return_stats)
+    options.flag("return_stats", call.return_stats)
     x, dtype, device = _x("x", call.x, call.stream)
     residual, residual_dtype = operands.operand("residual", call.residual, device) if call.is_added else (None, None)
     weight, weight_dtype = operands.optional("weight", call.weight, device)
@@ -70,72 +67,6 @@ def backward(call):
     return problem, BackwardArrays(dy, dtotal, x, weight, mean, rstd, mask, outs)
 
 
-def shape(normalized_shape, order=""):
-    """normalized_shape as a tuple of ints; `order` is what to say of an array that came in its place."""
-    is_text = isinstance(normalized_shape, str | bytes)
-    sizes = normalized_shape if is_sequence(normalized_shape) and not is_text else (normalized_shape,)
-    try:
-        result = tuple(operator.index(size) for size in sizes)
-    except TypeError:
-        result = None
-    except Exception:
-        # an array on a device, or a stand-in for one, may raise more; what a signal's handler raises is the caller's
-        if isinstance(normalized_shape, int | list | tuple):
-            raise
-        result = None
-    if result is None or any(isinstance(size, bool) for size in sizes):
-        operands.no_stand_in("normalized_shape", normalized_shape, arrays.kind(normalized_shape))
-        hint = order if is_array(normalized_shape) else ""
-        raise TypeError(f"normalized_shape: {shown(normalized_shape)}; expected an int or a sequence of ints{hint}")
-    if not result or min(result) < 0:
-        raise ValueError(f"normalized_shape: {shown(normalized_shape)}; expected at least one dimension, none negative")
-    if math.prod(max(1, size) for size in result) > sys.maxsize or len(result) > MAX_NDIM:
-        raise ValueError(f"normalized_shape: {shown(normalized_shape)}; expected one that an array can have")
-    return result
-
-
-def epsilon(eps):
-    """As a float, of what float() takes but for texts and truth values: a number of any kind, or an array of one."""
-    if type(eps) in (float, int):
-        try:
-            number, is_negative = float(eps), False
-        except OverflowError:
-            number, is_negative = math.inf, False
-    else:
-        kind = arrays.kind(eps)
-        operands.no_stand_in("eps", eps, kind)
-        if not _is_real(eps):
-            raise TypeError(f"eps: {described(eps)}; expected a real number")
-        operands.no_gradients("eps", eps, kind)
-        try:
-            number = float(eps.detach() if kind == "torch" else eps)
-            # a fraction may be too small for a float
-            is_negative = number == 0 and bool(eps < 0)
-        except OverflowError:
-            number, is_negative = math.inf, False
-        except Exception as error:
-            raise TypeError(f"eps: {described(eps)}; expected a real number: {error!s:.200}") from error
-    if not 0 <= number < math.inf or is_negative:
-        raise ValueError(f"eps: {shown(eps)}; expected a finite number that is not negative")
-    return number
-
-
-def _is_real(eps):
-    """Whether it is, or holds, a number of a real type, as far as can be told before float() is asked."""
-    dtype = getattr(eps, "dtype", None)
-    if dtype is None:
-        return not isinstance(eps, bool) and (hasattr(type(eps), "__float__") or hasattr(type(eps), "__index__"))
-    if isinstance(eps, np.ndarray) and (eps.ndim > 0 or isinstance(eps, np.ma.MaskedArray)):
-        return False
-    return re.match(r"(torch\.)?(b?float|u?int|longdouble)", str(getattr(dtype, "name", dtype))) is not None
-
-
-def flag(name, value):
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}: {described(value)}; expected a bool")
-    return bool(value)
-
-
 def device(name):
     """The device of a layer, "cpu" also for None, and the number of a CUDA device, None for the current one."""
     if name is None or str(name) in ("cpu", "cpu:0"):
@@ -158,19 +89,21 @@ def description(calls):
         raise TypeError("x: None; expected a dtype, such as 'float32'")
     names = ("x", "weight", "bias", "dy", "mean", "rstd", "residual")
     given = {name: getattr(calls, name) for name in names}
-    dtypes: dict[str, Any] = {name: None if dtype is None else float_dtype(dtype, name) for name, dtype in given.items()}
+    dtypes: dict[str, Any] = {
+        name: None if dtype is None else options.float_dtype(dtype, name) for name, dtype in given.items()
+    }
     dtypes["dy"] = dtypes["dy"] or dtypes["x"]
-    rms = flag("rms", calls.is_rms)
+    rms = options.flag("rms", calls.is_rms)
     if not rms and (calls.mean is None) != (calls.rstd is None):
         raise ValueError("mean and rstd: only one is given; expected both, or neither to have them recomputed")
     for name in ("bias", "mean") if rms else ():
         if given[name] is not None:
             raise ValueError(f"{name}: {shown(given[name])}; expected None, since RMS norm has none")
     _rows(calls.rows)
-    flag("backward", calls.backward)
-    flag("total_out", calls.total_out)
+    options.flag("backward", calls.backward)
+    options.flag("total_out", calls.total_out)
     variance = _variance(rms, calls.use_diff_of_squares)
-    normalized_shape = shape(calls.normalized_shape)
+    normalized_shape = options.shape(calls.normalized_shape)
     axis = axes.of_layer(calls.axis, normalized_shape)
     problems = [
         Problem(
@@ -199,22 +132,6 @@ def _rows(rows):
         raise ValueError(f"rows: {rows}; expected a number that is not negative")
 
 
-def float_dtype(dtype, argument="dtype"):
-    """A dtype, from NumPy's, torch's or JAX's name for it; float32 for None."""
-    if dtype is None:
-        return np.dtype(np.float32)
-    name = str(dtype).removeprefix("torch.")
-    if name == "bfloat16":
-        return operands.bfloat16(argument)
-    try:
-        result = np.dtype(name if name in FLOATS else dtype)
-    except (TypeError, ValueError):
-        result = None
-    if result is None or result.name not in FLOATS:
-        raise TypeError(f"{argument}: {shown(dtype)}; expected one of {', '.join(FLOATS)}")
-    return result.newbyteorder("=")
-
-
 def _x(name, x, stream):
     """As `operands.operand`, and where the other operands must lie."""
     device = CUDA if arrays.is_cuda(x) else CPU
@@ -227,7 +144,7 @@ def _x(name, x, stream):
 
 
 def _problem(x_name, x, call, dtype, weight_dtype, other_dtypes):
-    normalized_shape = shape(call.normalized_shape, ORDER)
+    normalized_shape = options.shape(call.normalized_shape, options.ORDER)
     batch_ndim = x.ndim - len(normalized_shape)
     if call.axis is not None:
         batch_ndim = axes.first_of(call.axis, normalized_shape, x_name, x)
@@ -241,7 +158,7 @@ def _problem(x_name, x, call, dtype, weight_dtype, other_dtypes):
         normalized_shape=normalized_shape,
         rows=math.prod(batch) * math.prod(behind),
         cols=math.prod(normalized_shape),
-        eps=_default_eps(dtype) if call.is_rms and call.eps is None else epsilon(call.eps),
+        eps=_default_eps(dtype) if call.is_rms and call.eps is None else options.epsilon(call.eps),
         variance=_variance(call.is_rms, call.use_diff_of_squares),
         dtype=dtype,
         weight_dtype=weight_dtype or dtype,
@@ -256,7 +173,7 @@ def _default_eps(dtype):
 
 
 def _variance(is_rms, use_diff_of_squares):
-    is_diff_of_squares = flag("use_diff_of_squares", use_diff_of_squares)
+    is_diff_of_squares = options.flag("use_diff_of_squares", use_diff_of_squares)
     if is_rms:
         return "mean_square"
     return "diff_of_squares" if is_diff_of_squares else "centred"
@@ -343,7 +260,7 @@ def _mask(output_mask, gradients):
         raise TypeError(f"output_mask: {shown(output_mask)}; expected {word} bools, for {names}")
     if len(output_mask) != number:
         raise ValueError(f"output_mask: {shown(output_mask)}; expected {word} bools, for {names}")
-    mask = tuple(flag(f"output_mask[{i}]", wanted) for i, wanted in enumerate(output_mask))
+    mask = tuple(options.flag(f"output_mask[{i}]", wanted) for i, wanted in enumerate(output_mask))
     return (*mask, False)[:3]
 
 

@@ -7,7 +7,7 @@ from math import isnan
 
 import numpy as np
 
-from nbnorm.calls import arrays, axes, checks
+from nbnorm.calls import arrays, axes, checks, options
 from nbnorm.calls.shown import type_name
 
 # what a call may have beside x that has the batch's dimensions, and what has not
@@ -51,7 +51,7 @@ def _checked(call, x_name, check):
 
 def _batch_axes(call, x_name):
     """The axes of x that normalized_shape has not."""
-    shape = checks.shape(call.normalized_shape, checks.ORDER)
+    shape = options.shape(call.normalized_shape, options.ORDER)
     first = call.x.ndim - len(shape) if call.axis is None else axes.first_of(call.axis, shape, x_name, call.x)
     return [axis for axis in range(call.x.ndim) if not first <= axis < first + len(shape)]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbnorm import reference
-from nbnorm.calls import checks
+from nbnorm.calls import checks, options
 from nbnorm.calls.problem import ForwardCall, Problem, wide_dtype
 from nbnorm.commands import chunked, files, inputs, outputs
 from nbnorm.cpu.staging import row_blocks
@@ -62,7 +62,7 @@ def apply(call, dtype=None, scheduler=None, interrupted=lambda: False):
         stand_ins = {name: array.stand_in() for name, array in opened.items()}
         with files.named(names):
             problem = checks.forward(call._replace(out=None, total_out=False, **stand_ins))[0]
-            result_dtype = problem.dtype if dtype is None else checks.float_dtype(dtype)
+            result_dtype = problem.dtype if dtype is None else options.float_dtype(dtype)
         # read where they are known to be as long as a row, which x has
         parameters = [opened[name].read() if name in opened else None for name in ("weight", "bias")]
         norm = Norm(call, problem, result_dtype, *parameters)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nbnorm.calls import arrays
-from nbnorm.calls.checks import MAX_NDIM
+from nbnorm.calls.options import MAX_NDIM
 
 # how the names end of files that are written, and their kinds; any other is of a .npy file
 # as of a file; a zip file has no room for more than 65,535 bytes

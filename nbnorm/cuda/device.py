@@ -15,7 +15,7 @@ import numpy as np
 from numba import cuda
 from numba.core import config
 
-from nbnorm.calls import checks, teams
+from nbnorm.calls import options, teams
 from nbnorm.cuda import launch
 from nbnorm.cuda.instructions.meaning import inverse
 from nbnorm.cuda.kernels.gradients import add_gradient, make_dx, team_means
@@ -88,7 +88,7 @@ def layer_norm(cols: int, threads: int, eps: float = 1e-5, *, dtype: Any = "floa
     ...         y[row, thread + i * 128] = held[i]
     >>> # norm_of_relu[x.shape[0], 128](x, y, rstd)
     """
-    return _forward(*teams.team(cols, threads, width, dtype), checks.epsilon(eps), True)
+    return _forward(*teams.team(cols, threads, width, dtype), options.epsilon(eps), True)
 
 
 def layer_norm_backward(cols: int, threads: int, eps: float = 1e-5, *, dtype: Any = "float32", width: int = 1) -> Any:
@@ -144,7 +144,7 @@ def layer_norm_backward(cols: int, threads: int, eps: float = 1e-5, *, dtype: An
     ...         cuda.atomic.add(dbias, j, dy[row, j])
     >>> # backward[x.shape[0], 32](dy, x, weight, dx, dweight, dbias)
     """
-    return _backward(*teams.team(cols, threads, width, dtype), checks.epsilon(eps), True)
+    return _backward(*teams.team(cols, threads, width, dtype), options.epsilon(eps), True)
 
 
 def rms_norm(cols: int, threads: int, eps: float | None = None, *, dtype: Any = "float32", width: int = 1) -> Any:
@@ -291,7 +291,7 @@ def _shared(threads):
 
 
 def _rms_eps(eps, dtype):
-    return float(np.finfo(dtype).eps) if eps is None else checks.epsilon(eps)
+    return float(np.finfo(dtype).eps) if eps is None else options.epsilon(eps)
 
 
 @inlined

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
-from nbnorm.calls import checks
+from nbnorm.calls import options
 from nbnorm.functional.types import Shape
 from nbnorm.jax.functional import layer_norm, rms_norm
 
@@ -82,12 +82,12 @@ class LayerNorm:
         *,
         use_diff_of_squares: bool = False,
     ) -> None:
-        self.normalized_shape = checks.shape(normalized_shape)
-        self.eps = checks.epsilon(eps)
-        self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
-        self.use_diff_of_squares = checks.flag("use_diff_of_squares", use_diff_of_squares)
-        has_bias = checks.flag("bias", bias) and self.elementwise_affine
-        dtype = checks.float_dtype(dtype)
+        self.normalized_shape = options.shape(normalized_shape)
+        self.eps = options.epsilon(eps)
+        self.elementwise_affine = options.flag("elementwise_affine", elementwise_affine)
+        self.use_diff_of_squares = options.flag("use_diff_of_squares", use_diff_of_squares)
+        has_bias = options.flag("bias", bias) and self.elementwise_affine
+        dtype = options.float_dtype(dtype)
         self.weight: Any = jnp.ones(self.normalized_shape, dtype, device=device) if self.elementwise_affine else None
         self.bias: Any = jnp.zeros(self.normalized_shape, dtype, device=device) if has_bias else None
 
@@ -152,10 +152,10 @@ class RMSNorm:
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        self.normalized_shape = checks.shape(normalized_shape)
-        self.eps = None if eps is None else checks.epsilon(eps)
-        self.elementwise_affine = checks.flag("elementwise_affine", elementwise_affine)
-        dtype = checks.float_dtype(dtype)
+        self.normalized_shape = options.shape(normalized_shape)
+        self.eps = None if eps is None else options.epsilon(eps)
+        self.elementwise_affine = options.flag("elementwise_affine", elementwise_affine)
+        dtype = options.float_dtype(dtype)
         self.weight: Any = jnp.ones(self.normalized_shape, dtype, device=device) if self.elementwise_affine else None
 
     def __call__(self, x: Any) -> jax.Array:
