@@ -18,12 +18,12 @@ from numba.core import config
 from nbnorm.calls import options, teams
 from nbnorm.cuda import launch
 from nbnorm.cuda.instructions.meaning import inverse
+from nbnorm.cuda.kernels.choices import made_of
 from nbnorm.cuda.kernels.gradients import add_gradient, make_dx, team_means
 from nbnorm.cuda.kernels.known import Eps, Held, Means, Room, Share
 from nbnorm.cuda.kernels.reduce import inlined, team_sum, thread_index
 from nbnorm.cuda.kernels.rows import fill, has
 from nbnorm.cuda.kernels.statistics import ROW_SHARED, held_statistics, mean_of, normaliser_of
-from nbnorm.cuda.kernels.whole_rows import made_of
 from nbnorm.cuda.sizes import WARP, Tile
 
 __all__ = ["layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward"]

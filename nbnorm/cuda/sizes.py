@@ -64,9 +64,13 @@ class Tile(NamedTuple):
         return self.held * self.width
 
     @property
+    def is_abreast(self):
+        return self.abreast is not None
+
+    @property
     def shares_warp(self):
         """Whether a warp has threads of several teams."""
-        return self.team < WARP or self.abreast is not None
+        return self.team < WARP or self.is_abreast
 
     @property
     def shared_abreast(self):

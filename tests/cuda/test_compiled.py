@@ -20,7 +20,7 @@ import offline
 import pages
 from nbnorm.cuda import sizes
 from nbnorm.cuda.instructions import lowering, meaning
-from nbnorm.cuda.kernels import combine, strided, whole_rows
+from nbnorm.cuda.kernels import choices, combine, strided
 from nbnorm.cuda.kernels.rows import MEANS, STATE
 from nbnorm.cuda.sizes import WARP
 from variants import ABREAST, DTYPES, FULL, OTHERS, PROBLEMS
@@ -279,7 +279,7 @@ def test_rounding_to_16_bits(problem, built):
 
 def assert_rounds_pairs(build, capability, elements, access, alone=0):
     expected = Counter()
-    if capability >= whole_rows.ROUNDS_PAIRS:
+    if capability >= choices.ROUNDS_PAIRS:
         expected = Counter({name: n // min(access, 2) + alone for name in PAIRS if (n := elements.get(name, 0))})
     assert Counter({name: build.ptx.count(instruction) for name, instruction in PAIRS.items()}) == expected
 

@@ -7,12 +7,12 @@ from numba import cuda, types
 
 from nbnorm.cuda.compiled import compiled
 from nbnorm.cuda.instructions.meaning import inverse, inverse_power_of_two, store
+from nbnorm.cuda.kernels.choices import ROUNDS_PAIRS
 from nbnorm.cuda.kernels.known import Means, Room, Statistics
 from nbnorm.cuda.kernels.reduce import inlined, team_sum, team_sums, thread_index
 from nbnorm.cuda.kernels.rows import keep_means, keep_statistics, means_of, statistics_of
 from nbnorm.cuda.kernels.signatures import pointer
 from nbnorm.cuda.kernels.statistics import not_negative
-from nbnorm.cuda.kernels.whole_rows import ROUNDS_PAIRS
 from nbnorm.cuda.sizes import WARP
 
 MERGE_THREADS = 256

@@ -11,34 +11,34 @@ from nbnorm.cuda.sizes import PIECE
 
 
 @inlined
-def given_normaliser(values, mean, rstd, row, share):
+def given_normaliser(values, operands, row, share):
     """By statistics that the call is given, of which the mean is subtracted, where there is one."""
     element = share.made.element
     if share.made.has_mean:
-        subtract(values, element(1), element_at(Start(mean, row), element), share)
-    scale = element_at(Start(rstd, row), element)
+        subtract(values, element(1), element_at(Start(operands.mean, row), element), share)
+    scale = element_at(Start(operands.rstd, row), element)
     return Normaliser(element(0), scale, scale, element(1))
 
 
 @inlined
-def means_before(memory, dy, weight, place, normaliser, made):
+def means_before(operands, place, normaliser, made):
     """What is known before the row is gone through: of a long one what `merge` has made of its segments', else the shift.
 
     The mean of x_hat is 0: what g has beyond its first element has the same gradient, and keeps its digits.
     """
     zero = made.element(0)
     if made.has_means:
-        found = means_of(memory, place)
+        found = means_of(operands.means, place)
         # with given statistics, segments have x_hat too
         return Means(found.g, found.gx if made.is_given else found.gx * normaliser.scale, found.shift)
-    return Means(zero, zero, first_gradient(dy, weight, place, made) if made.has_shift else zero)
+    return Means(zero, zero, first_gradient(operands, place, made) if made.has_shift else zero)
 
 
 @inlined
-def first_gradient(dy, weight, place, made):
-    g = element_at(Start(dy.memory, place * dy.pitch), made.element)
+def first_gradient(operands, place, made):
+    g = element_at(Start(operands.dy.memory, place * operands.dy.pitch), made.element)
     if made.with_weight:
-        g *= element_at(Start(weight, 0), made.element)
+        g *= element_at(Start(operands.weight.memory, 0), made.element)
     return g
 
 
@@ -110,8 +110,8 @@ def make_dx(held, means, normaliser, share):
 
 
 @inlined
-def store_dx(held, means, normaliser, dx, dtotal, share):
-    made = share.made
+def store_dx(held, means, normaliser, operands, place, share):
+    made, dx, dtotal = share.made, start_of(operands.dx, place), start_of(operands.dtotal, place)
     make_dx(held, means, normaliser, share)
     if made.is_added:
         add_to_row(held.dy, dtotal, share)

@@ -6,6 +6,14 @@
 from typing import Any, NamedTuple
 
 
+class Thread(NamedTuple):
+    """Where a thread is: its number in its team, its team's in the block, and how many teams its warp has before that."""
+
+    lane: Any
+    team: Any
+    before: Any
+
+
 class Segment(NamedTuple):
     """What a team owns of a row: `cols` columns from `first` on, which is all of it where a block can hold that.
 
@@ -87,6 +95,20 @@ class Means(NamedTuple):
     g: Any
     gx: Any
     shift: Any
+
+
+class BackwardOperands(NamedTuple):
+    """What a backward reads and writes: of each array the columns that a team owns, or where numbers of all rows are."""
+
+    dy: Any
+    dtotal: Any
+    x: Any
+    weight: Any
+    dx: Any
+    mean: Any
+    rstd: Any
+    states: Any
+    means: Any
 
 
 class Held(NamedTuple):

@@ -6,6 +6,7 @@ the same two numbers.
 
 from numba import cuda
 
+from nbnorm.cuda.kernels.known import Thread
 from nbnorm.cuda.sizes import WARP
 
 ALL_LANES = -1
@@ -21,9 +22,12 @@ def thread_index():
 
 
 @inlined
-def teams_before(team):
-    """Of the thread's warp, those before its own."""
-    return thread_index() % WARP // team
+def thread_of(tile):
+    if tile.is_abreast:
+        return Thread(thread_index() // tile.teams, thread_index() % tile.teams, thread_index() % tile.teams)
+    lane = thread_index() % tile.team
+    before = thread_index() % WARP // tile.team if tile.shares_warp else 0
+    return Thread(lane, thread_index() // tile.team, before)
 
 
 @inlined

@@ -4,6 +4,7 @@ What is beyond the row's end is its first element where statistics are computed,
 can there be any.
 """
 
+import numpy as np
 from numba import cuda
 
 from nbnorm.cuda.instructions.meaning import fetch, load, round_as, store, unpack
@@ -18,6 +19,12 @@ WIDEST = 8
 
 
 @inlined
+def first_of_warp(begin, thread, made):
+    """The first row that the thread's warp has, in a block of which `begin` is the first."""
+    return begin if made.tile.is_abreast else begin + thread.team - thread.before
+
+
+@inlined
 def row_of(first, before, rows, made):
     """A team's row, where its warp's first one is that and the teams before it in the warp have the next ones.
 
@@ -27,8 +34,10 @@ def row_of(first, before, rows, made):
 
 
 @inlined
-def segment_of(number, cols, segments, segment_cols):
-    """The segment of that number, where all of a row follow each other, and then those of the next one."""
+def segment_of(number, cols, segments, segment_cols, made):
+    """The segment of that number, where all of a row follow each other, and then those of the next one; or a whole row."""
+    if made.is_whole:
+        return Segment(number, np.int64(0), np.int64(0), cols)
     # next to each other, the two are one division
     part = number % segments
     row = number // segments
@@ -38,9 +47,11 @@ def segment_of(number, cols, segments, segment_cols):
 
 
 @inlined
-def place_abreast(row, cols, apart):
-    """The elements before a row, where `apart` of them lie beside each other, and then those of the next index before."""
-    return row + row // apart * (cols - 1) * apart
+def place_of(row, cols, share):
+    """The row's number; of one that lies abreast, the elements before it: as many rows as columns are apart lie beside each
+    other, and then those of the next index before.
+    """
+    return row + row // share.apart * (cols - 1) * share.apart if share.made.tile.is_abreast else row
 
 
 @inlined
@@ -102,8 +113,9 @@ def add_to_row(values, start, share):
 
 
 @inlined
-def round_row(values, start, share):
-    """To the type that there is in memory."""
+def add_rounded(values, residual, start, share):
+    """Add the row of the residual, and round to the type of what starts at `start`."""
+    add_to_row(values, residual, share)
     tile = share.made.tile
     for k in range(tile.held):
         if has(share, k):
@@ -120,12 +132,12 @@ def fetch_row(ahead, start, share, access):
 
 
 @inlined
-def fetch_rows(ahead, x, dy, place, share):
+def fetch_rows(ahead, operands, place, share):
     """Of x and of dy, if they are needed."""
     if share.made.has_x:
-        fetch_row(ahead.x, start_of(x, place), share, share.made.access)
+        fetch_row(ahead.x, start_of(operands.x, place), share, share.made.access)
     if share.made.has_dy:
-        fetch_row(ahead.dy, start_of(dy, place), share, share.made.dy_access)
+        fetch_row(ahead.dy, start_of(operands.dy, place), share, share.made.dy_access)
 
 
 @inlined
@@ -139,13 +151,13 @@ def unpack_row(values, memory, ahead, share, access, beyond):
 
 
 @inlined
-def unpack_rows(values, ahead, x, dy, origin, share):
+def unpack_rows(values, ahead, operands, origin, share):
     """Of x, with its first element beyond the end, and of dy."""
     made = share.made
     if made.has_x:
-        unpack_row(values.x, x.memory, ahead.x, share, made.access, origin)
+        unpack_row(values.x, operands.x.memory, ahead.x, share, made.access, origin)
     if made.has_dy:
-        unpack_row(values.dy, dy.memory, ahead.dy, share, made.dy_access, made.element(0))
+        unpack_row(values.dy, operands.dy.memory, ahead.dy, share, made.dy_access, made.element(0))
 
 
 @inlined

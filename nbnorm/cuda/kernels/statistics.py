@@ -2,10 +2,10 @@
 
 from numba import cuda
 
-from nbnorm.cuda.instructions.meaning import inverse, inverse_power_of_two, inverse_root, load
+from nbnorm.cuda.instructions.meaning import inverse, inverse_power_of_two, inverse_root, load, store
 from nbnorm.cuda.kernels.known import Normaliser, Room, Statistics
 from nbnorm.cuda.kernels.reduce import ALL_LANES, inlined, team_sum, team_sums
-from nbnorm.cuda.kernels.rows import add_to_row, column, has, load_row, round_row, statistics_of
+from nbnorm.cuda.kernels.rows import add_rounded, column, has, load_row, statistics_of
 from nbnorm.cuda.sizes import PIECE, WARP
 
 # elements of shared memory that `statistics` takes, and `row_statistics`
@@ -25,8 +25,7 @@ def row_statistics(values, origin, start, residual, share, eps, room):
     if cuda.any_sync(ALL_LANES, is_extreme):
         load_row(values, start, share, share.made.access, origin)
         if share.made.is_sum_unwritten:
-            add_to_row(values, residual, share)
-            round_row(values, start, share)
+            add_rounded(values, residual, start, share)
         found = statistics_rescaled(values, origin, is_extreme, share, room)
     return found
 
@@ -200,22 +199,39 @@ def normaliser_of(statistics, eps, made):
 
 
 @inlined
+def undivided(lo, element):
+    """What leaves deviations as they are, but for their own mean."""
+    return Normaliser(lo, element(1), element(1), element(1))
+
+
+@inlined
 def mean_of(statistics):
     return (statistics.hi + statistics.lo) * inverse_power_of_two(statistics.factor)
 
 
 @inlined
-def normalise(values, k, normaliser, weight, bias, first, share):
-    """Make y of vector k of a row, whose first element is number `first` of weight and bias."""
+def store_normalised(values, normaliser, weight, bias, y, share):
+    """Make y of a row, and write it; what weight and bias have for the columns starts where these say."""
+    width = share.made.tile.width
+    for k in range(share.made.tile.held):
+        if has(share, k):
+            normalise(values, k, normaliser, weight, bias, share)
+            at = y.at + column(share, k) * share.apart
+            store(values, k * width, y.memory, at, width, share.made.access, share.made.rounds_pairs)
+
+
+@inlined
+def normalise(values, k, normaliser, weight, bias, share):
+    """Make y of vector k of a row."""
     made = share.made
     scales = cuda.local.array(PIECE, made.element)
     shifts = cuda.local.array(PIECE, made.element)
     for i in range(0, made.tile.width, made.tile.piece):
-        j = first + column(share, k) + i
+        j = column(share, k) + i
         if made.has_weight:
-            load(scales, 0, weight, j, made.tile.piece, made.parameter_access)
+            load(scales, 0, weight.memory, weight.at + j, made.tile.piece, made.parameter_access)
         if made.has_bias:
-            load(shifts, 0, bias, j, made.tile.piece, made.parameter_access)
+            load(shifts, 0, bias.memory, bias.at + j, made.tile.piece, made.parameter_access)
         for n in range(made.tile.piece):
             at = k * made.tile.width + i + n
             y = (values[at] - normaliser.lo) * normaliser.scale
