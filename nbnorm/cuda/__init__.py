@@ -230,11 +230,9 @@ def _enqueue_backward(problem, given, targets, place):
         _deliver(result, target, place)
     if not is_plain or results != wanted:
         return None
-    input_sizes = _extents(dy.view, x.view, weight, mean, rstd, dtotal.view)
-    extents = input_sizes, _extents(*targets)
-    return plans.Backward(
-        prepared, fixed, add, problem, dtype, sums_size, place.device, *extents, (dtotal.step,) if dtotal.view else ()
-    )
+    extents = _extents(dy.view, x.view, weight, mean, rstd, dtotal.view), _extents(*targets)
+    steps = (dtotal.step,) if dtotal.view else ()
+    return plans.Backward(prepared, fixed, add, problem, dtype, sums_size, place.device, *extents, steps)
 
 
 def _add_groups(problem, dtype, groups, sums, results, place):

@@ -1,6 +1,7 @@
 """The kernels that combine what blocks of the others leave: the states of a row's segments, and the sums of the groups."""
 
 import functools
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda, types
@@ -36,6 +37,23 @@ def add_groups_signature(dtype, result_dtype):
     return types.void(types.CPointer(pointer(dtype).dtype), types.int64, types.int64, result, result)
 
 
+class Segments(NamedTuple):
+    """Those of a row: where their states are, and which of these is the first one's; how many, of how many columns but for
+    the last, and how many the row has.
+    """
+
+    states: Any
+    first: Any
+    number: Any
+    width: Any
+    cols: Any
+
+
+@inlined
+def cols_of(segments, s):
+    return min(segments.width, segments.cols - s * segments.width)
+
+
 @inlined
 def ratio_of(factor, statistics):
     """What a segment's numbers are multiplied by where the row is by `factor`."""
@@ -48,6 +66,41 @@ def distance_of(statistics, ratio, origin):
     return statistics.hi * ratio - origin + statistics.lo * ratio
 
 
+@inlined
+def merged(segments, lane, shared, element):
+    """The statistics of a row, from those of its segments."""
+    first, number = segments.first, segments.number
+    # the power of two for the whole row: exact where all segments have the same one, which is the row's then
+    per_segment = inverse_power_of_two(element(number))
+    total = element(0)
+    for s in range(lane, number, MERGE_THREADS):
+        total += per_segment * inverse_power_of_two(statistics_of(segments.states, first + s).factor)
+    factor = inverse_power_of_two(team_sum(total, MERGE_THREADS, Room(shared, 0), element))
+
+    # the mean, as its distance from the first segment's
+    per_element = inverse(element(segments.cols))
+    segment = statistics_of(segments.states, first)
+    origin = segment.hi * ratio_of(factor, segment)
+    total = element(0)
+    for s in range(lane, number, MERGE_THREADS):
+        segment = statistics_of(segments.states, first + s)
+        ratio = ratio_of(factor, segment)
+        count = element(cols_of(segments, s))
+        total += count * per_element * distance_of(segment, ratio, origin)
+    distance = team_sum(total, MERGE_THREADS, Room(shared, WARP), element)
+
+    # the variance
+    total = element(0)
+    for s in range(lane, number, MERGE_THREADS):
+        segment = statistics_of(segments.states, first + s)
+        ratio = ratio_of(factor, segment)
+        count = element(cols_of(segments, s))
+        d = distance_of(segment, ratio, origin) - distance
+        total += (segment.var * ratio * ratio + count * d * d) * per_element
+    var = not_negative(team_sum(total, MERGE_THREADS, Room(shared, 2 * WARP), element), element)
+    return Statistics(factor, origin, distance, var)
+
+
 @functools.cache
 def merge(compute_capability, dtype, has_states=True, has_means=False):
     """One block owns a long row, and makes its state and its means of those of its segments, in their order.
@@ -56,58 +109,28 @@ def merge(compute_capability, dtype, has_states=True, has_means=False):
     Formula: Chan, Golub and LeVeque 1983, eq. 2.1, and the same for g times the deviation.
     """
     element = getattr(np, dtype)
-    team = MERGE_THREADS
     shared_size = 5 * WARP
 
-    @compiled(compute_capability, team)
+    @compiled(compute_capability, MERGE_THREADS)
     def kernel(segment_states, segment_means, cols, segments, segment_cols, states, means):
         shared = cuda.shared.array(shared_size, element)
         lane = thread_index()
         row = np.int64(cuda.blockIdx.x)
         start = row * segments
-        factor = element(1)
-        origin = element(0)
-        distance = element(0)
+        statistics = Statistics(element(1), element(0), element(0), element(0))
 
         if has_states:
-            # the power of two for the whole row
-            # exact where all segments have the same one, which is the row's then
-            per_segment = inverse_power_of_two(element(segments))
-            total = element(0)
-            for s in range(lane, segments, team):
-                total += per_segment * inverse_power_of_two(statistics_of(segment_states, start + s).factor)
-            factor = inverse_power_of_two(team_sum(total, team, Room(shared, 0), element))
-
-            # the mean, as its distance from the first segment's
-            per_element = inverse(element(cols))
-            segment = statistics_of(segment_states, start)
-            origin = segment.hi * ratio_of(factor, segment)
-            total = element(0)
-            for s in range(lane, segments, team):
-                segment = statistics_of(segment_states, start + s)
-                ratio = ratio_of(factor, segment)
-                count = element(min(segment_cols, cols - s * segment_cols))
-                total += count * per_element * distance_of(segment, ratio, origin)
-            distance = team_sum(total, team, Room(shared, WARP), element)
-
-            # the variance
-            total = element(0)
-            for s in range(lane, segments, team):
-                segment = statistics_of(segment_states, start + s)
-                ratio = ratio_of(factor, segment)
-                count = element(min(segment_cols, cols - s * segment_cols))
-                d = distance_of(segment, ratio, origin) - distance
-                total += (segment.var * ratio * ratio + count * d * d) * per_element
-            var = not_negative(team_sum(total, team, Room(shared, 2 * WARP), element), element)
+            statistics = merged(Segments(segment_states, start, segments, segment_cols, cols), lane, shared, element)
             if lane == 0:
-                keep_statistics(states, row, Statistics(factor, origin, distance, var))
+                keep_statistics(states, row, statistics)
 
         # the means of g, and of g times the deviation
         if has_means:
+            factor, origin, distance, _ = statistics
             mean_g = element(0)
             mean_gd = element(0)
             shift = element(0)
-            for s in range(lane, segments, team):
+            for s in range(lane, segments, MERGE_THREADS):
                 g, gd, shift = means_of(segment_means, start + s)
                 if has_states:
                     segment = statistics_of(segment_states, start + s)
@@ -115,7 +138,7 @@ def merge(compute_capability, dtype, has_states=True, has_means=False):
                     gd = gd * ratio + g * (distance_of(segment, ratio, origin) - distance)
                 mean_g += g
                 mean_gd += gd
-            mean_g, mean_gd = team_sums(mean_g, mean_gd, team, Room(shared, 3 * WARP), element)
+            mean_g, mean_gd = team_sums(mean_g, mean_gd, MERGE_THREADS, Room(shared, 3 * WARP), element)
             if lane == 0:
                 # thread 0 has read a segment, and the shift is the same in each
                 keep_means(means, row, Means(mean_g, mean_gd, shift))
