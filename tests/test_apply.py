@@ -26,7 +26,7 @@ from levels import deep
 from nbnorm.__main__ import main
 from nbnorm.calls.problem import ForwardCall
 from nbnorm.commands import apply as apply_module
-from nbnorm.commands import elements
+from nbnorm.commands.apply import elements
 from tolerances import assert_y
 
 COLS = 48

@@ -58,8 +58,8 @@ def test_npz_has_one_reader(x, capsys):
 
 def test_without_distributed(x, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    monkeypatch.delitem(sys.modules, "nbnorm.commands.cluster", raising=False)
-    monkeypatch.delattr("nbnorm.commands.cluster", raising=False)
+    monkeypatch.delitem(sys.modules, "nbnorm.commands.apply.cluster", raising=False)
+    monkeypatch.delattr("nbnorm.commands.apply.cluster", raising=False)
     assert apply("x.npy", "y.npy", "--scheduler", "tcp://127.0.0.1:9") == 2
     needs = "a Dask cluster, which needs the package distributed: pip install distributed"
     assert_refused(capsys, f"nbnorm: --scheduler: tcp://127.0.0.1:9: {needs}\n")
@@ -67,7 +67,7 @@ def test_without_distributed(x, capsys, monkeypatch):
 
 @pytest.mark.skipif(not has_distributed, reason="needs distributed")
 def test_no_scheduler_answers(x, capsys, monkeypatch):
-    from nbnorm.commands import cluster
+    from nbnorm.commands.apply import cluster
 
     monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.2)
     # nobody is there, or one who says nothing

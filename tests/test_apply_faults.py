@@ -30,7 +30,7 @@ import nbnorm
 from nbnorm.__main__ import main
 from nbnorm.calls.arrays import bfloat16
 from nbnorm.commands import apply as apply_module
-from nbnorm.commands import elements
+from nbnorm.commands.apply import elements
 
 COLS = 6
 OLD = b"what was there before"

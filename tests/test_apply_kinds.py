@@ -19,9 +19,9 @@ import nbnorm
 from kinds import KINDS, WITH_NAMES, param
 from nbnorm.__main__ import main
 from nbnorm.commands import apply as apply_module
-from nbnorm.commands import chunked, elements
-from nbnorm.commands.kinds import Input
-from nbnorm.commands.kinds import zarr as zarr_kind
+from nbnorm.commands.apply import chunked, elements
+from nbnorm.commands.apply.kinds import Input
+from nbnorm.commands.apply.kinds import zarr as zarr_kind
 from nbnorm.cpu.staging import row_blocks
 from tolerances import assert_y
 

@@ -12,7 +12,7 @@ from typing import Any
 import distributed
 from distributed.comm.core import connect
 
-from nbnorm.commands import inputs
+from nbnorm.commands.apply import inputs
 from nbnorm.cpu.workers import parallel
 
 # until a scheduler answers, and has a worker

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nbnorm.commands import elements, files
-from nbnorm.commands.kinds import Input
+from nbnorm.commands.apply import elements, files
+from nbnorm.commands.apply.kinds import Input
 
 READABLE = "readable as an HDF5 file"
 WRITABLE = "writable as an HDF5 file"

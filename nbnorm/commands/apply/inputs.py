@@ -2,8 +2,8 @@
 
 from contextlib import contextmanager
 
-from nbnorm.commands import files, formats
-from nbnorm.commands.kinds import hdf5, npy, npz, safetensors, zarr
+from nbnorm.commands.apply import files, formats
+from nbnorm.commands.apply.kinds import hdf5, npy, npz, safetensors, zarr
 
 OPENED = {"npy": npy.opened, "npz": npz.opened, "safetensors": safetensors.opened, "hdf5": hdf5.opened, "zarr": zarr.opened}
 

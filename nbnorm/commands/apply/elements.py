@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm.commands import files
+from nbnorm.commands.apply import files
 
 # what is between neighbours in a Fortran-ordered block is read too, up to this: a disk gives whole pages, and from memory
 # a read of its own takes as long as copying 12 KB more

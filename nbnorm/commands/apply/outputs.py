@@ -7,8 +7,8 @@ import tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from nbnorm.commands import files
-from nbnorm.commands.kinds import hdf5, npy, npz, safetensors, zarr
+from nbnorm.commands.apply import files
+from nbnorm.commands.apply.kinds import hdf5, npy, npz, safetensors, zarr
 
 WRITERS = {"npy": npy.writer, "npz": npz.writer, "safetensors": safetensors.writer, "hdf5": hdf5.writer, "zarr": zarr.writer}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nbnorm.commands import elements, files
-from nbnorm.commands.kinds import Input
+from nbnorm.commands.apply import elements, files
+from nbnorm.commands.apply.kinds import Input
 
 # as NumPy allows; what is longer takes long to parse
 HEADER_CHARACTERS = 10_000

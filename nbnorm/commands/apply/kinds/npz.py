@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nbnorm.commands import elements, files
-from nbnorm.commands.kinds import Input, npy
+from nbnorm.commands.apply import elements, files
+from nbnorm.commands.apply.kinds import Input, npy
 
 PIECE_BYTES = 1 << 20
 READABLE = "readable as a .npz file"

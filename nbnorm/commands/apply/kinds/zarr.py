@@ -5,8 +5,8 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-from nbnorm.commands import files
-from nbnorm.commands.kinds import Input
+from nbnorm.commands.apply import files
+from nbnorm.commands.apply.kinds import Input
 
 READABLE = "readable as zarr"
 

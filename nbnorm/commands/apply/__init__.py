@@ -11,7 +11,7 @@ import numpy as np
 from nbnorm import reference
 from nbnorm.calls import checks, options
 from nbnorm.calls.problem import ForwardCall, Problem, wide_dtype
-from nbnorm.commands import chunked, files, inputs, outputs
+from nbnorm.commands.apply import chunked, files, inputs, outputs
 from nbnorm.cpu.staging import row_blocks
 from nbnorm.functional import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
@@ -162,7 +162,7 @@ def _here(norm, arrays, limit):
 def _on_cluster(scheduler, interrupted):
     """The same of a Dask cluster, which is known by the address of its scheduler."""
     try:
-        from nbnorm.commands import cluster
+        from nbnorm.commands.apply import cluster
     except ModuleNotFoundError as error:
         fault = f"--scheduler: {scheduler}: a Dask cluster, which needs the package distributed"
         raise TypeError(f"{fault}: pip install distributed") from error

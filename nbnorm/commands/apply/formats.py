@@ -4,7 +4,7 @@ import codecs
 import os
 from pathlib import Path
 
-from nbnorm.commands import files
+from nbnorm.commands.apply import files
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 # all that is looked at: as much as tells text from numbers

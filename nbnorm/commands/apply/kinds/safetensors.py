@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nbnorm.commands import elements, files
-from nbnorm.commands.kinds import Input
+from nbnorm.commands.apply import elements, files
+from nbnorm.commands.apply.kinds import Input
 
 # of some 150,000 arrays; the format allows 100 MB, which would take a gigabyte as Python's objects
 HEADER_BYTES = 1 << 24
