@@ -23,7 +23,7 @@ def made_of(dtype, tile, is_whole, **choices):
 
 
 def of_forward(compute_capability, operand_dtypes, dtype, variance, tile, accesses, is_whole):
-    """As the factory's arguments say, or the step."""
+    """Of a forward, as its factory's arguments say, and whether the step is on a whole row."""
     _, weight_dtype, bias_dtype, residual_dtype, total_dtype = operand_dtypes
     access, parameter_access, added_access = accesses
     is_added, with_total = residual_dtype is not None, total_dtype is not None
@@ -37,7 +37,7 @@ def of_forward(compute_capability, operand_dtypes, dtype, variance, tile, access
 
 
 def of_backward(compute_capability, operand_dtypes, dtype, statistics_from, output_mask, tile, accesses, step):
-    """As the factory's arguments say."""
+    """Of a backward, as its factory's arguments say."""
     dy_access, access, parameter_access, added_access = accesses
     is_means, is_gradients = step == "means", step == "gradients"
     is_given, has_mean = statistics_from in GIVEN, statistics_from not in MEAN_ALONE

@@ -98,7 +98,10 @@ class Means(NamedTuple):
 
 
 class BackwardOperands(NamedTuple):
-    """What a backward reads and writes: of each array the columns that a team owns, or where numbers of all rows are."""
+    """What a backward reads and writes: of arrays the columns that a team owns, and where the numbers of all rows are.
+
+    dtotal is added to dx; where nothing is, it is dx.
+    """
 
     dy: Any
     dtotal: Any
