@@ -254,6 +254,19 @@ def test_workers(rng, choose_workers, workers, dtype, monkeypatch):
         assert bits(case.backward(case.dy, case.x, out=(out, None, None))) == bits(grads)
 
 
+def test_sums_of_blocks_that_begin_in_an_earlier_piece(rng, choose_workers, monkeypatch):
+    """They are one thread's too, in whatever order the threads work."""
+    case = Case(rng, (3, 5, 160), 1, np.float32)
+    for name, number in (("MOST_ABREAST", 16), ("MAX_BLOCKS", 8)):
+        monkeypatch.setattr(f"nbnorm.cpu.sizes.{name}", number)
+    monkeypatch.setattr("nbnorm.cpu.channels_first.BUFFER_ELEMENTS", 5 * 16 * 9)
+    monkeypatch.setattr("nbnorm.cpu.workers.threads.PIECES", 1)
+    expected = case.backward(case.dy, case.x)
+    choose_workers(OURS)
+    monkeypatch.setattr("nbnorm.cpu.workers.threads.share", lambda kernel, pieces, _: [kernel(*p) for p in pieces[::-1]])
+    assert bits(case.backward(case.dy, np.repeat(case.x, 2, -1)[..., ::2])) == bits(expected)
+
+
 def test_the_last_axis(rng):
     """It is the same call as one without an axis."""
     x, dy = rng.standard_normal((2, 3, 4, 5))

@@ -5,7 +5,6 @@ contiguous, or its elements are not what kernels take, pieces of all are copied 
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +15,7 @@ from nbnorm.cpu import choice, sizes
 from nbnorm.cpu.memory import LINE_BYTES
 from nbnorm.cpu.operands import flat, is_streamed
 from nbnorm.cpu.staging import BUFFER_ELEMENTS, beside, is_ready, row_blocks, storage
-from nbnorm.cpu.workers import parallel, threads
-from nbnorm.cpu.workers.parallel import NUMBAS, OURS
+from nbnorm.cpu.workers import blocks, parallel, threads
 
 
 class Piece(NamedTuple):
@@ -43,7 +41,7 @@ def normalise(problem, order, given, results):
     residual_dtype = None if residual is None else residual.dtype
     lead = y.ctypes.data // y.itemsize % (LINE_BYTES // y.itemsize) if streaming else 0
     chosen = choice.forward(problem, weight is not None, bias is not None, residual_dtype, given.with_total)
-    run = _runner(problem, chosen, 1)
+    run = _runner(problem, chosen, threads.forward_blocks)
     for piece in _pieces(problem, width, lead, (x, residual, y, total)):
         inputs = beside(*(_read(array, problem, piece) for array in (x, residual)))
         written = [_written(array, problem, piece) for array in (y, total)]
@@ -68,52 +66,47 @@ def gradients(problem, order, given, results, keeps_sums=False):
     dweight_row, dbias_row = (array.reshape(-1).view(storage(problem.weight_dtype)) for array in (dweight, dbias))
     streaming = with_dx and _are_ready(dy, dtotal, x, dx) and is_streamed(dx, dy, dtotal, x)
     behind = math.prod(problem.behind)
-    width = sizes.rows_abreast(behind, problem.cols, sizes.buffer_elements(problem.compute_dtype, 2))
-    blocks = problem.rows // behind * -(-behind // width)
-    sum_blocks = sizes.blocks_abreast(blocks, problem.cols)
-    sums = np.empty((with_dweight + with_dbias, -(-blocks // sum_blocks), problem.cols))
+    width, count = blocks_of((problem.rows // behind, problem.cols, behind), problem.compute_dtype, 2)
+    sum_blocks, sums_shape = sums_of(count, problem.cols, with_dweight + with_dbias)
+    sums = np.empty(sums_shape)
     absent_dx = np.empty((0, problem.cols, 0), storage(x.dtype))
 
     dtotal_dtype = None if dtotal is None else dtotal.dtype
     chosen = choice.backward(problem, dy.dtype, weight is not None, given_statistics, output_mask, dtotal_dtype)
-    run = _runner(problem, chosen, sum_blocks)
+    run = _runner(problem, chosen, threads.backward_blocks)
     for piece in _pieces(problem, width, 0, (dy, dtotal, x, dx)):
         gradients = beside(*(_read(array, problem, piece) for array in (dy, dtotal)))
         dx_rows = _written(dx, problem, piece) if with_dx else absent_dx
         run(
             piece.blocks, gradients, _read(x, problem, piece), weight_row, problem.eps, mean_row[piece.rows],
-            rstd_row[piece.rows], piece.first_block, sum_blocks, False, streaming, dx_rows, sums, dweight_row, dbias_row,
-            width,
+            rstd_row[piece.rows], piece.first_block, sum_blocks, piece.rows.stop == problem.rows, streaming, dx_rows, sums,
+            dweight_row, dbias_row, width,
         )  # fmt: skip
         if with_dx:
             _deliver(dx_rows, dx, problem, piece)
-
-    if with_dweight or with_dbias:
-        # no rows, only the sums of the blocks
-        choice.ready(chosen, False)(
-            beside(*(None if array is None else _no_rows(problem, array.dtype) for array in (dy, dtotal))),
-            _no_rows(problem, x.dtype), weight_row, problem.eps, mean_row[:0], rstd_row[:0], 0, sum_blocks, True, False,
-            absent_dx, sums, dweight_row, dbias_row, width, 0, 0,
-        )  # fmt: skip
     return sums
 
 
-def _no_rows(problem, dtype):
-    return np.empty((0, problem.cols, 0), storage(dtype))
+def blocks_of(shape, dtype, buffers):
+    """How many rows a block has, of rows in an array of these three dimensions, and how many blocks that are."""
+    outer, cols, behind = shape
+    width = sizes.rows_abreast(behind, cols, sizes.buffer_elements(dtype, buffers))
+    return width, outer * -(-behind // width)
 
 
-def _runner(problem, chosen, step):
-    """What calls a kernel with arguments for so many blocks, of which multiples of `step` are one thread's."""
+def sums_of(blocks, cols, results):
+    """Of how many blocks dweight and dbias are summed in one go, and the shape of the sums of so many results."""
+    sum_blocks = sizes.blocks_abreast(blocks, cols)
+    return sum_blocks, (results, -(-blocks // sum_blocks), cols)
+
+
+def _runner(problem, chosen, share):
+    """What calls a kernel with arguments for so many blocks; `share` is its function in `threads`."""
     elements = problem.rows * problem.cols
 
-    def run(blocks, *arguments):
-        workers = parallel.workers(elements)
-        kernel = choice.ready(chosen, workers == NUMBAS)
-        if workers == NUMBAS:
-            kernel = parallel.watched(chosen, kernel)
-        elif workers == OURS:
-            kernel = partial(parallel.timed, parallel.shortest_without(chosen), partial(threads.blocks, kernel, step))
-        kernel(*arguments, 0, blocks)
+    def run(count, *arguments):
+        kernel = blocks.kernel_for(parallel.workers(elements), chosen, share)
+        kernel(*arguments, 0, count)
 
     return run
 
@@ -125,7 +118,7 @@ def _are_ready(*arrays):
 def _pieces(problem, width, lead, arrays):
     """All rows, where kernels can use all arrays as they are; else as many as buffers hold."""
     behind = math.prod(problem.behind)
-    blocks = -(-behind // width)
+    count = -(-behind // width)
     if _are_ready(*arrays):
         yield Piece(None, slice(0, behind), slice(0, problem.rows), 0, problem.rows // behind * -(-(behind + lead) // width))
         return
@@ -134,7 +127,7 @@ def _pieces(problem, width, lead, arrays):
         for start in range(0, behind, step):
             stop = min(start + step, behind)
             rows = slice(outer * behind + start, outer * behind + stop)
-            yield Piece(index, slice(start, stop), rows, outer * blocks + start // width, -(-stop // width) - start // width)
+            yield Piece(index, slice(start, stop), rows, outer * count + start // width, -(-stop // width) - start // width)
 
 
 def _read(array, problem, piece):

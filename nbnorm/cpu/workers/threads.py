@@ -74,12 +74,30 @@ def backward(kernel, dy, x, weight, eps, mean, rstd, first, block_rows, last, st
         )  # fmt: skip
 
 
-def blocks(kernel, step, *arguments):
-    """`kernel` of `channels_first`, its blocks shared by the threads, of which multiples of `step` are one thread's."""
+def forward_blocks(kernel, *arguments):
+    """`kernel` of the factory `forward` of `channels_first`, its blocks shared by the threads."""
     *same, begin, end = arguments
+    _share_blocks(kernel, same, range(begin, end), 0, 1)
+
+
+def backward_blocks(kernel, *arguments):
+    """`kernel` of its factory `backward`, of which blocks that are summed together are one thread's."""
+    *operands, first, sum_blocks, last, streaming, dx, sums, dweight, dbias, width, begin, end = arguments
+    results = streaming, dx, sums, dweight, dbias, width
+    _share_blocks(kernel, (*operands, first, sum_blocks, False, *results), range(begin, end), first, sum_blocks)
+    if last and len(sums):
+        # no blocks, only their sums
+        kernel(*operands, 0, sum_blocks, True, *results, 0, 0)
+
+
+def _share_blocks(kernel, same, blocks, first, step):
+    """Share blocks, of which `first` are before block 0, in pieces that begin with a multiple of `step` of all of them."""
     threads = parallel.our_threads()
-    size = -(-(end - begin) // (step * threads * PIECES)) * step
-    share(kernel, [(*same, start, min(start + size, end)) for start in range(begin, end, size)], threads)
+    # the first piece may have begun in an earlier call
+    start = blocks.start - (first + blocks.start) % step
+    size = -(-(blocks.stop - start) // (step * threads * PIECES)) * step
+    starts = range(start, blocks.stop, size)
+    share(kernel, [(*same, max(at, blocks.start), min(at + size, blocks.stop)) for at in starts], threads)
 
 
 def _rows(arrays, piece):
