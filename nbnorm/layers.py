@@ -114,16 +114,14 @@ class LayerNorm:
         """Layer norm of x with this layer's parameters; see `layer_norm`."""
         # past one more call, which is a twentieth of the time at (1, 64)
         weight, bias, eps = self.weight, self.bias, self.eps
-        if self.axis is not None:
-            operands.no_training(x, "LayerNorm", (weight, bias))
-            return layer_norm(x, self.normalized_shape, weight, bias, eps, self.use_diff_of_squares, axis=self.axis)
-        key = keys.forward_key(x, self.normalized_shape, weight, bias, eps, self.use_diff_of_squares, None, False)
+        shape = self.normalized_shape if self.axis is None else keys.along(self.axis, self.normalized_shape, x)
+        key = keys.forward_key(x, shape, weight, bias, eps, self.use_diff_of_squares, None, False)
         plan = plans.LAYER_NORM.get(key)
         y = None if plan is None else plan(x, weight, bias, eps, None)
         if y is not None:
             return y
         operands.no_training(x, "LayerNorm", (weight, bias))
-        return layer_norm(x, self.normalized_shape, weight, bias, eps, self.use_diff_of_squares)
+        return layer_norm(x, self.normalized_shape, weight, bias, eps, self.use_diff_of_squares, axis=self.axis)
 
     def __call__(self, x: Array) -> Array:
         """The same as `forward`."""

@@ -87,6 +87,18 @@ def gradients(problem, order, given, results, keeps_sums=False):
     return sums
 
 
+def all_blocks(shape, dtype):
+    """What a forward's kernel is told beside its operands, where it works on all rows and writes none past the caches."""
+    width, count = blocks_of(shape, dtype, 1)
+    return width, 0, 0, count
+
+
+def all_summed(shape, dtype, results):
+    """The same of a backward, behind the blocks that are summed in one go, and the shape of the sums."""
+    width, count = blocks_of(shape, dtype, 2)
+    return *sums_of(count, shape[1], results), (width, 0, count)
+
+
 def blocks_of(shape, dtype, buffers):
     """How many rows a block has, of rows in an array of these three dimensions, and how many blocks that are."""
     outer, cols, behind = shape

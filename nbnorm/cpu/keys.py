@@ -15,6 +15,25 @@ from nbnorm.calls.plans import keep, sizes
 X_SHAPE = 4
 
 
+class Along(tuple):
+    """Axes and normalized_shape, both tuples, so that it equals no tuple of sizes: what a key has in the place of these."""
+
+    __slots__ = ()
+
+
+def along(axis, normalized_shape, x):
+    """What is normalized_shape to the keys beside an axis; where it is the last, as in a call without; None for no plan."""
+    axes = (axis,) if type(axis) is int else sizes(axis)
+    row = (normalized_shape,) if type(normalized_shape) is int else sizes(normalized_shape)
+    if not axes or row is None:
+        return None
+    behind = axes[-1] + 1
+    is_last = behind == 0 or behind == getattr(x, "ndim", 0)
+    if is_last and (len(axes) == len(row) == 1 or axes == (*range(behind - len(row), behind),)):
+        return normalized_shape
+    return Along((axes, row))
+
+
 def forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out, return_stats):
     """What a forward is known by; None where an option is of another type than usual."""
     if type(x) is not ndarray or (type(eps) is not float and eps is not None):
@@ -25,7 +44,7 @@ def forward_key(x, normalized_shape, weight, bias, eps, use_diff_of_squares, out
         if type(normalized_shape) is tuple and len(normalized_shape) == 1 and type(normalized_shape[0]) is int:
             # a layer's, without a call
             normalized_shape = normalized_shape[0]
-        elif (normalized_shape := sizes(normalized_shape)) is None:
+        elif type(normalized_shape) is not Along and (normalized_shape := sizes(normalized_shape)) is None:
             return None
     weight_shape = weight_dtype = weight_flags = bias_shape = bias_dtype = bias_flags = None
     if weight is not None:
@@ -63,7 +82,7 @@ def backward_key(dy, x, normalized_shape, weight, eps, use_diff_of_squares, mean
     for wanted in output_mask:
         if type(wanted) is not bool:
             return None
-    if type(normalized_shape) is not int:
+    if type(normalized_shape) is not int and type(normalized_shape) is not Along:
         normalized_shape = sizes(normalized_shape)
         if normalized_shape is None:
             return None
@@ -112,12 +131,21 @@ def keep_for_any_rows(plans, key, plan):
 
 
 def _of_any_rows(key):
-    """A key without the batch's shape, but for which arrays have it."""
+    """A key without the shape around the rows, but for which arrays have it."""
     normalized_shape, shape = key[0], key[X_SHAPE]
-    batch_ndim = len(shape) - (1 if type(normalized_shape) is int else len(normalized_shape))
-    row = shape[batch_ndim:]
-    names = {shape[:batch_ndim] + (1,) * len(row): "the statistics'", shape: "x's"}
-    return batch_ndim, row, *(_renamed(part, names) for part in key)
+    first, end = _place(normalized_shape, len(shape))
+    row = shape[first:end]
+    names = {shape[:first] + (1,) * len(row) + shape[end:]: "the statistics'", shape: "x's"}
+    return len(shape), row, *(_renamed(part, names) for part in key)
+
+
+def _place(normalized_shape, ndim):
+    """From where to where a shape of so many dimensions has a row."""
+    if type(normalized_shape) is not Along:
+        return ndim - (1 if type(normalized_shape) is int else len(normalized_shape)), ndim
+    (first, *_), row = normalized_shape
+    first += 0 if first >= 0 else ndim
+    return first, first + len(row)
 
 
 def _renamed(part, names):

@@ -6,16 +6,17 @@ that takes subnormal numbers for 0, those as well.
 """
 
 import functools
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy import empty, may_share_memory, ndarray
 
 from nbnorm.calls.problem import given_dtype, wide_dtype
-from nbnorm.cpu import choice
+from nbnorm.cpu import channels_first, choice
 from nbnorm.cpu import sizes as limits
 from nbnorm.cpu.compiled import entry_of
-from nbnorm.cpu.staging import is_ready, rows_of, storage
+from nbnorm.cpu.staging import is_ready, storage
 from nbnorm.cpu.workers import blocks, parallel, threads
 from nbnorm.cpu.workers.parallel import ONE
 
@@ -48,10 +49,13 @@ def forward(problem, call):
     dtype = problem.compute_dtype
     if not _is_one_call(problem, x, out) or not _are_rows(dtype, weight, bias):
         return None
-    kernels = _Kernels(choice.forward(problem, weight is not None, bias is not None), threads.forward)
+    is_beside = len(problem.behind) > 0
+    share = threads.forward_blocks if is_beside else threads.forward
+    kernels = _Kernels(choice.forward(problem, weight is not None, bias is not None), share)
     y_dtype, cols, statistics_dtype = problem.dtype, problem.cols, problem.statistics_dtype
-    ndim, ones = len(problem.batch), (1,) * len(problem.normalized_shape)
-    is_shaped, is_deep, most = ndim != 1 or len(ones) != 1, len(ones) > 1, limits.STREAMED_BYTES // 8
+    ones, most = (1,) * len(problem.normalized_shape), limits.STREAMED_BYTES // 8
+    first, end = len(problem.batch), len(problem.batch) + len(ones)
+    is_shaped, is_deep = first != 1 or len(ones) != 1, len(ones) > 1
     stored, weight_is_narrow, bias_is_narrow = _stored(y_dtype), _is_narrow(weight, dtype), _is_narrow(bias, dtype)
     are_owners = _are_owners(x, weight, bias, out)
     absent, no_statistics = np.empty(0, dtype), np.empty(0, statistics_dtype)
@@ -74,15 +78,21 @@ def forward(problem, call):
         if is_deep:
             weight, bias = weight.reshape(-1), bias.reshape(-1)
         x_rows, y_rows = x, y
-        if is_shaped:
+        if is_beside:
+            rows = -1, cols, prod(shape[end:])
+            x_rows, y_rows = x.reshape(rows), y.reshape(rows)
+        elif is_shaped:
             x_rows, y_rows = x.reshape(-1, cols), y.reshape(-1, cols)
         if stored is not None:
             x_rows, y_rows = x_rows.view(stored), y_rows.view(stored)
         kernel = kernels[ONE if size < parallel.from_elements else parallel.workers(size)]
-        kernel(x_rows, weight, bias, eps, False, y_rows, mean, rstd)
+        operands = x_rows, weight, bias, eps, False, y_rows, mean, rstd
+        if is_beside:
+            operands += channels_first.all_blocks(x_rows.shape, dtype)
+        kernel(*operands)
         if not return_stats:
             return y
-        statistics_shape = shape[:ndim] + ones
+        statistics_shape = shape[:first] + ones + shape[end:] if is_beside else shape[:first] + ones
         return y, mean.reshape(statistics_shape), rstd.reshape(statistics_shape)
 
     if call.eps is None:
@@ -98,10 +108,12 @@ def added(problem, call):
     if not _is_one_call(problem, *arrays) or not _are_rows(dtype, weight, bias):
         return None
     chosen = choice.forward(problem, weight is not None, bias is not None, call.residual.dtype, with_total)
-    kernels = _Kernels(chosen, threads.forward)
+    is_beside = len(problem.behind) > 0
+    kernels = _Kernels(chosen, threads.forward_blocks if is_beside else threads.forward)
     y_dtype, statistics_dtype, return_stats = problem.dtype, problem.statistics_dtype, call.return_stats
-    ndim, ones, most = len(problem.batch), (1,) * len(problem.normalized_shape), limits.STREAMED_BYTES // 8
-    is_shaped, are_owners = ndim != 1 or len(ones) != 1, _are_owners(*arrays, weight, bias)
+    ones, most = (1,) * len(problem.normalized_shape), limits.STREAMED_BYTES // 8
+    first, end = len(problem.batch), len(problem.batch) + len(ones)
+    is_shaped, are_owners = first != 1 or len(ones) != 1, _are_owners(*arrays, weight, bias)
     stored, residual_stored = _stored(y_dtype), _stored(call.residual.dtype)
     absent, no_statistics, no_total = np.empty(0, dtype), np.empty(0, statistics_dtype), np.empty((0, cols), y_dtype)
 
@@ -124,7 +136,11 @@ def added(problem, call):
         weight = absent if weight is None else weight.astype(dtype, copy=False).reshape(-1)
         bias = absent if bias is None else bias.astype(dtype, copy=False).reshape(-1)
         x_rows, y_rows, total_rows = x, y, total
-        if is_shaped:
+        if is_beside:
+            rows = -1, cols, prod(shape[end:])
+            x_rows, residual = x.reshape(rows), residual.reshape(rows)
+            y_rows, total_rows = y.reshape(rows), total.reshape(rows)
+        elif is_shaped:
             x_rows, residual = x.reshape(-1, cols), residual.reshape(-1, cols)
             y_rows, total_rows = y.reshape(-1, cols), total.reshape(-1, cols)
         if residual_stored is not None:
@@ -133,10 +149,13 @@ def added(problem, call):
             x_rows, y_rows, total_rows = x_rows.view(stored), y_rows.view(stored), total_rows.view(stored)
         kernel = kernels[ONE if size < parallel.from_elements else parallel.workers(size)]
         written = (y_rows, total_rows) if with_total else y_rows
-        kernel((x_rows, residual), weight, bias, usual_eps if eps is None else eps, False, written, mean, rstd)
+        operands = (x_rows, residual), weight, bias, usual_eps if eps is None else eps, False, written, mean, rstd
+        if is_beside:
+            operands += channels_first.all_blocks(x_rows.shape, dtype)
+        kernel(*operands)
         if not return_stats:
             return y, total if with_total else None, None, None
-        statistics_shape = shape[:ndim] + ones
+        statistics_shape = shape[:first] + ones + shape[end:] if is_beside else shape[:first] + ones
         return y, total if with_total else None, mean.reshape(statistics_shape), rstd.reshape(statistics_shape)
 
     return run
@@ -155,14 +174,16 @@ def backward(problem, call, output_mask):
         return None
     dtotal_dtype = None if dtotal is None else dtotal.dtype
     chosen = choice.backward(problem, dy.dtype, weight is not None, given, output_mask, dtotal_dtype)
-    kernels = _Kernels(chosen, threads.backward)
+    is_beside = len(problem.behind) > 0
+    kernels = _Kernels(chosen, threads.backward_blocks if is_beside else threads.backward)
     row, cols, dx_dtype, sum_dtype = problem.normalized_shape, problem.cols, problem.dtype, problem.weight_dtype
     is_shaped, is_deep, most = len(problem.batch) != 1 or len(row) != 1, len(row) > 1, limits.STREAMED_BYTES // 8
     weight_is_narrow, are_owners = _is_narrow(weight, dtype), _are_owners(dy, dtotal, x, weight, mean, rstd, *out)
     dy_stored, stored, sum_stored = _stored(dy.dtype), _stored(dx_dtype), _stored(sum_dtype)
+    dtotal_stored = None if dtotal is None else _stored(dtotal_dtype)
     absent, no_statistics = np.empty(0, dtype), np.empty(0, given or wide_dtype(dx_dtype))
     no_sums = np.empty(0, storage(sum_dtype))
-    results = with_dweight + with_dbias
+    results, end = with_dweight + with_dbias, len(problem.batch) + len(row)
 
     def run(dy, x, weight, eps, mean, rstd, out, dtotal=None):
         size = x.size
@@ -193,8 +214,16 @@ def backward(problem, call, output_mask):
             if mean is not None:
                 mean_row = mean.reshape(-1)
         dx_rows = dx
-        if is_shaped:
-            dy, x, dx_rows = dy.reshape(-1, cols), x.reshape(-1, cols), dx.reshape(-1, cols)
+        if is_beside:
+            rows = -1, cols, prod(x.shape[end:])
+            dy, x, dx_rows = dy.reshape(rows), x.reshape(rows), dx.reshape(rows)
+            dtotal = None if dtotal is None else dtotal.reshape(rows)
+            block_rows, sums_shape, which = channels_first.all_summed(x.shape, dtype, results)
+        else:
+            block_rows, sums_shape, which = _sums(size, cols, results)
+            if is_shaped:
+                dy, x, dx_rows = dy.reshape(-1, cols), x.reshape(-1, cols), dx.reshape(-1, cols)
+                dtotal = None if dtotal is None else dtotal.reshape(-1, cols)
         if dy_stored is not None:
             dy = dy.view(dy_stored)
         if stored is not None:
@@ -202,13 +231,13 @@ def backward(problem, call, output_mask):
         if sum_stored is not None:
             dweight_row, dbias_row = dweight_row.view(sum_stored), dbias_row.view(sum_stored)
         if dtotal is not None:
-            dy = dy, rows_of(dtotal, None, cols)
+            dy = dy, dtotal if dtotal_stored is None else dtotal.view(dtotal_stored)
         kernel = kernels[ONE if size < parallel.from_elements else parallel.workers(size)]
-        block_rows, sums_shape = _sums(size, cols, results)
         sums = empty(sums_shape)
-        kernel(
+        operands = (
             dy, x, weight, eps, mean_row, rstd_row, 0, block_rows, True, False, dx_rows, sums, dweight_row, dbias_row
         )  # fmt: skip
+        kernel(*(operands + which))
         return dx, dweight, dbias
 
     if call.eps is None:
@@ -219,10 +248,10 @@ def backward(problem, call, output_mask):
 # a tenth of a backward at (1, 64), uncached
 @functools.lru_cache
 def _sums(size, cols, results):
-    """The rows of a block, and the shape of the blocks' sums."""
+    """The rows of a block, the shape of the blocks' sums, and what else a kernel is told."""
     rows = size // cols
     block_rows = limits.block_rows(rows, cols)
-    return block_rows, (results, -(-rows // block_rows), cols)
+    return block_rows, (results, -(-rows // block_rows), cols), ()
 
 
 class _Kernels(dict):

@@ -110,7 +110,7 @@ def layer_norm(
     array([[ 2.5],
            [15. ]])
     """
-    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
+    shape = normalized_shape if axis is None else keys.along(axis, normalized_shape, x)
     key = keys.forward_key(x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats)
     if key is None and stream is None:
         options = shape, eps, use_diff_of_squares, return_stats
@@ -212,7 +212,7 @@ def layer_norm_backward(
     >>> dbias
     array([1., 1., 0., 0.])
     """
-    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
+    shape = normalized_shape if axis is None else keys.along(axis, normalized_shape, x)
     key = keys.backward_key(dy, x, shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
     if key is None and stream is None:
         options = shape, eps, use_diff_of_squares, output_mask

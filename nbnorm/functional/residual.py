@@ -109,7 +109,7 @@ def add_layer_norm(
     >>> y.round(4)
     array([[-1., -1.,  1.,  1.]])
     """
-    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
+    shape = normalized_shape if axis is None else keys.along(axis, normalized_shape, x)
     key = keys.added_key(
         keys.forward_key(x, shape, weight, bias, eps, use_diff_of_squares, out, return_stats), residual, total_out
     )
@@ -200,7 +200,7 @@ def add_layer_norm_backward(
     >>> dx.round(3)
     array([[1.268, 0.642, 0.911, 1.179]])
     """
-    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, total)
+    shape = normalized_shape if axis is None else keys.along(axis, normalized_shape, total)
     key = keys.backward_key(dy, total, shape, weight, eps, use_diff_of_squares, mean, rstd, output_mask, out)
     key = keys.added_key(key, dtotal)
     plan = plans.ADD_LAYER_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.ADD_LAYER_NORM_BACKWARD, key)
@@ -283,7 +283,7 @@ def add_rms_norm(
     >>> y.round(4)
     array([[0.8485, 1.1314]])
     """
-    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
+    shape = normalized_shape if axis is None else keys.along(axis, normalized_shape, x)
     key = keys.forward_key(x, shape, weight, None, eps, False, out, return_stats)
     key = keys.added_key(key, residual, total_out)
     plan = plans.ADD_RMS_NORM.get(key) or keys.of_other_rows(plans.ADD_RMS_NORM, key)
@@ -364,7 +364,7 @@ def add_rms_norm_backward(
     >>> dx.round(3)
     array([[1.181, 0.864]])
     """
-    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, total)
+    shape = normalized_shape if axis is None else keys.along(axis, normalized_shape, total)
     mask = (*output_mask, False) if type(output_mask) is tuple and len(output_mask) == 2 else None
     key = keys.added_key(keys.backward_key(dy, total, shape, weight, eps, False, None, rstd, mask, out), dtotal)
     plan = plans.ADD_RMS_NORM_BACKWARD.get(key) or keys.of_other_rows(plans.ADD_RMS_NORM_BACKWARD, key)

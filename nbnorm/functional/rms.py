@@ -94,7 +94,7 @@ def rms_norm(
     array([[ 3.5355],
            [35.3553]])
     """
-    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
+    shape = normalized_shape if axis is None else keys.along(axis, normalized_shape, x)
     key = keys.forward_key(x, shape, weight, None, eps, False, out, return_stats)
     if key is None and stream is None:
         found = addressed.forward((x, None, weight, None, out, False), (shape, eps, False, return_stats), True)
@@ -185,7 +185,7 @@ def rms_norm_backward(
     >>> dweight.round(3)
     array([0.849, 1.131])
     """
-    shape = normalized_shape if axis is None else run.trailing(normalized_shape, axis, x)
+    shape = normalized_shape if axis is None else keys.along(axis, normalized_shape, x)
     mask = (*output_mask, False) if type(output_mask) is tuple and len(output_mask) == 2 else None
     key = keys.backward_key(dy, x, shape, weight, eps, False, None, rstd, mask, out)
     if key is None and stream is None:

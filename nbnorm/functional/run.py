@@ -12,7 +12,7 @@ OF_BACKWARD = "x", "dy", "dtotal", "weight", "mean", "rstd", "out"
 
 def forward(call, kept, key):
     """Returns y, total, mean and rstd, None for what is not asked for; a plan of the key is kept among the function's."""
-    if key is None and call.axis is None and call.stream is None:
+    if key is None and call.stream is None:
         if views := lent_by_torch.lent(call, OF_FORWARD):
             outs = call.out, call.total_out, None, None
             return lent_by_torch.given_back(_forward_on_views(call, views, kept), outs)
@@ -48,7 +48,7 @@ def forward(call, kept, key):
 
 def backward(call, kept, key):
     """The same of dx, dweight and dbias."""
-    if key is None and call.axis is None and call.stream is None:
+    if key is None and call.stream is None:
         if views := lent_by_torch.lent(call, OF_BACKWARD):
             outs = (None, None, None) if call.out is None else (*call.out, None)[:3]
             return lent_by_torch.given_back(_backward_on_views(call, views, kept), outs)
@@ -78,18 +78,11 @@ def backward(call, kept, key):
     ]
 
 
-def trailing(normalized_shape, axis, x):
-    """What a call without an axis has its plans for: normalized_shape where the axis is the last, else None."""
-    is_one = type(normalized_shape) is int or (type(normalized_shape) is tuple and len(normalized_shape) == 1)
-    is_last = type(axis) is int and is_one and (axis == -1 or axis + 1 == getattr(x, "ndim", 0))
-    return normalized_shape if is_last else None
-
-
 def _forward_on_views(call, views, kept):
     """y, total, mean and rstd of a call whose arrays were lent, by its plan where there is one."""
     x, residual, weight, bias, out, total_out = views
-    eps, return_stats = call.eps, call.return_stats
-    key = keys.forward_key(x, call.normalized_shape, weight, bias, eps, call.use_diff_of_squares, out, return_stats)
+    shape, eps, return_stats = _shape(call), call.eps, call.return_stats
+    key = keys.forward_key(x, shape, weight, bias, eps, call.use_diff_of_squares, out, return_stats)
     if call.is_added:
         key = keys.added_key(key, residual, total_out)
     plan = kept.get(key) or keys.of_other_rows(kept, key)
@@ -109,10 +102,10 @@ def _forward_on_views(call, views, kept):
 def _backward_on_views(call, views, kept):
     """dx, dweight and dbias, the same way."""
     x, dy, dtotal, weight, mean, rstd, out = views
-    eps, mask = call.eps, call.output_mask
+    shape, eps, mask = _shape(call), call.eps, call.output_mask
     if call.is_rms:
         mask = (*mask, False) if type(mask) is tuple and len(mask) == 2 else None
-    key = keys.backward_key(dy, x, call.normalized_shape, weight, eps, call.use_diff_of_squares, mean, rstd, mask, out)
+    key = keys.backward_key(dy, x, shape, weight, eps, call.use_diff_of_squares, mean, rstd, mask, out)
     if call.is_added:
         key = keys.added_key(key, dtotal)
     plan = kept.get(key) or keys.of_other_rows(kept, key)
@@ -123,6 +116,10 @@ def _backward_on_views(call, views, kept):
         checks.backward(call)
         grads = backward(call._replace(**dict(zip(OF_BACKWARD, views, strict=True))), kept, None if plan else key)
     return (*grads, None)[:3]
+
+
+def _shape(call):
+    return call.normalized_shape if call.axis is None else keys.along(call.axis, call.normalized_shape, call.x)
 
 
 @functools.cache
