@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import magnitudes
 import nbnorm
-import nbnorm.cpu.kernels.channels_first.blocks  # noqa: F401  reads of sizes what tests here change
+import nbnorm.cpu.kernels.channels_first.blocks  # which takes of sizes what tests here change, for a kernel on disk
 import oracle
 from levels import deep, deep_and_compiled
 from nbnorm.cpu import sizes
