@@ -168,7 +168,7 @@ def test_memory_that_is_shared(case, checked):
     shifted, place = memory[8:].reshape(x.shape), memory[:-8].reshape(x.shape)
     apart = np.zeros(x.size + 8, np.float32)[:-8].reshape(x.shape)
     for _ in range(2):
-        case.forward(x.copy(), out=apart)
+        case.forward(x, out=apart)
         case.backward(dy, x, out=(apart, None, None))
         in_place = x.copy()
         assert case.forward(in_place, out=in_place) is in_place
@@ -274,7 +274,20 @@ def test_the_last_axes_have_the_plans_of_calls_without(rng):
         assert len(plans.LAYER_NORM) == kept
 
 
-def test_layers_go_the_short_way(case):
+def test_axes_that_end_with_the_last_are_not_the_last(case):
+    """Where a plan is kept for a call without an axis."""
+    weight = np.ones((3, 7), np.float32)
+    for axis in (None, (2, 3), (-2, 3)):
+        nbnorm.layer_norm(case.x, (3, 7), weight, weight, axis=axis)
+    for axis in ((1, 3), (3,), -1, (1, 2, 3), (3, 3)):
+        with pytest.raises(ValueError, match=r"^axis: "):
+            nbnorm.layer_norm(case.x, (3, 7), weight, weight, axis=axis)
+
+
+def test_layers_go_the_short_way(rng):
+    # with as many elements along the last axis
+    case = Case(rng, (2, 5, 3, 5), 1, np.float32)
+    nbnorm.LayerNorm(5)(case.x)
     for layer, of_rows in ((nbnorm.LayerNorm(5, axis=1), nbnorm.layer_norm), (nbnorm.RMSNorm(5, axis=-3), nbnorm.rms_norm)):
         parameters = (layer.weight, layer.bias) if of_rows is nbnorm.layer_norm else (layer.weight,)
         expected, grads = layer(case.x), layer.backward(case.dy, case.x)
