@@ -22,6 +22,8 @@ from nbnorm.cpu.workers import parallel
 
 DEEP_LEFT_OUT = "nbnorm: LEFT OUT: the deep level, which any -m of yours lets run: pytest -m ''"
 JIT_DISABLED = bool(numba.config.DISABLE_JIT)
+# the tests in these take a minute or more, mostly in processes of their own: at the end, one would run alone
+FIRST = ("test_levels.py", "test_bounds.py", "test_machine_code.py", "test_processes.py")
 
 # OpenMP's threads wait in circles for others, which in a test run have no core: nine tenths of what parallel calls took.
 # They read this when the first of them starts
@@ -83,7 +85,7 @@ def pytest_collection_modifyitems(config, items):
         cannot_run = absent.intersection(item.fixturenames) or (is_on_no_device and item.get_closest_marker("hardware"))
         (left_out if cannot_run else here).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = here
+    items[:] = sorted(here, key=lambda item: item.path.name not in FIRST)
 
 
 def pytest_collection_finish(session):
@@ -98,7 +100,11 @@ def pytest_xdist_make_scheduler(config, log):
     """A file's tests run in one process, where they share kernels: in two, each would compile them."""
     from xdist.scheduler import LoadFileScheduling
 
-    return LoadFileScheduling(config, log) if config.option.dist == "load" else None
+    if config.option.dist != "load":
+        return None
+    # in the order of `items`, not the files of most tests first
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
