@@ -52,27 +52,19 @@ RIGHT = [
 ]
 
 
-@pytest.fixture
-def site(tmp_path):
-    """A folder with a copy of the package and a module that uses it, and no cache."""
-    site = tmp_path / "site"
-    shutil.copytree(PACKAGE, site / "nbnorm", ignore=shutil.ignore_patterns("__pycache__"))
-    (site / "users.py").write_text(MODULE)
-    return site
+def make_site(folder):
+    """In it, a copy of the package and a module that uses it, and no cache."""
+    shutil.copytree(PACKAGE, folder / "site" / "nbnorm", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "site" / "users.py").write_text(MODULE)
 
 
-@pytest.fixture
-def start(tmp_path, site):
-    """Start a process beside the site."""
-
-    def start(code=CALL, **variables):
-        environment = os.environ | {"PYTHONPATH": str(site), "NBNORM_CACHE_DIR": str(tmp_path / "kernels")} | variables
-        environment.pop("NUMBA_CACHE_DIR", None)
-        command = [sys.executable, "-W", "error", "-c", code]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=environment, text=True, cwd=tmp_path, **pipes)
-
-    return start
+def start_in(folder, code=CALL, **variables):
+    """Start a process beside the folder's site, whose kernels are in the folder too."""
+    named = {"PYTHONPATH": str(folder / "site"), "NBNORM_CACHE_DIR": str(folder / "kernels")}
+    environment = os.environ | named | variables
+    environment.pop("NUMBA_CACHE_DIR", None)
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.Popen(command, env=environment, text=True, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def printed(process):
@@ -81,51 +73,63 @@ def printed(process):
     return output.splitlines()
 
 
-def test_a_process_that_has_not_imported_it(start):
-    assert printed(start()) == [*RIGHT, "[0, 0, 0]"]
-    assert printed(start(BARE="1")) == [*RIGHT, "[1, 1, 1]"]
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What a first process has left, which takes seven seconds."""
+    folder = tmp_path_factory.mktemp("compiled")
+    make_site(folder)
+    assert printed(start_in(folder)) == [*RIGHT, "[0, 0, 0]"]
+    return folder
 
 
-def test_processes_on_a_cold_cache(start):
-    for process in [start() for _ in range(4)]:
+@pytest.fixture
+def folder(compiled, tmp_path):
+    """A copy of it, with the times of files, by which Numba knows a source again."""
+    return shutil.copytree(compiled, tmp_path / "copy")
+
+
+def test_a_process_that_has_not_imported_it(folder):
+    assert printed(start_in(folder, BARE="1")) == [*RIGHT, "[1, 1, 1]"]
+
+
+def test_processes_on_a_cold_cache(tmp_path):
+    make_site(tmp_path)
+    for process in [start_in(tmp_path) for _ in range(4)]:
         assert printed(process)[:2] == RIGHT
-    assert printed(start()) == [*RIGHT, "[1, 1, 1]"]
+    assert printed(start_in(tmp_path)) == [*RIGHT, "[1, 1, 1]"]
 
 
-def test_an_upgraded_package(site, start):
+def test_an_upgraded_package(folder):
     """Which gives what the new one gives, though the user's function is the old one."""
-    assert printed(start())[:2] == RIGHT
-    helper = site / "nbnorm" / "cpu" / "kernels" / "normalise.py"
+    helper = folder / "site" / "nbnorm" / "cpu" / "kernels" / "normalise.py"
     source = helper.read_text()
     edited = source.replace("statistics.rstd, statistics.rest)", "statistics.rstd + statistics.rstd, statistics.rest)")
     assert edited != source
     helper.write_text(edited)
     doubled = "[[-2.0, 2.0], [2.0, -2.0]]"
     for bare in ({}, {"BARE": "1"}):
-        lines = printed(start(**bare))
+        lines = printed(start_in(folder, **bare))
         assert (lines[0], lines[2]) == (f"{doubled} {doubled}", "[1, 1, 1]")
     # sizes, too, are those of the installed one
-    thresholds = site / "nbnorm" / "cpu" / "sizes.py"
+    thresholds = folder / "site" / "nbnorm" / "cpu" / "sizes.py"
     thresholds.write_text(thresholds.read_text().replace("SHORT_ROW = 1 << 7", "SHORT_ROW = 1"))
-    lines = printed(start())
+    lines = printed(start_in(folder))
     assert (lines[0], lines[2]) == (f"{doubled} {doubled}", "[1, 1, 1]")
 
 
-def test_an_entry_that_is_edited(site, start):
-    assert printed(start())[:2] == RIGHT
-    entries = site / "nbnorm" / "nopython" / "entries.py"
+def test_an_entry_that_is_edited(folder):
+    entries = folder / "site" / "nbnorm" / "nopython" / "entries.py"
     source = entries.read_text()
     edited = source.replace("eps, False,", "0.25, False,")
     assert edited != source
     entries.write_text(edited)
-    assert printed(start())[0] != RIGHT[0]
+    assert printed(start_in(folder))[0] != RIGHT[0]
 
 
-def test_a_package_that_does_not_know_what_was_compiled(site, start):
-    assert printed(start())[:2] == RIGHT
-    overloads = site / "nbnorm" / "nopython" / "overloads.py"
+def test_a_package_that_does_not_know_what_was_compiled(folder):
+    overloads = folder / "site" / "nbnorm" / "nopython" / "overloads.py"
     overloads.write_text(overloads.read_text().replace("VERSION = 1", "VERSION = 2"))
-    process = start("import numpy as np, users; users.norm(np.float32([[0, 1]]))")
+    process = start_in(folder, "import numpy as np, users; users.norm(np.float32([[0, 1]]))")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "ImportError: this nbnorm does not know what another version of it compiled" in errors
