@@ -58,10 +58,16 @@ class Memory:
         self.size = array.size
 
     def __getitem__(self, at):
+        # most are of one element, of a thread's own array
+        if type(at) is int and 0 <= (element := at + self.origin) < self.size:
+            return self.array[element]
         return self.array[self._checked(at)]
 
     def __setitem__(self, at, value):
-        self.array[self._checked(at)] = value
+        if type(at) is int and 0 <= (element := at + self.origin) < self.size:
+            self.array[element] = value
+        else:
+            self.array[self._checked(at)] = value
 
     def _checked(self, at):
         if isinstance(at, slice):
@@ -82,6 +88,7 @@ class Thread(greenlet):
         self.gr_context = IGNORING.copy()
         self.block = block
         self.number = number
+        self.warp, self.lane = divmod(number, WARP)
 
     def run(self, kernel, arguments):
         kernel(*arguments)
@@ -102,6 +109,10 @@ class Meeting(NamedTuple):
 
     def __str__(self):
         return self.kind if self.mask is None else f"{self.kind} of lanes {self.mask:#010x}"
+
+
+# one for all threads that wait at it
+meeting = functools.cache(Meeting)
 
 
 class Block:
@@ -127,35 +138,36 @@ class Block:
                     raise RuntimeError(f"block {self.number}, thread {number}: {error!r}") from error
                 if self.threads[number].dead:
                     self.running -= 1
-                    for meeting in list(self.meetings):
-                        self.end_if_complete(meeting)
+                    for place in list(self.meetings):
+                        self.end_if_complete(place)
             if self.running:
                 raise Deadlock(self.waiting())
         finally:
             for thread in self.threads:
-                thread.throw()
+                if not thread.dead:
+                    thread.throw()
 
     def make_ready(self, numbers):
         for number in numbers:
             heapq.heappush(self.ready, (self.priority(number), number))
 
-    def meet(self, thread, meeting, value=None):
+    def meet(self, thread, place, value=None):
         """Wait; then what each thread has brought, by its number."""
-        arrived = self.meetings[meeting]
+        arrived = self.meetings[place]
         arrived[thread.number] = value
-        self.end_if_complete(meeting)
+        self.end_if_complete(place)
         thread.parent.switch()
         return arrived
 
-    def end_if_complete(self, meeting):
+    def end_if_complete(self, place):
         # threads that have ended are not waited for at a barrier, but are in a mask
-        awaited = self.running if meeting.mask is None else meeting.mask.bit_count()
-        if len(self.meetings[meeting]) == awaited:
-            self.make_ready(self.meetings.pop(meeting))
+        awaited = self.running if place.mask is None else place.mask.bit_count()
+        if len(self.meetings[place]) == awaited:
+            self.make_ready(self.meetings.pop(place))
 
     def waiting(self):
         """Which threads wait, and where."""
-        meetings = {number: meeting for meeting, arrived in self.meetings.items() for number in arrived}
+        meetings = {number: place for place, arrived in self.meetings.items() for number in arrived}
         lanes = defaultdict(int)
         for thread in self.threads:
             state = "have ended" if thread.dead else f"wait at {meetings[thread.number]}: {thread.place()}"
@@ -234,7 +246,7 @@ def local_array(shape, dtype):
 
 def syncthreads():
     thread = getcurrent()
-    thread.block.meet(thread, Meeting("syncthreads"))
+    thread.block.meet(thread, meeting("syncthreads"))
 
 
 def syncwarp(mask=ALL_LANES):
@@ -252,11 +264,10 @@ def any_sync(mask, predicate):
 def _gathered(kind, mask, value=None):
     """What the lanes of the mask bring, by their numbers in the block; there are none beyond its size."""
     thread = getcurrent()
-    warp, lane = divmod(thread.number, WARP)
-    present = mask & ALL_LANES & ((1 << thread.block.size - warp * WARP) - 1)
-    if not present >> lane & 1:
-        raise ValueError(f"lane {lane} is not in its own mask, {present:#010x}")
-    return thread.block.meet(thread, Meeting(kind, warp, present), value)
+    present = mask & ALL_LANES & ((1 << thread.block.size - thread.warp * WARP) - 1)
+    if not present >> thread.lane & 1:
+        raise ValueError(f"lane {thread.lane} is not in its own mask, {present:#010x}")
+    return thread.block.meet(thread, meeting(kind, thread.warp, present), value)
 
 
 def _converted(kind, remaining):
