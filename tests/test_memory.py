@@ -1,5 +1,8 @@
 """Is the temporary memory bounded, whatever the number of rows and columns? (test_apply measures the command line's.)"""
 
+import platform
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -87,6 +90,35 @@ def test_a_call_takes_a_few_mebibytes(layout, dtype, workers, choose_workers):
             tracemalloc.stop()
         # x alone has 15 to 64 MB
         assert peak < 7 << 20
+
+
+# the parallel build of long rows, which makes arrays of its own
+GIVEN_BACK = """
+import numpy as np
+import nbnorm
+from nbnorm.cpu.workers import parallel
+
+parallel.from_elements, parallel.many, parallel._is_decided, parallel.STALL_SECONDS = 0, parallel.NUMBAS, True, np.inf
+rng = np.random.default_rng(0)
+for rows, cols in ((3, 300_000), (64, 262_144)):
+    x, dy = rng.standard_normal((2, rows, cols), np.float32)
+    grads = [nbnorm.layer_norm_backward(dy, x, cols) for _ in range(3)]
+    for grad in grads:
+        np.testing.assert_allclose(grad.dbias, dy.sum(0, dtype=np.float64), atol=1e-5)
+"""
+
+
+@pytest.mark.deep
+@pytest.mark.compiled
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its allocator can be told to have one arena")
+def test_what_a_kernel_has_given_back_it_does_not_use(python_environment):
+    """Numba frees an array behind the last statement that names it, whatever points to it; in one arena, another thread gets
+    it then.
+    """
+    environment = {**python_environment, "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-W", "error", "-c", GIVEN_BACK]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture

@@ -209,18 +209,22 @@ def backward(
             restore_mode(thread_mode)
 
         # the gradients of some columns
-        has_room = sums.size > 0
         task_cols = COLUMNS * larger(1, STREAMED_TASK_ELEMENTS // (COLUMNS * rows))
         for task in prange(-(-cols // task_cols)):
             # which may raise
-            own = np.empty(0 if has_room else 2 * COLUMNS)
-            dweight_room = pointer(sums[0]) if has_room else pointer(own)
-            dbias_room = pointer(sums[-1]) if has_room else pointer(own[COLUMNS:])
+            own_sums = np.empty(0 if sums.size > 0 else 2 * COLUMNS)
             thread_mode, pinned = standard_mode(operands)
-            summing = with_sums(pinned, dweight_room if with_dweight else None, dbias_room if with_dbias else None)
             known = known_in(pointer(of_rows), rows)
             for start in range(task * task_cols, smaller((task + 1) * task_cols, pinned.cols), COLUMNS):
-                columns = Columns(start, smaller(COLUMNS, pinned.cols - start), start if has_room else 0)
+                # not before this loop: what no statement of it names, Numba frees before it
+                if sums.size > 0:
+                    dweight_room, dbias_room, sums_at = pointer(sums[0]), pointer(sums[-1]), start
+                else:
+                    dweight_room, dbias_room, sums_at = pointer(own_sums), pointer(own_sums[COLUMNS:]), 0
+                columns = Columns(start, smaller(COLUMNS, pinned.cols - start), sums_at)
+                dweight_sums = dweight_room if with_dweight else None
+                dbias_sums = dbias_room if with_dbias else None
+                summing = with_sums(pinned, dweight_sums, dbias_sums)
                 if first == 0:
                     clear(summing, columns)
                 find_gradients(summing, rows, columns, known, pointer(of_rescaled), streaming)
