@@ -69,6 +69,8 @@ def main():
             print(tables.everything(texts))
         plot(results, options.render.with_suffix(".png"))
         return
+    if options.avx2 and machine.instructions() not in ("AVX-512", "AVX2"):
+        raise SystemExit(f"--avx2 needs a processor with AVX2; this one has {machine.instructions()}")
     if options.avx2 and machine.instructions() != "AVX2":
         # what Numba and the others compile for is settled as they are imported
         os.execve(sys.executable, [sys.executable, *sys.argv], machine.avx2_alone())

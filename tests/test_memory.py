@@ -115,7 +115,7 @@ def test_what_a_kernel_has_given_back_it_does_not_use(python_environment):
     """Numba frees an array behind the last statement that names it, whatever points to it; in one arena, another thread gets
     it then.
     """
-    environment = {**python_environment, "MALLOC_ARENA_MAX": "1"}
+    environment = {**python_environment, "MALLOC_ARENA_MAX": "1", "NUMBA_NUM_THREADS": "2"}
     command = [sys.executable, "-W", "error", "-c", GIVEN_BACK]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

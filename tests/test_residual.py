@@ -6,6 +6,7 @@ import pytest
 
 import nbnorm
 from levels import deep, deep_and_compiled
+from nbnorm.cpu.operands import is_streamed
 from nbnorm.cpu.workers.parallel import WORKERS
 from tolerances import EPS
 
@@ -198,6 +199,7 @@ def test_past_the_caches_and_by_way_of_them(case, monkeypatch, total_out, stream
     monkeypatch.setattr("nbnorm.cpu.sizes.STREAMED_BYTES", streamed_bytes)
     for out in (None, case.x):
         y, total = case(case.x, case.residual, out=out, total_out=total_out)
+        assert is_streamed(y, out) == (streamed_bytes == 0 and out is None)
         np.testing.assert_array_equal(y, case.y)
         if total_out is None:
             np.testing.assert_array_equal(total, case.total)

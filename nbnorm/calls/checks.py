@@ -1,4 +1,4 @@
-"""Every check of user input, with `options`, `axes`, `operands`, `state` and `files`; no raise elsewhere.
+"""Every check of user input, with `options`, `axes`, `operands`, `state`, and those of `commands`; no raise elsewhere.
 
 All are before a kernel runs. TypeError is for a wrong kind of object, dtype or device, ValueError for a wrong shape, eps,
 mask or layout. A message begins with the argument's name and says what came and what was expected.
