@@ -16,6 +16,7 @@ import nbnorm
 import offline
 import pages
 from levels import deep
+from nbnorm.calls import checks
 from nbnorm.commands import report
 from nbnorm.cpu import plans
 from nbnorm.cpu.workers import parallel
@@ -138,6 +139,16 @@ def choose_workers(monkeypatch):
         monkeypatch.setattr("nbnorm.cpu.workers.parallel.STALL_SECONDS", float("inf"))
 
     return choose
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """The calls that took the checked path."""
+    calls = []
+    for name in ("forward", "backward"):
+        check = getattr(checks, name)
+        monkeypatch.setattr(checks, name, lambda *call, check=check: calls.append(call) or check(*call))
+    return calls
 
 
 @pytest.fixture(params=[parallel.ONE, *deep(parallel.NUMBAS)])

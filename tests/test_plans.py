@@ -27,16 +27,6 @@ def operands(request, rng):
     return x, dy, weight, bias
 
 
-@pytest.fixture
-def checked(monkeypatch):
-    """The calls that took the checked path."""
-    calls = []
-    for name in ("forward", "backward"):
-        check = getattr(checks, name)
-        monkeypatch.setattr(checks, name, lambda *call, check=check: calls.append(call) or check(*call))
-    return calls
-
-
 def planned(function, *arguments, **options):
     """What a call gives by its plan, which a call like it has left."""
     with pytest.MonkeyPatch.context() as patched:

@@ -8,7 +8,6 @@ import pytest
 
 import nbnorm
 from levels import deep
-from nbnorm.calls import checks
 from nbnorm.cpu import plans
 from nbnorm.cpu.workers import blocks
 from nbnorm.cpu.workers.parallel import NUMBAS, ONE, OURS
@@ -23,16 +22,6 @@ DTYPES = [np.float32, *deep(np.float64, np.float16, BFLOAT16)]
 @pytest.fixture
 def case(rng):
     return Case(rng, (2, 5, 3, 7), 1, np.float32)
-
-
-@pytest.fixture
-def checked(monkeypatch):
-    """The calls that took the checked path."""
-    calls = []
-    for name in ("forward", "backward"):
-        check = getattr(checks, name)
-        monkeypatch.setattr(checks, name, lambda *call, check=check: calls.append(call) or check(*call))
-    return calls
 
 
 def layer(case):

@@ -11,7 +11,6 @@ import pytest
 from numba import cuda
 
 import nbnorm
-from nbnorm.calls import checks
 from nbnorm.cuda import arrays, launch, plans
 
 pytestmark = pytest.mark.hardware
@@ -111,15 +110,6 @@ def nothing_is_remembered(monkeypatch):
 def operands(rng):
     shapes = (ROWS, COLS), (COLS,), (COLS,)
     return [cuda.to_device(rng.standard_normal(shape, np.float32)) for shape in shapes]
-
-
-@pytest.fixture
-def checked(monkeypatch):
-    """The calls that took the checked path."""
-    calls = []
-    forward = checks.forward
-    monkeypatch.setattr(checks, "forward", lambda *call: calls.append(call) or forward(*call))
-    return calls
 
 
 def values(result):

@@ -10,7 +10,6 @@ from numba import cuda
 
 import nbnorm
 from device import LEVEL, to_device, to_host
-from nbnorm.calls import checks
 from nbnorm.cuda import arrays, launch, plans
 
 pytestmark = pytest.mark.hardware
@@ -27,15 +26,6 @@ def nothing_is_remembered(monkeypatch):
 def operands(rng):
     shapes = (ROWS, COLS), (ROWS, COLS), (COLS,)
     return [cuda.to_device(rng.standard_normal(shape, np.float32)) for shape in shapes]
-
-
-@pytest.fixture
-def checked(monkeypatch):
-    """The calls that took the checked path."""
-    calls = []
-    backward = checks.backward
-    monkeypatch.setattr(checks, "backward", lambda *call: calls.append(call) or backward(*call))
-    return calls
 
 
 def values(grads):

@@ -6,7 +6,6 @@ import pytest
 
 import nbnorm
 from device import LEVEL, normal, to_device, to_host
-from nbnorm.calls import checks
 from nbnorm.cuda import plans, sizes
 from tolerances import CUDA_GRADIENT_EPS, EPS
 
@@ -39,16 +38,6 @@ def norm(request):
 def nothing_is_remembered(monkeypatch):
     for known in ("FORWARD", "BACKWARD"):
         monkeypatch.setattr(plans, known, {})
-
-
-@pytest.fixture
-def checked(monkeypatch):
-    """The calls that took the checked path."""
-    calls = []
-    for name in ("forward", "backward"):
-        check = getattr(checks, name)
-        monkeypatch.setattr(checks, name, lambda call, check=check: calls.append(call) or check(call))
-    return calls
 
 
 def total_of(x, residual):
