@@ -33,7 +33,7 @@ def normalise(problem, order, given, results):
     x, residual, weight, bias, *_ = given
     y, total, mean, rstd = results
     dtype, behind = problem.compute_dtype, math.prod(problem.behind)
-    width = sizes.rows_abreast(behind, problem.cols, sizes.buffer_elements(dtype, 1))
+    width, _ = blocks_of((problem.rows // behind, problem.cols, behind), dtype, 1)
     weight_row, bias_row = flat(weight, dtype, y, total), flat(bias, dtype, y, total)
     all_written = [result for result in (y, total) if result is not None]
     # what is written to a buffer is read again

@@ -55,7 +55,7 @@ def forward(problem, call):
     y_dtype, cols, statistics_dtype = problem.dtype, problem.cols, problem.statistics_dtype
     ones, most = (1,) * len(problem.normalized_shape), limits.STREAMED_BYTES // 8
     first, end = len(problem.batch), len(problem.batch) + len(ones)
-    is_shaped, is_deep = first != 1 or len(ones) != 1, len(ones) > 1
+    is_shaped, is_deep, flat_rows = is_beside or first != 1 or len(ones) != 1, len(ones) > 1, (-1, cols)
     stored, weight_is_narrow, bias_is_narrow = _stored(y_dtype), _is_narrow(weight, dtype), _is_narrow(bias, dtype)
     are_owners = _are_owners(x, weight, bias, out)
     absent, no_statistics = np.empty(0, dtype), np.empty(0, statistics_dtype)
@@ -78,11 +78,9 @@ def forward(problem, call):
         if is_deep:
             weight, bias = weight.reshape(-1), bias.reshape(-1)
         x_rows, y_rows = x, y
-        if is_beside:
-            rows = -1, cols, prod(shape[end:])
+        if is_shaped:
+            rows = (-1, cols, prod(shape[end:])) if is_beside else flat_rows
             x_rows, y_rows = x.reshape(rows), y.reshape(rows)
-        elif is_shaped:
-            x_rows, y_rows = x.reshape(-1, cols), y.reshape(-1, cols)
         if stored is not None:
             x_rows, y_rows = x_rows.view(stored), y_rows.view(stored)
         kernel = kernels[ONE if size < parallel.from_elements else parallel.workers(size)]
@@ -113,7 +111,8 @@ def added(problem, call):
     y_dtype, statistics_dtype, return_stats = problem.dtype, problem.statistics_dtype, call.return_stats
     ones, most = (1,) * len(problem.normalized_shape), limits.STREAMED_BYTES // 8
     first, end = len(problem.batch), len(problem.batch) + len(ones)
-    is_shaped, are_owners = first != 1 or len(ones) != 1, _are_owners(*arrays, weight, bias)
+    is_shaped, flat_rows = is_beside or first != 1 or len(ones) != 1, (-1, cols)
+    are_owners = _are_owners(*arrays, weight, bias)
     stored, residual_stored = _stored(y_dtype), _stored(call.residual.dtype)
     absent, no_statistics, no_total = np.empty(0, dtype), np.empty(0, statistics_dtype), np.empty((0, cols), y_dtype)
 
@@ -136,13 +135,10 @@ def added(problem, call):
         weight = absent if weight is None else weight.astype(dtype, copy=False).reshape(-1)
         bias = absent if bias is None else bias.astype(dtype, copy=False).reshape(-1)
         x_rows, y_rows, total_rows = x, y, total
-        if is_beside:
-            rows = -1, cols, prod(shape[end:])
+        if is_shaped:
+            rows = (-1, cols, prod(shape[end:])) if is_beside else flat_rows
             x_rows, residual = x.reshape(rows), residual.reshape(rows)
             y_rows, total_rows = y.reshape(rows), total.reshape(rows)
-        elif is_shaped:
-            x_rows, residual = x.reshape(-1, cols), residual.reshape(-1, cols)
-            y_rows, total_rows = y.reshape(-1, cols), total.reshape(-1, cols)
         if residual_stored is not None:
             residual = residual.view(residual_stored)
         if stored is not None:
@@ -177,7 +173,8 @@ def backward(problem, call, output_mask):
     is_beside = len(problem.behind) > 0
     kernels = _Kernels(chosen, threads.backward_blocks if is_beside else threads.backward)
     row, cols, dx_dtype, sum_dtype = problem.normalized_shape, problem.cols, problem.dtype, problem.weight_dtype
-    is_shaped, is_deep, most = len(problem.batch) != 1 or len(row) != 1, len(row) > 1, limits.STREAMED_BYTES // 8
+    is_shaped, is_deep = is_beside or len(problem.batch) != 1 or len(row) != 1, len(row) > 1
+    flat_rows, most = (-1, cols), limits.STREAMED_BYTES // 8
     weight_is_narrow, are_owners = _is_narrow(weight, dtype), _are_owners(dy, dtotal, x, weight, mean, rstd, *out)
     dy_stored, stored, sum_stored = _stored(dy.dtype), _stored(dx_dtype), _stored(sum_dtype)
     dtotal_stored = None if dtotal is None else _stored(dtotal_dtype)
@@ -214,16 +211,12 @@ def backward(problem, call, output_mask):
             if mean is not None:
                 mean_row = mean.reshape(-1)
         dx_rows = dx
-        if is_beside:
-            rows = -1, cols, prod(x.shape[end:])
+        if is_shaped:
+            rows = (-1, cols, prod(x.shape[end:])) if is_beside else flat_rows
             dy, x, dx_rows = dy.reshape(rows), x.reshape(rows), dx.reshape(rows)
             dtotal = None if dtotal is None else dtotal.reshape(rows)
-            block_rows, sums_shape, which = channels_first.all_summed(x.shape, dtype, results)
-        else:
-            block_rows, sums_shape, which = _sums(size, cols, results)
-            if is_shaped:
-                dy, x, dx_rows = dy.reshape(-1, cols), x.reshape(-1, cols), dx.reshape(-1, cols)
-                dtotal = None if dtotal is None else dtotal.reshape(-1, cols)
+        summed = channels_first.all_summed(x.shape, dtype, results) if is_beside else _sums(size, cols, results)
+        block_rows, sums_shape, which = summed
         if dy_stored is not None:
             dy = dy.view(dy_stored)
         if stored is not None:

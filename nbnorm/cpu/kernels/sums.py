@@ -22,8 +22,8 @@ from nbnorm.cpu.lanes.meaning import (
     store_part,
 )
 
-# elements of the rows whose sums are found before their norms, if they are several; with 2^13 float32 rows of 768 take 1.1
-# times as long
+# elements of the rows whose sums are found before their norms, if they are several; on an Intel Xeon, with 2^13 float32
+# rows of 768 take 1.1 times as long
 ELEMENTS = 1 << 11
 # bytes of the sums that are kept beside results which are written past the caches, on a thread's stack
 ROOM_BYTES = 1 << 17
