@@ -1,5 +1,6 @@
-"""Helpers linked into kernels, by few of Numba's steps, and helpers compiled as all functions are: the same results."""
+"""Parts linked into kernels, by few of Numba's steps, and parts compiled as all functions are: the same results."""
 
+import importlib
 import subprocess
 import sys
 
@@ -7,12 +8,18 @@ import pytest
 
 pytestmark = pytest.mark.compiled
 
-# prints the results' bits, and how many helpers of the kernels were linked and how many compiled
+# prints the results' bits, how helpers were made, and how many libraries became native code for each kernel
 CODE = """
 import hashlib
 import numpy as np
+from numba.core import compiler
+from numba.core.codegen import JITCodeLibrary
 import nbnorm
+from nbnorm.cpu import compiled
 from nbnorm.cpu.lanes import inlined, steps
+from nbnorm.cpu.workers import parallel
+finalize, native = JITCodeLibrary._finalize_specific, []
+JITCodeLibrary._finalize_specific = lambda library: finalize(library) or native.append(library)
 {before}
 rng = np.random.default_rng(3)
 results = []
@@ -34,15 +41,21 @@ values = [value for module in (gradients, row, statistics) for value in vars(mod
 helpers = [value for value in values if hasattr(value, "overloads")]
 libraries = [type(made.library).__name__ for helper in helpers for made in helper.overloads.values()]
 print(*sorted(set(libraries)))
+kernels = [kernel for kernel in compiled._dispatchers.values() if not isinstance(kernel._cache, compiled._Loaded)]
+ours = [library for library in native if "kernel" in library.name or "gufunc" in library.name]
+print(len(ours) / len(kernels) if kernels else 0)
 """
+ONE_THREAD = "parallel.from_elements = float('inf')"
+# never paused
+TWO_THREADS = "parallel.from_elements, parallel._is_decided, parallel.STALL_SECONDS = 0, True, float('inf')"
+ALL = [(True, True, True)]
 
 
-def run(environment, folder, cols, masks, before=""):
-    code = CODE.format(before=before, cols=cols, masks=masks)
+def run(environment, folder, cols, masks, *before):
+    code = CODE.format(before="\n".join(before), cols=cols, masks=masks)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        # one thread: which build a call takes depends on what else the machine does
-        env=environment | {"NUMBA_CACHE_DIR": str(folder), "NUMBA_NUM_THREADS": "1"},
+        env=environment | {"NUMBA_CACHE_DIR": str(folder), "NUMBA_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
         check=False,
@@ -54,22 +67,34 @@ def run(environment, folder, cols, masks, before=""):
 @pytest.mark.parametrize(
     ("cols", "masks"),
     [
-        ((40, 300), [(True, True, True)]),
+        ((40,), ALL),
         # the absent ones are what a name may be None for
+        pytest.param((300,), ALL, marks=pytest.mark.deep),
         pytest.param(
             (40, 300, 70_000), [(True, True, False), (True, False, False), (False, False, True)], marks=pytest.mark.deep
         ),
     ],
-    ids=["all gradients", "some gradients"],
+    ids=["short rows", "ordinary rows", "some gradients"],
 )
 def test_linked_and_compiled_helpers_give_the_same_bits(python_environment, tmp_path, cols, masks):
-    bits, libraries = run(python_environment, tmp_path / "linked", cols, masks)
+    bits, libraries, _ = run(python_environment, tmp_path / "linked", cols, masks, ONE_THREAD)
     as_all_are = "inlined.inlined = inlined.plain; steps.SKIPPED.clear()"
-    plain_bits, plain_libraries = run(python_environment, tmp_path / "plain", cols, masks, as_all_are)
+    plain_bits, plain_libraries, _ = run(python_environment, tmp_path / "plain", cols, masks, ONE_THREAD, as_all_are)
     assert (libraries, plain_libraries) == ("Library", "JITCodeLibrary")
     assert bits == plain_bits
     # and those that were linked are right when they come from the disk, where nothing is compiled
-    assert run(python_environment, tmp_path / "linked", cols, masks) == [bits, ""]
+    assert run(python_environment, tmp_path / "linked", cols, masks, ONE_THREAD) == [bits, "", "0"]
+
+
+@pytest.mark.parametrize("cols", [300, pytest.param(70_000, marks=pytest.mark.deep)])
+def test_linked_and_compiled_bodies_of_prange_give_the_same_bits(python_environment, tmp_path, cols):
+    bits, _, libraries = run(python_environment, tmp_path / "linked", (cols,), ALL, TWO_THREADS)
+    as_numba_does = "compiled._COMPILERS[True] = compiler.Compiler"
+    plain_bits, _, plain_libraries = run(python_environment, tmp_path / "plain", (cols,), ALL, TWO_THREADS, as_numba_does)
+    assert float(libraries) == 1
+    assert float(plain_libraries) >= 4
+    assert bits == plain_bits
+    assert run(python_environment, tmp_path / "linked", (cols,), ALL, TWO_THREADS) == [bits, "", "0"]
 
 
 def test_steps_that_are_left_out_are_numbas():
@@ -84,11 +109,21 @@ def test_steps_that_are_left_out_are_numbas():
     assert names >= steps.SKIPPED | inlined.SKIPPED_TOO
 
 
-def test_other_internals_of_numba(monkeypatch):
-    from numba.core import compiler
+@pytest.mark.parametrize(
+    ("module", "name", "is_linked", "is_parallel_linked"),
+    [
+        ("core.codegen", "JITCodeLibrary", False, False),
+        ("core.compiler", "Flags", False, False),
+        ("core.compiler", "_LowerResult", False, True),
+        ("parfors.parfor", "Parfor", True, False),
+    ],
+)
+def test_other_internals_of_numba(monkeypatch, module, name, is_linked, is_parallel_linked):
+    from numba.core.compiler import Compiler
 
-    from nbnorm.cpu.lanes import inlined
+    from nbnorm.cpu.lanes import inlined, linked, prange
 
-    assert inlined._linking_compiler() is not None
-    monkeypatch.delattr(compiler, "_LowerResult")
-    assert inlined._linking_compiler() is None
+    monkeypatch.delattr(importlib.import_module(f"numba.{module}"), name)
+    monkeypatch.setattr(linked, "Library", linked._library())
+    assert (inlined._linking_compiler() is not None) == is_linked
+    assert (prange.compiler() is not Compiler) == is_parallel_linked

@@ -15,14 +15,14 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.core.runtime.nrt import rtsys
 
-from nbnorm.cpu.lanes import steps
+from nbnorm.cpu.lanes import prange, steps
 from nbnorm.disk.cache import Cache
 from nbnorm.disk.sources import digest
 
 _dispatchers: dict = {}
 _logger = logging.getLogger("nbnorm")
-# of serial kernels: Numba's own steps make a parallel one
-_Compiler = steps.compiler(steps.SKIPPED, {})
+# by whether a kernel is parallel: such a one needs all of Numba's steps
+_COMPILERS = {False: steps.compiler(steps.SKIPPED, {}), True: prange.compiler()}
 
 
 def compiled(name, signature, parallel, make, is_called_from_c=False):
@@ -79,9 +79,7 @@ def _cache(name, signature, parallel):
 def _dispatcher(function, parallel, is_called_from_c):
     # what is not called from C, Numba would compile for that too
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": not is_called_from_c}
-    if parallel:
-        return njit(parallel=True, **options)(function)
-    return njit(pipeline_class=_Compiler, **options)(function)
+    return njit(parallel=parallel, pipeline_class=_COMPILERS[parallel], **options)(function)
 
 
 def _arguments(count):

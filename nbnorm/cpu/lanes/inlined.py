@@ -1,15 +1,13 @@
-"""How a helper is compiled, which is only ever a part of kernels: typed and lowered, never made native code by itself.
+"""How a helper is compiled, which is only ever a part of kernels: typed and lowered, and linked by the kernel.
 
-Numba optimises every function that it compiles, with all that this one calls in it, and makes native code of it. Of a helper
-that is thrown away: a kernel links what was lowered, and all of it is optimised at once. So a first use takes 0.75 of
-the time, and gives the same bits.
+So a first use takes 0.75 of the time, and gives the same bits.
 """
 
 from typing import Any
 
 from numba import njit
 
-from nbnorm.cpu.lanes import steps
+from nbnorm.cpu.lanes import linked, steps
 
 # not called from Python or C, for which Numba would compile more
 OPTIONS: dict[str, Any] = {
@@ -26,28 +24,18 @@ def _linking_compiler():
     """Numba's compiler with another last step, or None where its internals are not those that this one needs."""
     try:
         from numba._dynfunc import make_function
-        from numba.core.codegen import JITCodeLibrary
-        from numba.core.compiler import Flags, _LowerResult
+        from numba.core.compiler import _LowerResult
         from numba.core.compiler_machinery import register_pass
         from numba.core.typed_passes import NativeLowering
     except ImportError:
         return None
-
-    class Library(JITCodeLibrary):
-        def _optimize_final_module(self):
-            pass
-
-        def _finalize_final_module(self):
-            self._finalize_dynamic_globals()
-            self._finalized = True
 
     @register_pass(mutates_CFG=True, analysis_only=False)
     class Lowering(NativeLowering):
         _name = "nbnorm_lowering"
 
         def run_pass(self, state):
-            state.library = Library(state.targetctx.codegen(), state.func_id.func_qualname)
-            # else Numba would prepare a call, and write to where there is no code
+            state.library = linked.Library(state.targetctx.codegen(), state.func_id.func_qualname)
             state.flags.no_compile = True
             super().run_pass(state)
             state.library._ensure_finalized()
@@ -59,12 +47,7 @@ def _linking_compiler():
             state["cr"] = lowered._replace(cfunc=entry)
             return True
 
-    needed = {
-        JITCodeLibrary: ("_optimize_final_module", "_finalize_final_module", "_finalize_dynamic_globals"),
-        Flags: ("no_compile",),
-        _LowerResult: ("fndesc", "env", "cfunc"),
-    }
-    if not all(hasattr(owner, name) for owner, names in needed.items() for name in names):
+    if linked.Library is None or not all(hasattr(_LowerResult, name) for name in ("fndesc", "env", "cfunc")):
         return None
     return steps.compiler(steps.SKIPPED | SKIPPED_TOO, {NativeLowering: Lowering})
 
