@@ -201,6 +201,7 @@ def fake_tensors(torch, hosts):
     empty = torch.empty
     torch.Tensor.device = property(lambda tensor: device)
     torch.Tensor.get_device = lambda tensor: 0
+    torch.Tensor.is_cpu = False
     torch.empty = lambda shape, dtype, device: empty(shape, dtype=dtype)
     torch._C._cuda_getCurrentRawStream = lambda device: 0
     return [torch.from_numpy(host) for host in hosts]
