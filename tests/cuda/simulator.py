@@ -15,7 +15,7 @@ from collections import defaultdict
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -91,28 +91,39 @@ class Thread(greenlet):
         self.warp, self.lane = divmod(number, WARP)
 
     def run(self, kernel, arguments):
-        kernel(*arguments)
+        try:
+            kernel(*arguments)
+        except Exception as error:
+            raise RuntimeError(f"block {self.block.number}, thread {self.number}: {error!r}") from error
+        self.block.leave()
+
+    def meet(self, kind, warp, mask, awaited, value=None):
+        """Wait for so many threads; then what each has brought, by its number.
+
+        All lanes of the warp in `mask`, or, where that is None, all of the block.
+        """
+        block, place = self.block, (kind, warp, mask)
+        arrived = block.meetings.get(place)
+        if arrived is None:
+            arrived = block.meetings[place] = {}
+        arrived[self.number] = value
+        if len(arrived) == awaited:
+            block.end(place)
+        # from thread to thread at once, but for one that has not begun: it would take on how deep this one's calls are
+        thread = block.threads[block.ready[0][1]] if block.ready else None
+        if not thread:
+            self.parent.switch()
+        else:
+            heapq.heappop(block.ready)
+            if thread is not self:
+                thread.switch()
+        return arrived
 
     def place(self):
         """The lines where it waits, the kernel's own first."""
         stack = traceback.walk_stack(self.gr_frame)
         lines = [f"{Path(f.f_code.co_filename).name}:{line}" for f, line in stack if f.f_globals is not globals()]
         return ", ".join(reversed(lines))
-
-
-class Meeting(NamedTuple):
-    """What threads wait at for each other: the lanes of a warp in `mask`, or, where that is None, all of the block."""
-
-    kind: str
-    warp: int | None = None
-    mask: int | None = None
-
-    def __str__(self):
-        return self.kind if self.mask is None else f"{self.kind} of lanes {self.mask:#010x}"
-
-
-# one for all threads that wait at it
-meeting = functools.cache(Meeting)
 
 
 class Block:
@@ -122,24 +133,21 @@ class Block:
         self.priority = priority
         self.threads = [Thread(self, n) for n in range(size)]
         self.running = size
+        # by priority, of those that can go on
         self.ready = []
         self.shared = {}
         # what each thread that waits has brought, by its number
-        self.meetings = defaultdict(dict)
+        self.meetings = {}
+        # the lanes of a warp that are in a mask, and how many
+        self.present = {}
 
     def run(self, kernel, arguments):
         self.make_ready(range(self.size))
         try:
             while self.ready:
-                _, number = heapq.heappop(self.ready)
-                try:
-                    self.threads[number].switch(kernel, arguments)
-                except Exception as error:
-                    raise RuntimeError(f"block {self.number}, thread {number}: {error!r}") from error
-                if self.threads[number].dead:
-                    self.running -= 1
-                    for place in list(self.meetings):
-                        self.end_if_complete(place)
+                thread = self.threads[heapq.heappop(self.ready)[1]]
+                # those that have begun take no arguments
+                thread.switch() if thread else thread.switch(kernel, arguments)
             if self.running:
                 raise Deadlock(self.waiting())
         finally:
@@ -151,26 +159,25 @@ class Block:
         for number in numbers:
             heapq.heappush(self.ready, (self.priority(number), number))
 
-    def meet(self, thread, place, value=None):
-        """Wait; then what each thread has brought, by its number."""
-        arrived = self.meetings[place]
-        arrived[thread.number] = value
-        self.end_if_complete(place)
-        thread.parent.switch()
-        return arrived
+    def end(self, place):
+        self.make_ready(self.meetings.pop(place))
 
-    def end_if_complete(self, place):
-        # threads that have ended are not waited for at a barrier, but are in a mask
-        awaited = self.running if place.mask is None else place.mask.bit_count()
-        if len(self.meetings[place]) == awaited:
-            self.make_ready(self.meetings.pop(place))
+    def leave(self):
+        """Threads that have ended are not waited for at a barrier, but are in a mask."""
+        self.running -= 1
+        for place, arrived in list(self.meetings.items()):
+            if place[2] is None and len(arrived) == self.running:
+                self.end(place)
 
     def waiting(self):
         """Which threads wait, and where."""
         meetings = {number: place for place, arrived in self.meetings.items() for number in arrived}
         lanes = defaultdict(int)
         for thread in self.threads:
-            state = "have ended" if thread.dead else f"wait at {meetings[thread.number]}: {thread.place()}"
+            state = "have ended"
+            if not thread.dead:
+                kind, _, mask = meetings[thread.number]
+                state = f"wait at {kind if mask is None else f'{kind} of lanes {mask:#010x}'}: {thread.place()}"
             lanes[thread.number // WARP, state] |= 1 << thread.number % WARP
         lines = [f"lanes {found:#010x} of warp {warp} {state}" for (warp, state), found in lanes.items()]
         return "\n  ".join([f"no thread of block {self.number} can go on", *lines])
@@ -246,28 +253,33 @@ def local_array(shape, dtype):
 
 def syncthreads():
     thread = getcurrent()
-    thread.block.meet(thread, meeting("syncthreads"))
+    thread.meet("syncthreads", None, None, thread.block.running)
 
 
 def syncwarp(mask=ALL_LANES):
-    _gathered("syncwarp", mask)
+    _gathered(getcurrent(), "syncwarp", mask)
 
 
 def shfl_xor_sync(mask, value, lane_mask):
-    return _gathered("shfl_xor_sync", mask, value).get(getcurrent().number ^ lane_mask, value)
+    thread = getcurrent()
+    return _gathered(thread, "shfl_xor_sync", mask, value).get(thread.number ^ lane_mask, value)
 
 
 def any_sync(mask, predicate):
-    return any(_gathered("any_sync", mask, predicate).values())
+    return any(_gathered(getcurrent(), "any_sync", mask, predicate).values())
 
 
-def _gathered(kind, mask, value=None):
+def _gathered(thread, kind, mask, value=None):
     """What the lanes of the mask bring, by their numbers in the block; there are none beyond its size."""
-    thread = getcurrent()
-    present = mask & ALL_LANES & ((1 << thread.block.size - thread.warp * WARP) - 1)
+    block, warp = thread.block, thread.warp
+    found = block.present.get((warp, mask))
+    if found is None:
+        present = mask & ALL_LANES & ((1 << block.size - warp * WARP) - 1)
+        found = block.present[warp, mask] = present, present.bit_count()
+    present, awaited = found
     if not present >> thread.lane & 1:
         raise ValueError(f"lane {thread.lane} is not in its own mask, {present:#010x}")
-    return thread.block.meet(thread, meeting(kind, thread.warp, present), value)
+    return thread.meet(kind, warp, present, awaited, value)
 
 
 def _converted(kind, remaining):
