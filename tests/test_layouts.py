@@ -126,7 +126,7 @@ def channels_last(array):
 
 # long rows are shared without a copy too
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-@pytest.mark.parametrize("long_row", [0, 1 << 16])
+@pytest.mark.parametrize("long_row", [0, pytest.param(1 << 16, marks=pytest.mark.compiled)])
 @pytest.mark.parametrize("views", [channels_last, np.array], ids=["strided", "contiguous"])
 def test_blocks_that_our_threads_share_have_the_same_bits(rng, dtype, monkeypatch, choose_workers, views, long_row):
     shape, cols = (3, 5, 23), 40
