@@ -26,8 +26,8 @@ VALUES = (
     "magnitudes or nan_and_inf or any_batch or alignment or overlaps or no_block_holds or squares_overflow"
     " or in_place or gradients_into_out"
 )
-# (compute capability, arguments, fewest tests): all kernels for one, a tenth for the others, which differ in how they round.
-# The rest of the tests choose kernels by the thousand, which differ in dtypes alone, and take an hour to compile
+# (compute capability, arguments, fewest tests): all kernels for one, a twentieth for the others, which differ in how they
+# round. The rest of the tests choose kernels by the thousand, which differ in dtypes alone, and take an hour to compile
 AS_PTX = [
     (FULL, ("test_variants.py",), 190),
     (FULL, ("test_ends.py", "test_broken.py", "test_layer.py"), 130),
@@ -35,7 +35,7 @@ AS_PTX = [
     (FULL, ("test_own_kernels.py", "-k", "9-4-64 or 300-64 or nan or page"), 6),
     (FULL, ("test_rms.py", "test_residual.py", "-k", "(in_place or no_block_holds) and (test_rms or layer)"), 15),
     (FULL, ("test_axis.py", "test_abreast.py", "-k", "what_is_compiled or any_batch or overlaps"), 16),
-    *((capability, ("test_variants.py",), 15) for capability in OTHERS),
+    *((capability, ("test_variants.py",), 8) for capability in OTHERS),
 ]
 
 pytestmark = [
