@@ -71,8 +71,7 @@ this = sys.argv[1:]
 if this:
     cpu_targets.pretend(cpu_targets.Target(*this))
 library = cpu_targets.build(dict(cpu_targets.kernels())["forward short float32"]).library
-machine_code = library.codegen._tm.emit_object(library._final_module) if this else library._get_compiled_object()
-sys.stdout.buffer.write(machine_code)
+sys.stdout.buffer.write(library._get_compiled_object())
 """
 
 
