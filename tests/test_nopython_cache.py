@@ -94,7 +94,7 @@ def test_a_process_that_has_not_imported_it(folder):
 
 def test_processes_on_a_cold_cache(tmp_path):
     make_site(tmp_path)
-    for process in [start_in(tmp_path) for _ in range(4)]:
+    for process in [start_in(tmp_path) for _ in range(2)]:
         assert printed(process)[:2] == RIGHT
     assert printed(start_in(tmp_path)) == [*RIGHT, "[1, 1, 1]"]
 
