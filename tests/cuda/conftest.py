@@ -15,7 +15,7 @@ ORDERS = ("forward", "reverse", "random")
 collect_ignore = [] if offline.missing() is None else ["test_compiled.py", "test_steps.py"]
 collect_ignore += [] if device.LEVEL == "ptx" else ["test_variants.py", "test_broken.py"]
 # a block of 1024 threads takes the simulator a minute
-collect_ignore += ["test_ends.py"] if device.LEVEL == "simulator" else []
+collect_ignore += ["test_ends.py"] if device.LEVEL == "simulator" else ["test_simulator.py"]
 
 if device.LEVEL == "ptx":
     import ptx_device as level

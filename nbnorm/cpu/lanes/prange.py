@@ -33,10 +33,10 @@ def compiler():
             if not hasattr(state.targetctx, "_internal_codegen"):
                 return super().run_pass(state)
             codegen = state.targetctx.codegen()
-            # the kernel's own, which is kept on disk
+            # the kernel's own library, which is kept on disk
             state.library = codegen.create_library(state.func_id.func_qualname)
             state.library.enable_object_caching()
-            # the others'
+            # all others; so Numba itself gives a context another code generator, to compile ahead of time
             linking = copy.copy(codegen)
             linking._library_class = linked.Library
             state.targetctx = state.targetctx.subtarget(_internal_codegen=linking)
