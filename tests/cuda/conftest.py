@@ -14,7 +14,7 @@ ORDERS = ("forward", "reverse", "random")
 # the header of the run says what is missing
 collect_ignore = [] if offline.missing() is None else ["test_compiled.py", "test_steps.py"]
 collect_ignore += [] if device.LEVEL == "ptx" else ["test_variants.py", "test_broken.py"]
-# a block of 1024 threads takes the simulator a minute
+# a block of 1024 threads takes the simulator a minute; its own tests are of nothing else
 collect_ignore += ["test_ends.py"] if device.LEVEL == "simulator" else ["test_simulator.py"]
 
 if device.LEVEL == "ptx":

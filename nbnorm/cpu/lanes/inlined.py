@@ -1,4 +1,4 @@
-"""How a helper is compiled, which is only ever a part of kernels: typed and lowered, and linked by the kernel.
+"""How a helper is compiled, which is only ever a part of kernels: typed, lowered, and linked (`linked.py`).
 
 So a first use takes 0.75 of the time, and gives the same bits.
 """
